@@ -1,0 +1,1 @@
+"""Backends: one folder for each kind of machine, all implementing backends/contract.py."""

@@ -1,0 +1,448 @@
+"""The contract: every op a backend implements.
+
+Rules that hold for every op:
+
+- Arrays are the backend's own (numpy.ndarray on CPUs), allocated by the caller. A 4-D activation has Caffe's logical
+  shape (N,C,H,W) and channels-last memory (N,H,W,C contiguous); a 4-D weight (O,I,kH,kW) likewise lies as O,kH,kW,I.
+  Other numbers of axes are C-contiguous. Ops are fast on such arrays and correct on any strides.
+- Activation arrays are float32 or bfloat16 (ml_dtypes.bfloat16 in NumPy terms); arithmetic, sums and statistics are
+  float32 or wider whatever the storage. Parameters `w`, `b`, `s` may be float32 or the activation type. Parameter
+  gradients (`dw`, `db`, `ds`), losses, labels and statistics are float32.
+- Outputs are overwritten, never read first, except parameter gradients when `accumulate` is true: then the gradient is
+  added. `dx` may be the same array as `dy`, and `y` as `x`, only where an op's text says "in place".
+- `stride`, `pad`, `dilation`, `kernel` are tuples with one int per spatial axis.
+- An op checks nothing a layer has checked already; it raises DataError for bad values (a label out of range).
+- Results are deterministic: the same inputs give the same bits on the same machine and number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+Array = Any
+Ints = tuple[int, ...]
+
+
+class Segment(NamedTuple):
+    """A run of one parameter in the arena: elements start..stop, its own rate (rate*lr_mult) and decay (weight_decay*decay_mult)."""
+
+    start: int
+    stop: int
+    rate: float
+    decay: float
+
+
+class DropoutKey(NamedTuple):
+    """Names one dropout mask: see Backend.dropout_forward."""
+
+    seed: int
+    layer: int
+    iteration: int
+
+
+def strides_of(shape: Ints, itemsize: int) -> Ints:
+    """Byte strides of a blob: channels last for 4 axes, C order otherwise."""
+    order = (0, 2, 3, 1) if len(shape) == 4 else tuple(range(len(shape)))
+    strides, step = [0] * len(shape), itemsize
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= shape[axis]
+    return tuple(strides)
+
+
+def pool_mask_dtype(kernel: Ints) -> str:
+    """The dtype of a max-pooling mask: "uint8" when a window has at most 255 cells, else "int32"."""
+    return "uint8" if kernel[0] * kernel[1] <= 255 else "int32"
+
+
+class Backend(Protocol):
+    """All ops, grouped by stem; a backend keeps each stem in a file of that name."""
+
+    name: str
+
+    # --- memory (stem: memory) -------------------------------------------------------------------------------------
+
+    def supports(self, precision: str) -> str | None:
+        """None if `precision` ("float32", "tf32", "bfloat16") runs fast here; else a sentence saying why it is slow.
+        Raises BackendError if it cannot run at all."""
+        ...
+
+    def allocate(self, nbytes: int) -> Array:
+        """A zeroed buffer of bytes aligned to 64."""
+        ...
+
+    def view(self, buffer: Array, offset: int, shape: Ints, dtype: str) -> Array:
+        """An array of `shape` at byte `offset` of `buffer`, laid out by strides_of."""
+        ...
+
+    def empty(self, shape: Ints, dtype: str) -> Array:
+        """allocate and view in one."""
+        ...
+
+    def to_host(self, x: Array) -> Array:
+        """A float32 (or integer) numpy.ndarray in C order with x's values."""
+        ...
+
+    def from_host(self, values: Array, x: Array) -> None:
+        """Copies a numpy.ndarray of x's shape (any real dtype) into x."""
+        ...
+
+    def fill(self, x: Array, value: float) -> None:
+        """x[...] = value."""
+        ...
+
+    def copy(self, x: Array, y: Array) -> None:
+        """y <- x element by element in logical C order; equal counts, shapes and dtypes may differ (float32 <-> bfloat16)."""
+        ...
+
+    def synchronize(self) -> None:
+        """Waits until every op so far has finished; nothing on a CPU."""
+        ...
+
+    # --- convolution -----------------------------------------------------------------------------------------------
+
+    def convolution_forward(
+        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False
+    ) -> None:
+        """y[n,o,p] = b[o] + sum_{c in group(o), k} w[o,c,k] x_padded[n, c, p*stride + k*dilation - pad]; relu: max(y,0) after.
+
+        x (N,C,*in), w (O,C/group,*k), b (O), y (N,O,*out); any number of spatial axes >= 1. spec: layers 3.1.
+        """
+        ...
+
+    def convolution_backward_data(self, dy: Array, w: Array, dx: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int) -> None:
+        """dx = the transpose of the convolution applied to dy; overwrites dx."""
+        ...
+
+    def convolution_backward_weights(
+        self,
+        x: Array,
+        dy: Array,
+        dw: Array | None,
+        db: Array | None,
+        *,
+        stride: Ints,
+        pad: Ints,
+        dilation: Ints,
+        group: int,
+        accumulate_w: bool,
+        accumulate_b: bool,
+    ) -> None:
+        """dw[o,c,k] (+)= sum_{n,p} dy[n,o,p] x_padded[n,c,p*stride+k*dilation-pad]; db[o] (+)= sum_{n,p} dy[n,o,p]. None: skip."""
+        ...
+
+    # --- inner_product ---------------------------------------------------------------------------------------------
+
+    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False) -> None:
+        """y = x w^T + b with x (M,K), w (N,K), b (N), y (M,N); transpose: w is (K,N) and y = x w + b. relu: max(y,0) after."""
+        ...
+
+    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, *, transpose: bool) -> None:
+        """dx = dy w (transpose: dy w^T)."""
+        ...
+
+    def inner_product_backward_weights(
+        self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool
+    ) -> None:
+        """dw (+)= dy^T x (transpose: x^T dy); db (+)= sum of dy's rows. None: skip."""
+        ...
+
+    # --- pooling ---------------------------------------------------------------------------------------------------
+
+    def max_pool_forward(self, x: Array, y: Array, mask: Array | None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        """Per channel plane: y = max over the window that starts at p*stride - pad, clipped to the image.
+
+        The scan is row-major and the first maximum wins; NaN never wins; a window with nothing above -FLT_MAX (an empty one
+        too) gives -FLT_MAX (float32 min). mask (y's shape, pool_mask_dtype): kh*kernel_w + kw of the winner in its
+        unclipped window; a window without a winner stores the largest value of the dtype (uint8 255) or -1 (int32).
+        spec: layers 3.4.
+        """
+        ...
+
+    def max_pool_backward(self, dy: Array, mask: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        """dx = 0, then dx[winner] += dy; windows without a winner give nothing."""
+        ...
+
+    def max_pool_indices(self, mask: Array, top: Array, *, kernel: Ints, stride: Ints, pad: Ints, width: int) -> None:
+        """top = h*width + w of each winner in the bottom plane, as a float; -1 without a winner."""
+        ...
+
+    def ave_pool_forward(self, x: Array, y: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        """y = (sum over the window clipped to the image) / area, the area measured in the padded plane: from p*stride - pad to
+        min(that + kernel, size + pad) on each axis, so zero padding counts and what lies beyond does not. An empty window gives NaN."""
+        ...
+
+    def ave_pool_backward(self, dy: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        """dx = sum over the windows that hold the cell of dy/area, areas as in ave_pool_forward."""
+        ...
+
+    # --- lrn -------------------------------------------------------------------------------------------------------
+
+    def lrn_workspace(self, shape: Ints, dtype: str, *, size: int, alpha: float, beta: float, k: float) -> int:
+        """Bytes that lrn_forward leaves for lrn_backward (0 is allowed)."""
+        ...
+
+    def lrn_forward(self, x: Array, y: Array, work: Array | None, *, size: int, alpha: float, beta: float, k: float) -> None:
+        """Across channels: s_c = k + (alpha/size) sum_{|c'-c| <= (size-1)/2} x_c'^2; y = x s^-beta. x (N,C,H,W).
+
+        work: a uint8 array of lrn_workspace bytes, or None when no backward follows. spec: layers 6.3."""
+        ...
+
+    def lrn_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, k: float) -> None:
+        """dx_c = dy_c s_c^-beta - (2 alpha beta / size) x_c sum_{c' in window} dy_c' y_c' / s_c'."""
+        ...
+
+    def lrn_within_workspace(self, shape: Ints, dtype: str, *, size: int, alpha: float, beta: float) -> int:
+        """Bytes that lrn_within_forward leaves for lrn_within_backward."""
+        ...
+
+    def lrn_within_forward(self, x: Array, y: Array, work: Array | None, *, size: int, alpha: float, beta: float) -> None:
+        """Within a channel: y = x (1 + alpha A)^-beta, A = (sum of x^2 over the size x size square around the cell) / size^2."""
+        ...
+
+    def lrn_within_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float) -> None:
+        """dx = dy s^-beta - (2 alpha beta / size^2) x sum_{cells whose square holds this one} dy y / s, with s = 1 + alpha A."""
+        ...
+
+    # --- activations: relu, elu, sigmoid, tanh, power, prelu ----------------------------------------------------------
+
+    def relu_forward(self, x: Array, y: Array, *, slope: float) -> None:
+        """y = max(x,0) + slope*min(x,0); NaN stays NaN. In place allowed."""
+        ...
+
+    def relu_backward(self, y: Array, dy: Array, dx: Array, *, slope: float) -> None:
+        """dx = dy where y > 0, else slope*dy (slope >= 0, so y's sign is x's). In place allowed (dx is dy)."""
+        ...
+
+    def elu_forward(self, x: Array, y: Array, *, alpha: float) -> None:
+        """y = x where x > 0, else alpha (exp(x) - 1). In place allowed."""
+        ...
+
+    def elu_backward(self, y: Array, dy: Array, dx: Array, *, alpha: float) -> None:
+        """dx = dy where y > 0, else dy (alpha + y), for alpha >= 0. In place allowed (dx is dy)."""
+        ...
+
+    def sigmoid_forward(self, x: Array, y: Array) -> None:
+        """y = 0.5 tanh(0.5 x) + 0.5. In place allowed."""
+        ...
+
+    def sigmoid_backward(self, y: Array, dy: Array, dx: Array) -> None:
+        """dx = dy y (1-y). In place allowed (dx is dy)."""
+        ...
+
+    def tanh_forward(self, x: Array, y: Array) -> None:
+        """y = tanh x. In place allowed."""
+        ...
+
+    def tanh_backward(self, y: Array, dy: Array, dx: Array) -> None:
+        """dx = dy (1-y^2). In place allowed (dx is dy)."""
+        ...
+
+    def power_forward(self, x: Array, y: Array, *, power: float, scale: float, shift: float) -> None:
+        """y = (shift + scale x)^power; power*scale = 0 gives the constant 1 (power 0) or shift^power."""
+        ...
+
+    def power_backward(self, x: Array, y: Array, dy: Array, dx: Array, *, power: float, scale: float, shift: float) -> None:
+        """dx = dy power scale (shift + scale x)^(power-1), in the steps of spec: layers 5 (Power), NaN at a zero base included."""
+        ...
+
+    def prelu_forward(self, x: Array, a: Array, y: Array) -> None:
+        """y = max(x,0) + a_c min(x,0); a is (C) for axis 1 of x, or has no axes (one slope for all). In place allowed."""
+        ...
+
+    def prelu_backward_data(self, x: Array, a: Array, dy: Array, dx: Array) -> None:
+        """dx = dy where x > 0, else a_c dy. In place allowed (dx is dy)."""
+        ...
+
+    def prelu_backward_slope(self, x: Array, dy: Array, da: Array, *, accumulate: bool) -> None:
+        """da_c (+)= sum of dy x over the cells with x <= 0."""
+        ...
+
+    # --- dropout ---------------------------------------------------------------------------------------------------
+
+    def dropout_forward(self, x: Array, y: Array, mask: Array, *, ratio: float, key: DropoutKey) -> None:
+        """y = x m / (1-ratio); mask (uint8, x's shape and layout) = m in {0,1}. In place allowed.
+
+        m is drawn from Philox 4x64-10 exactly as numpy.random.Philox(key=[seed, layer], counter=[0, 0, iteration, 0])
+        yields 64-bit words through random_raw; each word gives four 16-bit values, lowest bits first; value j belongs to the
+        j-th element in memory order (channels last); m = 1 iff value >= round(ratio * 65536).
+        """
+        ...
+
+    def dropout_backward(self, dy: Array, mask: Array, dx: Array, *, ratio: float) -> None:
+        """dx = dy m / (1-ratio). In place allowed (dx is dy)."""
+        ...
+
+    # --- batch_norm ------------------------------------------------------------------------------------------------
+
+    def batch_norm_statistics(self, x: Array, mean: Array, variance: Array) -> None:
+        """Per channel (axis 1) over all other axes: mean (C) and biased variance (C)."""
+        ...
+
+    def batch_norm_forward(self, x: Array, mean: Array, variance: Array, y: Array, *, eps: float) -> None:
+        """y = (x - mean_c) / sqrt(variance_c + eps). In place allowed."""
+        ...
+
+    def batch_norm_backward(self, y: Array, variance: Array, dy: Array, dx: Array, *, eps: float) -> None:
+        """dx = (dy - mean(dy) - y mean(dy y)) / sqrt(variance_c + eps), means per channel; y is the normalised output.
+        In place allowed (dx is dy)."""
+        ...
+
+    def batch_norm_backward_global(self, variance: Array, dy: Array, dx: Array, *, eps: float) -> None:
+        """dx = dy / sqrt(variance_c + eps). In place allowed (dx is dy)."""
+        ...
+
+    # --- scale and bias --------------------------------------------------------------------------------------------
+
+    def scale_forward(self, x: Array, s: Array, b: Array | None, y: Array) -> None:
+        """y = x s (+ b). s and b have x's number of axes, each axis x's size or 1, and broadcast. In place allowed."""
+        ...
+
+    def scale_backward_data(self, dy: Array, s: Array, dx: Array) -> None:
+        """dx = dy s. In place allowed (dx is dy)."""
+        ...
+
+    def scale_backward_factor(self, x: Array, dy: Array, ds: Array, *, accumulate: bool) -> None:
+        """ds (+)= dy x summed over the axes where ds has size 1 and x has not."""
+        ...
+
+    def bias_forward(self, x: Array, b: Array, y: Array) -> None:
+        """y = x + b, b broadcast as in scale_forward. In place allowed."""
+        ...
+
+    def bias_backward(self, dy: Array, db: Array, *, accumulate: bool) -> None:
+        """db (+)= dy summed over the axes where db has size 1 and dy has not."""
+        ...
+
+    # --- eltwise (also Split's sum) -----------------------------------------------------------------------------------
+
+    def eltwise_sum(self, xs: Sequence[Array], y: Array, coeffs: Sequence[float]) -> None:
+        """y = sum_i coeffs[i] xs[i], added in order. y may be xs[0]."""
+        ...
+
+    def eltwise_product_forward(self, xs: Sequence[Array], y: Array) -> None:
+        """y = product of xs."""
+        ...
+
+    def eltwise_product_backward(self, xs: Sequence[Array], y: Array, dy: Array, dx: Array, *, index: int, stable: bool) -> None:
+        """dx of xs[index]: the product of the others times dy (stable), or y/xs[index]*dy."""
+        ...
+
+    def eltwise_max_forward(self, xs: Sequence[Array], y: Array, winner: Array) -> None:
+        """y = max of xs; winner (uint8, y's shape): 0 only if xs[0] > xs[1], else 1; each later i only if strictly greater."""
+        ...
+
+    def eltwise_max_backward(self, winner: Array, dy: Array, dx: Array, *, index: int) -> None:
+        """dx = dy where winner == index, else 0."""
+        ...
+
+    # --- softmax, losses, accuracy ---------------------------------------------------------------------------------
+
+    def softmax_forward(self, x: Array, y: Array, *, axis: int) -> None:
+        """y = exp(x - max) / sum along axis. In place allowed."""
+        ...
+
+    def softmax_backward(self, y: Array, dy: Array, dx: Array, *, axis: int) -> None:
+        """dx = y (dy - sum along axis of dy y). In place allowed (dx is dy)."""
+        ...
+
+    def softmax_loss_forward(
+        self, x: Array, label: Array, prob: Array, loss: Array, normalizer: Array, *, axis: int, ignore_label: int | None, normalization: str
+    ) -> None:
+        """prob = softmax(x) along axis (float32, x's shape); loss (no axes) = -sum ln(max(prob[label], FLT_MIN)) / Z.
+
+        label: float32 class numbers (truncated to int), count = x.count / x.shape[axis], in the order of x's other axes.
+        normalizer (no axes) = Z = max(1, count by normalization): FULL outer*inner, VALID positions not ignored, BATCH_SIZE outer,
+        NONE 1; outer and inner are the counts before and after axis. DataError for a label outside 0..classes-1 that is
+        not ignored. spec: layers 9.0, 9.1."""
+        ...
+
+    def softmax_loss_backward(
+        self, prob: Array, label: Array, dloss: Array, normalizer: Array, dx: Array, *, axis: int, ignore_label: int | None
+    ) -> None:
+        """dx = (prob - onehot(label)) dloss / normalizer, all 0 at ignored positions. dloss has no axes."""
+        ...
+
+    def euclidean_loss_forward(self, a: Array, b: Array, loss: Array) -> None:
+        """loss = sum (a-b)^2 / (2 N), N = a.shape[0]."""
+        ...
+
+    def euclidean_loss_backward(self, a: Array, b: Array, dloss: Array, dx: Array, *, sign: int) -> None:
+        """dx = sign * dloss (a-b) / N; sign +1 for a, -1 for b."""
+        ...
+
+    def accuracy(
+        self, x: Array, label: Array, accuracy: Array, per_class: Array | None, *, top_k: int, axis: int, ignore_label: int | None
+    ) -> None:
+        """accuracy (no axes) = correct / positions not ignored (0 if none). Correct: fewer than top_k other classes score >= the
+        true one (ties count against it; a NaN true score is correct). per_class (classes): correct/total, 0 for absent classes.
+        DataError for a label out of range. spec: layers 9.8."""
+        ...
+
+    # --- reductions and updates over the parameter arena ----------------------------------------------------------------
+
+    def sum_squares(self, x: Array) -> float:
+        """Sum of squares, accumulated in float64."""
+        ...
+
+    def sum_absolute(self, x: Array) -> float:
+        """Sum of absolute values, accumulated in float64."""
+        ...
+
+    def all_finite(self, x: Array) -> bool:
+        """No NaN and no infinity in x."""
+        ...
+
+    def scale_in_place(self, x: Array, factor: float) -> None:
+        """x *= factor."""
+        ...
+
+    # Every update works on flat float32 arrays of one length: w values, g gradients, h (and v) states. For each segment:
+    # g' = g*grad_scale + decay*w (l1: decay*sign(w)); the step D below; w -= D. write_step: g <- D, else g is left undefined.
+    # D is evaluated in float32 in the order of spec: net-and-solver 10.
+
+    def sgd_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, momentum: float, l1: bool, grad_scale: float, write_step: bool) -> None:
+        """h <- momentum h + rate g'; D = h."""
+        ...
+
+    def nesterov_update(
+        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, momentum: float, l1: bool, grad_scale: float, write_step: bool
+    ) -> None:
+        """h' = momentum h + rate g'; D = (1+momentum) h' - momentum h; h <- h'."""
+        ...
+
+    def adagrad_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, delta: float, l1: bool, grad_scale: float, write_step: bool) -> None:
+        """h <- h + g'^2; D = rate g' / (sqrt(h) + delta)."""
+        ...
+
+    def rmsprop_update(
+        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, rms_decay: float, delta: float, l1: bool, grad_scale: float, write_step: bool
+    ) -> None:
+        """h <- rms_decay h + (1-rms_decay) g'^2; D = rate g' / (sqrt(h) + delta)."""
+        ...
+
+    def adadelta_update(
+        self, w: Array, g: Array, h: Array, v: Array, segments: Sequence[Segment], *, momentum: float, delta: float, l1: bool, grad_scale: float, write_step: bool
+    ) -> None:
+        """h <- m h + (1-m) g'^2; d = g' sqrt((v+delta)/(h+delta)); v <- m v + (1-m) d^2; D = rate d."""
+        ...
+
+    def adam_update(
+        self,
+        w: Array,
+        g: Array,
+        h: Array,
+        v: Array,
+        segments: Sequence[Segment],
+        *,
+        momentum: float,
+        momentum2: float,
+        delta: float,
+        step: int,
+        l1: bool,
+        grad_scale: float,
+        write_step: bool,
+    ) -> None:
+        """h <- b1 h + (1-b1) g'; v <- b2 v + (1-b2) g'^2; D = rate sqrt(1-b2^step)/(1-b1^step) h / (sqrt(v) + delta)."""
+        ...

@@ -1,0 +1,68 @@
+"""Every error a user can cause, with its place: file, layer and blob; what was expected, what was found, what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Where:
+    """A place in a file; line and column count from 1 and are None when only the file is known."""
+
+    file: str
+    line: int | None = None
+    column: int | None = None
+
+    def __str__(self) -> str:
+        return ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
+
+
+class CaffeliteError(Exception):
+    """Base of all errors that are shown to a user without a traceback.
+
+    `message` says what was expected and what was found; `hint` says what to do. The text reads
+    "FILE:LINE:COLUMN: layer 'NAME': blob 'NAME': MESSAGE" with the hint on a line of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: Where | None = None,
+        layer: str | None = None,
+        blob: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.message, self.where, self.layer, self.blob, self.hint = message, where, layer, blob, hint
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        parts = [str(self.where)] if self.where else []
+        parts += [f"layer '{self.layer}'"] if self.layer else []
+        parts += [f"blob '{self.blob}'"] if self.blob else []
+        text = ": ".join([*parts, self.message])
+        return f"{text}\n  {self.hint}" if self.hint else text
+
+
+class SpecError(CaffeliteError):
+    """A prototxt or a command line asks for something that does not exist or cannot work (exit 2)."""
+
+    exit_code = 2
+
+
+class DataError(CaffeliteError):
+    """A database, an image or a record is missing, damaged or does not fit the net."""
+
+
+class SnapshotError(CaffeliteError):
+    """A .caffemodel, .solverstate or .binaryproto is missing, damaged, does not fit, or cannot be written."""
+
+
+class BackendError(CaffeliteError):
+    """A machine, library or precision that was asked for is not available, or failed."""
+
+
+class TrainingError(CaffeliteError):
+    """Training cannot go on: the loss is not finite, for example."""

@@ -60,6 +60,7 @@ class Layer:
     is_loss: ClassVar[bool] = False  # first top has loss weight 1 unless given; a missing top is made up
     is_source: ClassVar[bool] = False  # has no bottoms and starts a net (data layers)
     in_place: ClassVar[bool] = False  # may write its top over its bottom
+    in_place_forward: ClassVar[bool] = False  # may do so only where no backward runs through it
     keeps_sign: ClassVar[bool] = False  # in place, keeps the sign wherever its gradient is not zero
     shares_data: ClassVar[bool] = False  # every top is the bottom's own memory (Split)
     no_force: ClassVar[tuple[int, ...]] = ()  # bottoms that force_backward does not reach
@@ -88,7 +89,9 @@ class Layer:
         raise NotImplementedError(self.type)
 
     def top_dtypes(self, bottoms: Sequence[str], compute: str) -> list[str]:
-        """dtypes of the tops, "float32" or "bfloat16"; `compute` is the net's activation type."""
+        """dtypes of the tops, "float32" or "bfloat16"; `compute` is the net's activation type.
+
+        Layers that only move values (Split, Concat, Slice, Flatten, Reshape) keep the bottom's dtype: labels stay float32."""
         return [compute] * max(len(self.param.top), 1)
 
     def param_specs(self, bottoms: Sequence[Shape]) -> list[ParamSpec]:
@@ -182,4 +185,6 @@ def _check_param_fields(cls: type[Layer], param: pb.LayerParameter, where: Sourc
         if name.endswith("_param") and name not in cls.param_fields:
             allowed = ", ".join(cls.param_fields)
             takes = f"{cls.type} reads {allowed}" if allowed else f"{cls.type} has no parameters of its own"
-            raise SpecError(f"{name} does not belong to a {cls.type} layer", where=where.at(name), layer=param.name, hint=f"{takes}; remove it or change the type")
+            raise SpecError(
+                f"{name} does not belong to a {cls.type} layer", where=where.at(name), layer=param.name, hint=f"{takes}; remove it or change the type"
+            )

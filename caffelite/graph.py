@@ -1,0 +1,448 @@
+"""NetParameter x NetState -> Graph: which layers run, how blobs connect them, who needs backward, who shares parameters.
+
+Everything here works on names and shapes; no array is made. Rules: spec net-and-solver 2; memory.py places the arrays.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from caffelite.blob import Shape
+from caffelite.errors import SpecError
+from caffelite.layer import BOTTOM, SIGN, TOP, Layer, ParamSpec, create_layer, layer_class
+from caffelite.schema import NetSpec, SourceMap, pb
+
+
+@dataclass(eq=False)
+class BlobInfo:
+    """A blob of the graph. An in-place layer's top is the same BlobInfo as its bottom, and joins `writers`."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    writers: list[Node] = field(default_factory=list)
+    readers: list[Node] = field(default_factory=list)
+    data_of: BlobInfo | None = None  # lies in another blob's memory (a Split's tops)
+    persistent: bool = False  # keeps its contents between iterations
+
+    @property
+    def data_root(self) -> BlobInfo:
+        """The blob whose memory holds this blob's data."""
+        return self.data_of.data_root if self.data_of else self
+
+
+@dataclass(eq=False)
+class ParamInfo:
+    """A parameter blob of one node; `owner` is itself, or the first user of the same share name."""
+
+    node: Node
+    index: int
+    spec: ParamSpec
+    share_name: str
+    lr_mult: float
+    decay_mult: float
+    explicit_lr: bool
+    explicit_decay: bool
+    owner: ParamInfo = None  # type: ignore[assignment]  # set right after construction
+
+    @property
+    def label(self) -> str:
+        return f"{self.node.name}/{self.index}"
+
+
+@dataclass(eq=False)
+class Node:
+    """One layer in its place."""
+
+    layer: Layer
+    where: SourceMap
+    bottoms: list[BlobInfo] = field(default_factory=list)
+    tops: list[BlobInfo] = field(default_factory=list)
+    loss_weights: list[float] = field(default_factory=list)  # one per top
+    params: list[ParamInfo] = field(default_factory=list)
+    needs_backward: bool = False
+    propagate_down: list[bool] = field(default_factory=list)
+    learn: list[bool] = field(default_factory=list)  # one per parameter: backward computes its gradient
+    forward_fused: bool = False  # an earlier node's op already does this node's forward
+
+    @property
+    def name(self) -> str:
+        return self.layer.name
+
+    def in_place(self, index: int = 0) -> bool:
+        """Whether top `index` is bottom `index`."""
+        return index < len(self.bottoms) and index < len(self.tops) and self.bottoms[index] is self.tops[index]
+
+
+@dataclass
+class Graph:
+    """The layers in order of execution and everything known before allocation."""
+
+    name: str
+    phase: int
+    nodes: list[Node]
+    blobs: dict[str, BlobInfo]
+    inputs: list[str]
+    outputs: list[str]  # blobs nobody consumes, in byte order of their names, as Caffe numbers them
+    file: str
+
+    @property
+    def owners(self) -> list[ParamInfo]:
+        """Parameters that own their memory, in order of appearance: Caffe's learnable parameters."""
+        return [p for node in self.nodes for p in node.params if p.owner is p]
+
+    @property
+    def has_backward(self) -> bool:
+        return any(node.needs_backward for node in self.nodes)
+
+
+LayerEntry = tuple[pb.LayerParameter, SourceMap]
+
+
+def build_graph(spec: NetSpec, *, phase: int, level: int = 0, stages: Sequence[str] = (), compute: str = "float32") -> Graph:
+    """The graph of `spec` in the state {phase, level, stages}; `compute` is the activation dtype. Raises SpecError."""
+    state = pb.NetState(phase=phase, level=level, stage=[*spec.param.state.stage, *stages])  # type: ignore[arg-type]
+    entries = insert_splits(select_layers(spec, state))
+    if not entries:
+        raise SpecError(f"no layer is left in phase {pb.Phase.Name(state.phase)}", where=spec.where.at(), hint="check the layers' include and exclude rules")
+    _check_names(entries)
+    graph = Graph(spec.param.name, phase, [], {}, [], [], spec.file)
+    for param, where in entries:
+        _append_node(graph, param, where, compute)
+    _link_parameters(graph)
+    consumed = {id(b) for node in graph.nodes for i, b in enumerate(node.bottoms) if not node.in_place(i)}
+    graph.outputs = sorted((n for n, b in graph.blobs.items() if id(b) not in consumed and n != AUTOMATIC), key=lambda n: n.encode())
+    graph.inputs = [t.name for node in graph.nodes if node.layer.type == "Input" for t in node.tops]
+    _mark_backward(graph, force=spec.param.force_backward)
+    _check_in_place(graph)
+    for name in [*graph.outputs, AUTOMATIC]:
+        if name in graph.blobs:
+            graph.blobs[name].data_root.persistent = True
+    return graph
+
+
+# --- selection -----------------------------------------------------------------------------------------------------
+
+
+def select_layers(spec: NetSpec, state: pb.NetState) -> list[LayerEntry]:
+    """The layers whose include/exclude rules the state meets (2.1), each with its own phase filled in."""
+    chosen = []
+    for index, original in enumerate(spec.param.layer):
+        where = spec.where.child("layer", index)
+        if original.include and original.exclude:
+            raise SpecError("a layer has both include and exclude rules", where=where.at("exclude"), layer=original.name, hint="keep one of the two")
+        kept = any(_met(rule, state) for rule in original.include) if original.include else not any(_met(rule, state) for rule in original.exclude)
+        if kept:
+            param = pb.LayerParameter()
+            param.CopyFrom(original)
+            if not param.HasField("phase"):
+                param.phase = state.phase
+            chosen.append((param, where))
+    return chosen
+
+
+def _met(rule: pb.NetStateRule, state: pb.NetState) -> bool:
+    return (
+        (not rule.HasField("phase") or rule.phase == state.phase)
+        and (not rule.HasField("min_level") or state.level >= rule.min_level)
+        and (not rule.HasField("max_level") or state.level <= rule.max_level)
+        and all(stage in state.stage for stage in rule.stage)
+        and not any(stage in state.stage for stage in rule.not_stage)
+    )
+
+
+def _check_names(entries: Sequence[LayerEntry]) -> None:
+    seen: dict[str, SourceMap] = {}
+    for param, where in entries:
+        if param.name and param.name in seen:
+            first = seen[param.name].at("name")
+            raise SpecError(
+                f"a second layer named '{param.name}' in the same phase{f'; the first is at {first}' if first else ''}",
+                where=where.at("name"),
+                hint="weights are found by layer name: give each layer its own",
+            )
+        seen[param.name] = where
+
+
+# --- splits --------------------------------------------------------------------------------------------------------
+
+
+def insert_splits(entries: Sequence[LayerEntry]) -> list[LayerEntry]:
+    """Gives every blob that is used more than once a Split right after its producer (2.2). Bottoms are rewired in order."""
+    uses: Counter[tuple[int, int]] = Counter()
+    reads: dict[tuple[int, int], tuple[int, int]] = {}  # (layer, bottom index) -> (producer, top index)
+    last: dict[str, tuple[int, int]] = {}
+    for i, (param, where) in enumerate(entries):
+        for j, bottom in enumerate(param.bottom):
+            if bottom not in last:
+                raise _undefined_bottom(bottom, j, param, where, last)
+            reads[i, j] = last[bottom]
+            uses[last[bottom]] += 1
+        for j, top in enumerate(param.top):
+            last[top] = (i, j)
+            if j < len(param.loss_weight) and param.loss_weight[j]:
+                uses[i, j] += 1
+    _refuse_shared_in_place(entries, reads, uses)
+    return _rewire(entries, reads, uses)
+
+
+def _undefined_bottom(bottom: str, j: int, param: pb.LayerParameter, where: SourceMap, known: dict[str, tuple[int, int]]) -> SpecError:
+    near = difflib.get_close_matches(bottom, list(known), n=1)
+    hint = f"did you mean '{near[0]}'?" if near else "a bottom has to be the top of an earlier layer of the same phase"
+    return SpecError(f"bottom '{bottom}' is not produced by any layer before this one", where=where.at("bottom", j), layer=param.name, hint=hint)
+
+
+def _refuse_shared_in_place(entries: Sequence[LayerEntry], reads: dict[tuple[int, int], tuple[int, int]], uses: Counter[tuple[int, int]]) -> None:
+    for (i, j), source in reads.items():
+        param, where = entries[i]
+        if uses[source] > 1 and j < len(param.top) and param.top[j] == param.bottom[j]:
+            others = [entries[k][0].name for (k, _), s in reads.items() if s == source and k != i]
+            raise SpecError(
+                f"writes '{param.top[j]}' in place, but " + (f"layer '{others[0]}' reads the same blob" if others else "the blob has a loss weight"),
+                where=where.at("top", j),
+                layer=param.name,
+                hint="give this layer's top a name of its own",
+            )
+
+
+def _rewire(entries: Sequence[LayerEntry], reads: dict[tuple[int, int], tuple[int, int]], uses: Counter[tuple[int, int]]) -> list[LayerEntry]:
+    taken: Counter[tuple[int, int]] = Counter()
+    result: list[LayerEntry] = []
+    for i, (param, where) in enumerate(entries):
+        for j in range(len(param.bottom)):
+            source = reads[i, j]
+            if uses[source] > 1:
+                producer = entries[source[0]][0]
+                param.bottom[j] = f"{_split_name(param.bottom[j], producer.name, source[1])}_{taken[source]}"
+                taken[source] += 1
+        result.append((param, where))
+        for j, top in enumerate(param.top):
+            if uses[i, j] > 1:
+                weight = param.loss_weight[j] if j < len(param.loss_weight) else 0.0
+                result.append((_split_layer(top, param, j, uses[i, j], weight), where))
+                if weight:
+                    del param.loss_weight[:]
+                    taken[i, j] = 1  # the weight sits on the Split's first top
+    return result
+
+
+def _split_name(blob: str, layer: str, index: int) -> str:
+    return f"{blob}_{layer}_{index}_split"
+
+
+def _split_layer(blob: str, producer: pb.LayerParameter, index: int, count: int, weight: float) -> pb.LayerParameter:
+    name = _split_name(blob, producer.name, index)
+    split = pb.LayerParameter(name=name, type="Split", bottom=[blob], top=[f"{name}_{k}" for k in range(count)], phase=producer.phase)
+    if weight:
+        split.loss_weight.extend([weight] + [0.0] * (count - 1))
+    return split
+
+
+# --- wiring --------------------------------------------------------------------------------------------------------
+
+AUTOMATIC = "(automatic)"  # Caffe's name for the top of a loss layer that names none
+
+
+def _append_node(graph: Graph, param: pb.LayerParameter, where: SourceMap, compute: str) -> None:
+    if layer_class(param, where).is_loss and not param.top:
+        param.top.append(AUTOMATIC)
+    layer = create_layer(param, param.phase, where)
+    node = Node(layer, where, [graph.blobs[name] for name in param.bottom])
+    if len(param.propagate_down) not in (0, len(param.bottom)):
+        raise layer.fail(
+            f"propagate_down has {len(param.propagate_down)} entries for {len(param.bottom)} bottom(s)", "propagate_down", hint="give one per bottom, or none"
+        )
+    shapes = layer.infer_shapes([b.shape for b in node.bottoms])
+    dtypes = layer.top_dtypes([b.dtype for b in node.bottoms], compute)
+    for j, name in enumerate(param.top):
+        node.tops.append(_top_blob(graph, node, j, name, shapes[j], dtypes[j]))
+    for i, bottom in enumerate(node.bottoms):
+        if not node.in_place(i):
+            bottom.readers.append(node)
+    for top in node.tops:
+        top.writers.append(node)
+    node.loss_weights = _loss_weights(layer)
+    node.params = _node_params(node)
+    graph.nodes.append(node)
+
+
+def _top_blob(graph: Graph, node: Node, j: int, name: str, shape: Shape, dtype: str) -> BlobInfo:
+    layer = node.layer
+    if name in graph.blobs and name != AUTOMATIC:
+        blob = graph.blobs[name]
+        if j >= len(node.bottoms) or node.bottoms[j] is not blob:
+            raise layer.fail(
+                f"top '{name}' is already produced by layer '{blob.writers[0].name}'",
+                "top",
+                j,
+                hint="rename it; only bottom and top of the same index may share a name (in place)",
+            )
+        if shape != blob.shape or dtype != blob.dtype:
+            raise layer.fail(f"cannot work in place: it turns shape {blob.shape} into {shape}", "top", j, hint="give the top a name of its own")
+        return blob
+    blob = BlobInfo(name, shape, dtype, persistent=layer.persistent_tops)
+    if layer.shares_data:
+        blob.data_of = node.bottoms[0]
+    graph.blobs[name] = blob
+    return blob
+
+
+def _loss_weights(layer: Layer) -> list[float]:
+    given, tops = list(layer.param.loss_weight), len(layer.param.top)
+    if given and len(given) != tops:
+        raise layer.fail(f"{len(given)} loss_weight value(s) for {tops} top(s)", "loss_weight", hint="give one per top, or none")
+    return given or [1.0 if layer.is_loss and j == 0 else 0.0 for j in range(tops)]
+
+
+def _node_params(node: Node) -> list[ParamInfo]:
+    layer, specs = node.layer, node.layer.param_specs([b.shape for b in node.bottoms])
+    given = layer.param.param
+    if len(given) > len(specs):
+        raise layer.fail(
+            f"{len(given)} param entries, but {layer.type} has {len(specs)} parameter blob(s) here", "param", len(specs), hint="remove the extra ones"
+        )
+    infos = []
+    for i, spec in enumerate(specs):
+        entry = given[i] if i < len(given) else pb.ParamSpec()
+        lr = entry.lr_mult if spec.learned else 0.0
+        info = ParamInfo(node, i, spec, entry.name, lr, entry.decay_mult, entry.HasField("lr_mult"), entry.HasField("decay_mult"))
+        info.owner = info
+        infos.append(info)
+    return infos
+
+
+def _link_parameters(graph: Graph) -> None:
+    """Parameters of one share name have one owner, whose explicit multipliers rule (2.5)."""
+    named: dict[str, ParamInfo] = {}
+    for info in [p for node in graph.nodes for p in node.params if p.share_name]:
+        owner = named.setdefault(info.share_name, info)
+        if owner is info:
+            continue
+        info.owner = owner
+        _check_shared_shape(info, owner)
+        for what in ("lr", "decay"):
+            mine, theirs = getattr(info, f"{what}_mult"), getattr(owner, f"{what}_mult")
+            if getattr(info, f"explicit_{what}"):
+                if not getattr(owner, f"explicit_{what}"):
+                    setattr(owner, f"{what}_mult", mine)
+                    setattr(owner, f"explicit_{what}", True)
+                elif mine != theirs:
+                    raise info.node.layer.fail(
+                        f"parameter '{info.share_name}' has {what}_mult {mine:g} here and {theirs:g} in layer '{owner.node.name}'",
+                        "param",
+                        info.index,
+                        f"{what}_mult",
+                        hint="write it once",
+                    )
+
+
+def _check_shared_shape(info: ParamInfo, owner: ParamInfo) -> None:
+    permissive = info.node.layer.param.param[info.index].share_mode == pb.ParamSpec.PERMISSIVE
+    mine, theirs = info.spec.shape, owner.spec.shape
+    if mine == theirs:
+        return
+    if not permissive or _count(mine) != _count(theirs):
+        raise info.node.layer.fail(
+            f"shares parameter '{info.share_name}' with layer '{owner.node.name}', but the shapes are {mine} and {theirs}",
+            "param",
+            info.index,
+            hint="equal shapes are needed" + ("" if permissive else "; share_mode: PERMISSIVE asks for equal counts only"),
+        )
+
+
+def _count(shape: Shape) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+# --- backward ------------------------------------------------------------------------------------------------------
+
+
+def _mark_backward(graph: Graph, *, force: bool) -> None:
+    """Which layers and which bottoms take part in backward (2.4)."""
+    blob_needs: dict[int, bool] = {}
+    for node in graph.nodes:
+        node.learn = [p.spec.learned and p.owner.lr_mult != 0 for p in node.params]
+        needs = [blob_needs.get(id(b), False) for b in node.bottoms]
+        given = list(node.layer.param.propagate_down)
+        node.propagate_down = given or needs
+        node.needs_backward = any(needs) or any(node.learn)
+        blob_needs.update({id(top): node.needs_backward for top in node.tops})
+    _prune(graph)
+    if force:
+        for node in graph.nodes:
+            cls = type(node.layer)
+            reachable = [cls.differentiable is None or i in cls.differentiable for i in range(len(node.bottoms))]
+            node.needs_backward = not cls.is_source and (any(reachable) or bool(node.params)) and cls.differentiable != ()
+            node.propagate_down = [r and (flag or i not in cls.no_force) for i, (flag, r) in enumerate(zip(node.propagate_down, reachable))]
+            node.learn = [p.spec.learned for p in node.params]
+    for node in graph.nodes:
+        _check_differentiable(node)
+
+
+def _prune(graph: Graph) -> None:
+    under_loss: set[str] = set()
+    skip: set[str] = set()
+    for node in reversed(graph.nodes):
+        contributes = any(w or top.name in under_loss for top, w in zip(node.tops, node.loss_weights))
+        if node.needs_backward and all(top.name in skip for top in node.tops):
+            node.needs_backward, node.propagate_down = False, [False] * len(node.bottoms)
+        node.needs_backward &= contributes
+        for i, bottom in enumerate(node.bottoms):
+            if contributes:
+                under_loss.add(bottom.name)
+            else:
+                node.propagate_down[i] = False
+            if not node.propagate_down[i]:
+                skip.add(bottom.name)
+
+
+def _check_differentiable(node: Node) -> None:
+    allowed = type(node.layer).differentiable
+    if not node.needs_backward or allowed is None:
+        return
+    for i, flag in enumerate(node.propagate_down):
+        if flag and i not in allowed:
+            raise node.layer.fail(
+                f"{node.layer.type} has no gradient for its bottom '{node.bottoms[i].name}'",
+                "bottom",
+                i,
+                hint=f"add propagate_down: false for bottom {i}, or feed it from a layer without parameters",
+            )
+
+
+def _check_in_place(graph: Graph) -> None:
+    """Refuses what Caffe accepts silently and computes wrong: see design.md, layer contracts."""
+    for node in graph.nodes:
+        for i, blob in enumerate(node.tops):
+            if not node.in_place(i):
+                continue
+            layer = node.layer
+            if not layer.in_place and (node.needs_backward or not layer.in_place_forward):
+                raise layer.fail(f"{layer.type} cannot work in place: it would compute wrong results", "top", i, hint="give the top a name of its own")
+            for earlier in blob.writers[: blob.writers.index(node)]:
+                reads = earlier.layer.backward_reads() if earlier.needs_backward else frozenset()
+                if TOP in reads or (SIGN in reads and not layer.keeps_sign):
+                    raise layer.fail(
+                        f"overwrites '{blob.name}', which layer '{earlier.name}' ({earlier.layer.type}) needs for its gradient",
+                        "top",
+                        i,
+                        hint="give this layer's top a name of its own",
+                    )
+            assert not (node.needs_backward and BOTTOM in layer.backward_reads()), f"{layer.type} in place must keep what its backward reads"
+
+
+def fuse(graph: Graph) -> None:
+    """Lets a Convolution or InnerProduct do the forward of a ReLU that follows in place; its backward stays a step of its own."""
+    for node in graph.nodes:
+        if hasattr(node.layer, "relu") and len(node.tops) == 1:
+            writers = node.tops[0].writers
+            after = writers[writers.index(node) + 1 :][:1]
+            if after and after[0].layer.type == "ReLU" and after[0].layer.param.relu_param.negative_slope == 0:
+                node.layer.relu = True
+                after[0].forward_fused = True

@@ -1,0 +1,1 @@
+"""The solver: learning-rate policies, update rules, the training loop, snapshots, signals."""

@@ -1,10 +1,9 @@
-"""The only reader and writer of protobuf: text and binary files, with a place for every error, and Caffe's legacy upgrades."""
+"""Where the fields of a message stand in the file that it was read from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from caffelite import caffelite_pb2 as pb
 from caffelite.errors import Where
 
 
@@ -35,24 +34,3 @@ class SourceMap:
             index = int(parts.pop(0)) if parts and isinstance(parts[0], int) else 0
             node = node.child(name, index)
         return node.where
-
-
-@dataclass
-class NetSpec:
-    """A net as read: current-format NetParameter (legacy upgraded), where its fields stand, and the file's name."""
-
-    param: pb.NetParameter
-    where: SourceMap
-    file: str
-
-
-@dataclass
-class SolverSpec:
-    """A solver as read (legacy upgraded)."""
-
-    param: pb.SolverParameter
-    where: SourceMap
-    file: str
-
-
-__all__ = ["NetSpec", "SolverSpec", "SourceMap", "pb"]

@@ -1,0 +1,116 @@
+"""Cuts protobuf text format into tokens, each with its place."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from caffelite.errors import SpecError, Where
+
+NAME, NUMBER, STRING, SYMBOL, END = "name", "number", "string", "symbol", "end"
+
+_BLANK = re.compile(r"[ \n\t\r\v\f]*")
+_COMMENT = re.compile(r"#[^\n]*")
+# The string patterns are unrolled loops: one pass and no backtracking, whatever the input.
+_TOKEN = re.compile(
+    r"""(?P<name>[A-Za-z_][A-Za-z0-9_]*)
+      | (?P<number>0[xX][0-9a-fA-F]+ | (?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[fF]?)
+      | (?P<string>"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*" | '[^'\\\n]*(?:\\[^\n][^'\\\n]*)*')
+      | (?P<symbol>[{}<>\[\]:;,\-])""",
+    re.VERBOSE,
+)
+_WORD = re.compile(r"[A-Za-z0-9_.+]")
+_SHOWN = 40  # longest excerpt of the file that a message repeats
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token: its kind, its text as written, and its offset in the file's text."""
+
+    kind: str
+    text: str
+    offset: int
+
+    def __str__(self) -> str:
+        if self.kind == END:
+            return "the end of the file"
+        text = self.text if len(self.text) <= _SHOWN else self.text[: _SHOWN - 3] + "..."
+        return text if self.kind == STRING else f"'{text}'"
+
+
+class Tokens:
+    """The tokens of a text, one ahead at a time. `now` is the token not yet taken."""
+
+    def __init__(self, text: str, file: str) -> None:
+        self.text, self.file = text, file
+        self._lines: list[int] | None = None
+        self._end = 0
+        self.now = self._next()
+
+    def take(self) -> Token:
+        """Returns the current token and moves on."""
+        token = self.now
+        self.now = self._next()
+        return token
+
+    def is_symbol(self, symbols: str) -> bool:
+        """True when the current token is one of these one-character symbols."""
+        return self.now.kind == SYMBOL and self.now.text in symbols
+
+    def accept(self, symbols: str) -> bool:
+        """Takes the current token if it is one of these symbols."""
+        found = self.is_symbol(symbols)
+        if found:
+            self.take()
+        return found
+
+    def where(self, offset: int) -> Where:
+        """Line and column of an offset, both counted from 1."""
+        if self._lines is None:
+            self._lines = [0, *(match.end() for match in re.finditer("\n", self.text))]
+        line = bisect_right(self._lines, offset)
+        return Where(self.file, line, offset - self._lines[line - 1] + 1)
+
+    def fail(self, message: str, token: Token | None = None, hint: str | None = None) -> SpecError:
+        """A SpecError placed at a token (the current one unless given)."""
+        return SpecError(message, where=self.where((token or self.now).offset), hint=hint)
+
+    def _next(self) -> Token:
+        start = self._skip(self._end)
+        if start >= len(self.text):
+            self._end = start
+            return Token(END, "", start)
+        match = _TOKEN.match(self.text, start)
+        if match is None:
+            raise self._unreadable(start)
+        self._end = match.end()
+        token = Token(str(match.lastgroup), match.group(), start)
+        if token.kind == NUMBER and _WORD.match(self.text, self._end):
+            raise self.fail(f"'{self._word(start)}' is not a number", token, "leave a space between a number and a name")
+        return token
+
+    def _skip(self, position: int) -> int:
+        while True:
+            blank = _BLANK.match(self.text, position)
+            position = blank.end() if blank else position
+            comment = _COMMENT.match(self.text, position)
+            if comment is None:
+                return position
+            position = comment.end()
+
+    def _word(self, start: int) -> str:
+        end = start
+        while end < len(self.text) and end - start < _SHOWN and _WORD.match(self.text, end):
+            end += 1
+        return self.text[start:end]
+
+    def _unreadable(self, start: int) -> SpecError:
+        found = self.text[start]
+        token = Token(SYMBOL, found, start)
+        if found in "\"'":
+            return self.fail(f"the string that starts here has no closing {found} on its line", token, "close the quote; strings cannot span lines")
+        shown = f"'{found}'" if found.isprintable() else f"U+{ord(found):04X} ({unicodedata.name(found, 'a control character').lower()})"
+        what = "is this a binary file?" if ord(found) < 32 else "expected a field name, a value or one of { } < > [ ] : ; ,"
+        return self.fail(f"unexpected character {shown}", token, what)

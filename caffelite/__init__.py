@@ -1,3 +1,30 @@
-"""caffelite: a Caffe-style engine in Python."""
+"""caffelite: a Caffe-style engine in Python.
+
+`import caffelite as caffe` offers pycaffe's core: Net, get_solver, SGDSolver and its siblings, TRAIN, TEST, set_mode_cpu,
+set_mode_gpu, set_device, set_random_seed, layer_type_list. They are imported on first use, so that `import caffelite` is quick.
+"""
+
+from typing import Any
 
 __version__ = "0.1.0"
+
+TRAIN, TEST = 0, 1
+
+_PYCAFFE = frozenset(
+    "Net Blob Layer set_mode_cpu set_mode_gpu set_device set_random_seed layer_type_list get_solver "
+    "SGDSolver NesterovSolver AdaGradSolver RMSPropSolver AdaDeltaSolver AdamSolver".split()
+)
+
+__all__ = ["TEST", "TRAIN", *sorted(_PYCAFFE)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PYCAFFE:
+        raise AttributeError(f"module 'caffelite' has no attribute '{name}'")
+    from caffelite import pycaffe
+
+    return getattr(pycaffe, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PYCAFFE})

@@ -21,7 +21,9 @@ def h5py_module() -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise SnapshotError("HDF5 files need h5py, which is not installed", hint="pip install 'caffelite[hdf5]', or use snapshot_format: BINARYPROTO") from error
+        raise SnapshotError(
+            "HDF5 files need h5py, which is not installed", hint="pip install 'caffelite[hdf5]', or use snapshot_format: BINARYPROTO"
+        ) from error
     return h5py
 
 
@@ -42,9 +44,10 @@ def read_model(path: str | Path) -> pb.NetParameter:
             raise SnapshotError(f"{path} has no group 'data': it is not a Caffe model", hint="a .solverstate.h5 goes to --snapshot, not to --weights")
         for name, group in file["data"].items():
             layer = message.layer.add(name=name)
-            for index in range(len(group)):
+            for index in range(1 + max((int(key) for key in group), default=-1)):
                 if str(index) not in group:
-                    raise SnapshotError(f"{path}: data/{name} lacks dataset '{index}'", hint="the file is damaged")
+                    layer.blobs.add()  # a shared parameter, saved with its owner
+                    continue
                 diffs = file["diff"][name] if "diff" in file and name in file["diff"] else {}
                 diff = np.asarray(diffs[str(index)], np.float32) if str(index) in diffs else None
                 array_to_blob(np.asarray(group[str(index)], np.float32), layer.blobs.add(), diff)

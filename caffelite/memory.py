@@ -105,12 +105,9 @@ def _blob_regions(graph: Graph, backward: bool) -> Iterable[Region]:
 def _data_uses(blob: BlobInfo, steps: dict[int, int], end: int, backward: bool) -> list[int]:
     uses = [steps[id(node)] for node in [*blob.writers, *blob.readers]]
     if backward:
-        for node in blob.writers:
-            if node.needs_backward and node.layer.backward_reads() & {TOP, SIGN}:
-                uses.append(end - 1 - steps[id(node)])
-        for node in blob.readers:
-            if node.needs_backward and BOTTOM in node.layer.backward_reads():
-                uses.append(end - 1 - steps[id(node)])
+        late = [n for n in blob.writers if n.needs_backward and n.layer.backward_reads() & {TOP, SIGN}]
+        late += [n for n in blob.readers if n.needs_backward and BOTTOM in n.layer.backward_reads()]
+        uses += [end - 1 - steps[id(node)] for node in late]
     return uses
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +104,7 @@ class Net:
     def _place(self, workspace: Net | None) -> None:
         self.memory: MemoryPlan = plan_memory(self.graph, self.backend, backward=self.has_backward, reuse=not self.observe)
         lent = workspace.shared_buffer if workspace and workspace.memory.shared_bytes >= self.memory.shared_bytes else None
-        self.shared_buffer = self.backend.allocate(self.memory.shared_bytes) if lent is None else lent
+        self.shared_buffer: Array = self.backend.allocate(self.memory.shared_bytes) if lent is None else lent
         self.persistent_buffer = self.backend.allocate(self.memory.persistent_bytes)
         for name, info in self.graph.blobs.items():
             blob = self.blobs[name]
@@ -131,6 +131,29 @@ class Net:
             elif owner == step.node.name and rest:
                 step.backward_buffers[rest[0]] = self._array(region.key)
 
+    def reshape(self, shapes: dict[str, Shape]) -> None:
+        """Gives net inputs new shapes and everything after them what follows from it; only for observe=True.
+
+        Blobs of unchanged shape keep their contents. SpecError when a parameter would change its shape.
+        """
+        old = {name: (blob.shape, blob.data) for name, blob in self.blobs.items()}
+        for node in self.graph.nodes:
+            if node.layer.is_source:
+                new = [shapes.get(top.name, top.shape) for top in node.tops]
+            else:
+                new = node.layer.infer_shapes([b.shape for b in node.bottoms])
+                specs = [spec.shape for spec in node.layer.param_specs([b.shape for b in node.bottoms])]
+                if specs != [info.spec.shape for info in node.params]:
+                    raise node.layer.fail(f"its parameters would change shape to {specs}", hint="make a new net for these input shapes")
+            for top, shape in zip(node.tops, new):
+                top.shape = self.blobs[top.name].shape = tuple(shape)
+        if all(blob.shape == old[name][0] for name, blob in self.blobs.items()):
+            return
+        self._place(None)
+        for name, blob in self.blobs.items():
+            if blob.shape == old[name][0]:
+                self.backend.copy(old[name][1], blob.data)
+
     # --- running -------------------------------------------------------------------------------------------------------
 
     def forward(self, start: int = 0, end: int | None = None) -> None:
@@ -141,6 +164,16 @@ class Net:
         for step in self.steps[start:end]:
             if not step.node.forward_fused:
                 self.forward_step(step)
+
+    def forward_range(self, first: int, last: int, hook: Callable[[str, bool], None] | None = None) -> None:
+        """Runs layers first..last (both included); hook(layer name, done) is called before and after each."""
+        if hook is None:
+            return self.forward(first, last + 1)
+        self._refresh()
+        for step in self.steps[first : last + 1]:
+            hook(step.layer.name, False)
+            self.forward_step(step)
+            hook(step.layer.name, True)
 
     def forward_step(self, step: Step) -> None:
         """Runs one layer forward; an error gains the layer's name."""
@@ -156,6 +189,16 @@ class Net:
         for step in reversed(self.steps[end : first + 1]):
             if step.node.needs_backward:
                 self.backward_step(step)
+
+    def backward_range(self, first: int, last: int, hook: Callable[[str, bool], None] | None = None) -> None:
+        """Runs backward from layer `first` down to `last` (both included); hook as in forward_range."""
+        if hook is None:
+            return self.backward(first, last)
+        for step in reversed(self.steps[last : first + 1]):
+            if step.node.needs_backward:
+                hook(step.layer.name, False)
+                self.backward_step(step)
+                hook(step.layer.name, True)
 
     def backward_step(self, step: Step) -> None:
         """Runs one layer backward."""

@@ -54,20 +54,25 @@ def copy_weights(source: pb.NetParameter, net: Net, name: str) -> list[str]:
     targets: dict[str, Any] = {}
     for step in net.steps:
         targets.setdefault(step.layer.name, step)
-    ignored = []
+    ignored: list[str] = []
     for layer in source.layer:
-        step = targets.get(layer.name)
-        if step is None:
+        if layer.name not in targets:
             ignored.append(layer.name)
             continue
-        params = step.layer.params
-        if len(layer.blobs) != len(params):
+        step = targets[layer.name]
+        params, blobs = step.layer.params, list(layer.blobs)
+        shared = [info.owner is not info for info in step.node.params]
+        while len(blobs) < len(params) and shared[len(blobs)]:  # HDF5 files leave shared parameters out
+            blobs.append(pb.BlobProto())
+        if len(blobs) != len(params):
             raise SnapshotError(
                 f"{name} has {len(layer.blobs)} parameter blob(s) for this layer, the net has {len(params)}",
                 layer=layer.name,
                 hint="rename the layer to leave it out of the copy",
             )
-        for index, (blob, param) in enumerate(zip(layer.blobs, params)):
+        for index, (blob, param) in enumerate(zip(blobs, params)):
+            if shared[index] and not blob.ByteSize():
+                continue
             net.backend.from_host(_fitted(blob, param.shape, layer.name, index, name), param.master)
             if param.diff is not None and (blob.diff or blob.double_diff):
                 net.backend.from_host(blob_to_array(blob, diff=True).reshape(param.shape), param.diff)
@@ -76,10 +81,8 @@ def copy_weights(source: pb.NetParameter, net: Net, name: str) -> list[str]:
 
 def _fitted(blob: pb.BlobProto, shape: Shape, layer: str, index: int, name: str) -> np.ndarray:
     values = blob_to_array(blob)
-    if legacy_shape(blob) and len(shape) <= 4:
-        fits = values.shape == (1,) * (4 - len(shape)) + shape
-    else:
-        fits = values.shape == shape
+    legacy = legacy_shape(blob) and len(shape) <= 4
+    fits = values.shape == ((1,) * (4 - len(shape)) + shape if legacy else shape)
     if not fits:
         raise SnapshotError(
             f"{name} has shape {values.shape} for parameter {index}, the net has {shape}",

@@ -1,0 +1,234 @@
+"""The graph: layer selection, splits, wiring, in-place rules, backward pruning, parameter sharing (spec net-and-solver 2)."""
+
+from __future__ import annotations
+
+import pytest
+
+from caffelite.errors import SpecError
+from caffelite.graph import Graph, build_graph, fuse
+from caffelite.schema import net_from_text, pb
+
+INPUT = 'layer { name: "in" type: "Input" top: "x" top: "t" input_param { shape { dim: 2 dim: 3 dim: 4 dim: 4 } shape { dim: 2 } } }\n'
+
+
+def graph(text: str, phase: int = pb.TRAIN, **state) -> Graph:
+    return build_graph(net_from_text(text, "net.prototxt"), phase=phase, **state)
+
+
+def fails(text: str, **state) -> str:
+    with pytest.raises(SpecError) as caught:
+        graph(text, **state)
+    return str(caught.value)
+
+
+def conv(name: str, bottom: str, extra: str = "", outputs: int = 3) -> str:
+    return f'layer {{ name: "{name}" type: "Convolution" bottom: "{bottom}" top: "{name}" {extra} convolution_param {{ num_output: {outputs} kernel_size: 1 }} }}\n'
+
+
+def layer(kind: str, name: str, bottom: str, top: str, extra: str = "") -> str:
+    bottoms = " ".join(f'bottom: "{b}"' for b in bottom.split())
+    tops = " ".join(f'top: "{t}"' for t in top.split())
+    return f'layer {{ name: "{name}" type: "{kind}" {bottoms} {tops} {extra} }}\n'
+
+
+LOSS = layer("InnerProduct", "ip", "conv", "ip", "inner_product_param { num_output: 5 }") + layer("SoftmaxWithLoss", "loss", "ip t", "loss")
+
+
+# --- selection -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "state", "kept"),
+    [
+        ("include { phase: TRAIN }", {}, True),
+        ("include { phase: TEST }", {}, False),
+        ("exclude { phase: TRAIN }", {}, False),
+        ("include { min_level: 2 }", {"level": 1}, False),
+        ("include { min_level: 2 max_level: 3 }", {"level": 3}, True),
+        ("include { stage: 'a' stage: 'b' }", {"stages": ["a"]}, False),
+        ("include { stage: 'a' stage: 'b' }", {"stages": ["b", "a"]}, True),
+        ("include { not_stage: 'a' }", {"stages": ["a"]}, False),
+        ("include { phase: TEST } include { stage: 'a' }", {"stages": ["a"]}, True),
+        ("exclude { stage: 'a' not_stage: 'b' }", {"stages": ["a", "b"]}, True),
+        ("include { }", {}, True),
+    ],
+)
+def test_layers_are_kept_by_their_rules(rule: str, state: dict, kept: bool) -> None:
+    names = [node.name for node in graph(INPUT + conv("conv", "x", rule), **state).nodes]
+    assert ("conv" in names) == kept
+
+
+def test_include_and_exclude_together_are_refused_with_their_place() -> None:
+    text = fails(INPUT + conv("conv", "x", "include { phase: TRAIN } exclude { phase: TEST }"))
+    assert text.startswith("net.prototxt:2:")
+    assert "layer 'conv'" in text
+    assert "both include and exclude" in text
+
+
+def test_a_layers_own_phase_sets_behaviour_not_selection() -> None:
+    built = graph(INPUT + layer("Dropout", "drop", "x", "y", "phase: TEST"))
+    assert built.nodes[-1].layer.phase == pb.TEST
+
+
+# --- wiring --------------------------------------------------------------------------------------------------------
+
+
+def test_an_undefined_bottom_names_the_nearest_blob() -> None:
+    text = fails(INPUT + conv("conv1", "x") + layer("ReLU", "relu", "conv", "y"))
+    assert text.startswith("net.prototxt:3:")
+    assert "bottom 'conv' is not produced" in text
+    assert "did you mean 'conv1'?" in text
+
+
+def test_a_duplicated_layer_name_names_the_first() -> None:
+    text = fails(INPUT + conv("conv", "x") + layer("ReLU", "conv", "conv", "y"))
+    assert "a second layer named 'conv'" in text
+    assert "the first is at net.prototxt:2:" in text
+
+
+def test_a_top_with_two_producers_is_refused() -> None:
+    assert "top 'x' is already produced by layer 'in'" in fails(INPUT + layer("Power", "p", "t", "x"))
+
+
+def test_blobs_used_twice_get_a_split_after_their_producer() -> None:
+    built = graph(INPUT + conv("conv", "x") + layer("ReLU", "r", "conv", "conv") + layer("Power", "a", "conv", "a") + layer("Power", "b", "conv", "b"))
+    assert [n.name for n in built.nodes] == ["in", "conv", "r", "conv_r_0_split", "a", "b"]
+    split = built.nodes[3]
+    assert [t.name for t in split.tops] == ["conv_r_0_split_0", "conv_r_0_split_1"]
+    assert built.nodes[5].bottoms == [split.tops[1]]
+
+
+def test_an_explicit_loss_weight_counts_as_a_use_and_moves_to_the_split() -> None:
+    built = graph(INPUT + layer("Power", "p", "x", "p", "loss_weight: 0.5") + layer("Power", "q", "p", "q"))
+    split = built.nodes[2]
+    assert split.loss_weights == [0.5, 0.0]
+    assert built.nodes[1].loss_weights == [0.0]
+    assert built.nodes[3].bottoms == [split.tops[1]]
+
+
+def test_outputs_are_in_byte_order_of_their_names() -> None:
+    built = graph(INPUT + layer("Slice", "s", "x", "b a B"))
+    assert built.outputs == ["B", "a", "b", "t"]
+    assert built.inputs == ["x", "t"]
+
+
+def test_a_loss_layer_without_top_gets_an_anonymous_one() -> None:
+    built = graph(INPUT + conv("conv", "x") + layer("InnerProduct", "ip", "conv", "ip", "inner_product_param { num_output: 5 }") + layer("SoftmaxWithLoss", "loss", "ip t", ""))
+    assert built.outputs == []
+    assert built.nodes[-1].loss_weights == [1.0]
+
+
+def test_too_many_param_entries_are_refused_at_the_first_extra() -> None:
+    text = fails(INPUT + conv("conv", "x", "param { } param { } param { lr_mult: 1 }"))
+    assert "3 param entries" in text
+    assert "2 parameter blob(s)" in text
+
+
+def test_a_wrong_number_of_loss_weights_is_refused() -> None:
+    assert "2 loss_weight value(s) for 1 top(s)" in fails(INPUT + conv("conv", "x", "loss_weight: 1 loss_weight: 0"))
+
+
+# --- in place ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        layer("ReLU", "r", "conv", "conv"),
+        layer("ReLU", "r", "conv", "conv") + layer("Dropout", "d", "conv", "conv"),
+        layer("BatchNorm", "b", "conv", "conv") + layer("Scale", "s", "conv", "conv") + layer("ReLU", "r", "conv", "conv"),
+        layer("Sigmoid", "s", "conv", "conv"),
+    ],
+)
+def test_safe_chains_in_place_are_accepted(chain: str) -> None:
+    graph(INPUT + conv("conv", "x") + chain + LOSS)
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        (layer("LRN", "n", "conv", "conv"), "LRN cannot work in place"),
+        (layer("Sigmoid", "s", "conv", "conv") + layer("ReLU", "r", "conv", "conv"), "layer 's' (Sigmoid) needs for its gradient"),
+        (layer("ReLU", "r", "conv", "conv") + layer("Scale", "s", "conv", "conv"), "layer 'r' (ReLU) needs for its gradient"),
+        (layer("ELU", "e", "conv", "conv") + layer("Dropout", "d", "conv", "conv"), "layer 'e' (ELU) needs for its gradient"),
+        (layer("Power", "p", "conv", "conv"), "Power cannot work in place"),
+    ],
+)
+def test_chains_that_compute_wrong_gradients_in_place_are_refused(chain: str, message: str) -> None:
+    assert message in fails(INPUT + conv("conv", "x") + chain + LOSS)
+
+
+def test_power_in_place_is_fine_where_no_backward_runs() -> None:
+    graph(INPUT + layer("Power", "p", "x", "x") + conv("conv", "x"), phase=pb.TEST)
+
+
+def test_in_place_over_a_blob_that_another_layer_reads_is_refused() -> None:
+    text = fails(INPUT + conv("conv", "x") + layer("Power", "p", "conv", "p") + layer("ReLU", "r", "conv", "conv"))
+    assert "writes 'conv' in place, but layer 'p' reads the same blob" in text
+
+
+# --- backward ------------------------------------------------------------------------------------------------------
+
+
+def test_backward_stops_below_the_lowest_learned_parameter() -> None:
+    frozen = "param { lr_mult: 0 } param { lr_mult: 0 }"
+    built = graph(INPUT + conv("c1", "x", frozen) + conv("conv", "c1") + LOSS)
+    assert {n.name: n.needs_backward for n in built.nodes} == {"in": False, "c1": False, "conv": True, "ip": True, "loss": True}
+    assert next(n for n in built.nodes if n.name == "conv").propagate_down == [False]
+
+
+def test_layers_that_reach_no_loss_do_not_run_backward() -> None:
+    built = graph(INPUT + conv("conv", "x") + conv("side", "x") + LOSS)
+    assert not next(n for n in built.nodes if n.name == "side").needs_backward
+
+
+def test_propagate_down_false_cuts_the_gradient() -> None:
+    built = graph(INPUT + conv("c1", "x") + conv("conv", "c1", "propagate_down: false") + LOSS)
+    assert not next(n for n in built.nodes if n.name == "c1").needs_backward
+
+
+def test_force_backward_reaches_the_inputs_but_not_the_labels() -> None:
+    built = graph("force_backward: true\n" + INPUT + conv("conv", "x") + LOSS)
+    nodes = {n.name: n for n in built.nodes}
+    assert nodes["conv"].propagate_down == [True]
+    assert nodes["loss"].propagate_down == [True, False]
+
+
+# --- parameters ----------------------------------------------------------------------------------------------------
+
+
+def test_named_parameters_have_one_owner() -> None:
+    shared = 'param { name: "w" lr_mult: 2 } param { name: "b" }'
+    built = graph(INPUT + conv("c1", "x", shared) + conv("c2", "c1", 'param { name: "w" } param { name: "b" decay_mult: 0 }'))
+    assert [p.label for p in built.owners] == ["c1/0", "c1/1"]
+    assert built.nodes[2].params[0].owner is built.nodes[1].params[0]
+    assert [(p.lr_mult, p.decay_mult) for p in built.owners] == [(2, 1), (1, 0)]
+
+
+def test_two_multipliers_for_one_shared_parameter_are_refused() -> None:
+    text = fails(INPUT + conv("c1", "x", 'param { name: "w" lr_mult: 2 }') + conv("c2", "c1", 'param { name: "w" lr_mult: 3 }'))
+    assert "lr_mult 3 here and 2 in layer 'c1'" in text
+
+
+def test_shared_shapes_must_agree_unless_permissive() -> None:
+    first = conv("c1", "x", 'param { name: "w" }', outputs=3)
+    assert "the shapes are (6, 3, 1, 1) and (3, 3, 1, 1)" in fails(INPUT + first + conv("c2", "c1", 'param { name: "w" }', outputs=6))
+    wide = layer("InnerProduct", "ip", "c1", "ip", 'param { name: "w" share_mode: PERMISSIVE } inner_product_param { num_output: 3 axis: 3 bias_term: false }')
+    assert "equal counts only" in fails(INPUT + first + wide)
+
+
+# --- fusion --------------------------------------------------------------------------------------------------------
+
+
+def test_a_relu_in_place_after_a_convolution_is_fused() -> None:
+    built = graph(INPUT + conv("conv", "x") + layer("ReLU", "r", "conv", "conv") + LOSS)
+    fuse(built)
+    assert built.nodes[1].layer.relu is True
+    assert [n.name for n in built.nodes if n.forward_fused] == ["r"]
+
+
+@pytest.mark.parametrize("after", [layer("ReLU", "r", "conv", "conv", "relu_param { negative_slope: 0.1 }"), layer("ReLU", "r", "conv", "y"), layer("Dropout", "d", "conv", "conv")])
+def test_nothing_else_is_fused(after: str) -> None:
+    built = graph(INPUT + conv("conv", "x") + after)
+    fuse(built)
+    assert not any(n.forward_fused for n in built.nodes)

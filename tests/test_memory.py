@@ -1,0 +1,83 @@
+"""The memory plan: arrays that live at the same time never overlap, reuse changes no result, and it saves what it should."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from caffelite.graph import build_graph
+from caffelite.memory import MemoryPlan, plan_memory
+from caffelite.net import Net
+from caffelite.schema import net_from_text, pb
+
+NET = """
+name: "small"
+layer { name: "d" type: "DummyData" top: "x" top: "t" dummy_data_param { shape { dim: 4 dim: 3 dim: 12 dim: 12 } shape { dim: 4 }
+  data_filler { type: "gaussian" std: 1 } data_filler { type: "constant" value: 2 } } }
+layer { name: "c1" type: "Convolution" bottom: "x" top: "c1" convolution_param { num_output: 8 kernel_size: 3 pad: 1 weight_filler { type: "msra" } } }
+layer { name: "r1" type: "ReLU" bottom: "c1" top: "c1" }
+layer { name: "c2" type: "Convolution" bottom: "c1" top: "c2" convolution_param { num_output: 8 kernel_size: 1 weight_filler { type: "msra" } } }
+layer { name: "n2" type: "LRN" bottom: "c2" top: "n2" }
+layer { name: "p2" type: "Pooling" bottom: "n2" top: "p2" pooling_param { kernel_size: 3 stride: 2 } }
+layer { name: "drop" type: "Dropout" bottom: "p2" top: "p2" }
+layer { name: "b3" type: "BatchNorm" bottom: "p2" top: "b3" }
+layer { name: "s3" type: "Scale" bottom: "b3" top: "b3" scale_param { bias_term: true } }
+layer { name: "e" type: "Eltwise" bottom: "b3" bottom: "p2" top: "e" }
+layer { name: "cc" type: "Concat" bottom: "e" bottom: "p2" top: "cc" }
+layer { name: "ip" type: "InnerProduct" bottom: "cc" top: "ip" inner_product_param { num_output: 5 weight_filler { type: "xavier" } } }
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "ip" bottom: "t" top: "loss" }
+layer { name: "acc" type: "Accuracy" bottom: "ip" bottom: "t" top: "acc" }
+"""
+
+
+@pytest.fixture
+def numpy_backend():
+    from caffelite import backends
+
+    return backends.get("numpy")
+
+
+def plan(backend, text: str = NET, phase: int = pb.TRAIN, **options) -> MemoryPlan:
+    return plan_memory(build_graph(net_from_text(text), phase=phase), backend, backward=phase == pb.TRAIN, **options)
+
+
+@pytest.mark.parametrize("phase", [pb.TRAIN, pb.TEST])
+def test_regions_alive_together_never_overlap(numpy_backend, phase: int) -> None:
+    regions = plan(numpy_backend, phase=phase).regions
+    assert len(regions) > 10
+    for a, b in itertools.combinations(regions, 2):
+        if a.persistent == b.persistent and (a.persistent or (a.first <= b.last and b.first <= a.last)):
+            assert a.offset + a.nbytes <= b.offset or b.offset + b.nbytes <= a.offset, (a.key, b.key)
+    assert all(region.offset % 64 == 0 for region in regions)
+
+
+def test_reuse_needs_less_than_half_of_a_deep_chain(numpy_backend) -> None:
+    head, chain = NET.split("layer { name: \"n2\"")[0], ""
+    for i in range(2, 12):
+        chain += f'layer {{ name: "k{i}" type: "Convolution" bottom: "{"c2" if i == 2 else f"k{i - 1}"}" top: "k{i}" convolution_param {{ num_output: 8 kernel_size: 1 }} }}\n'
+    planned = plan(numpy_backend, head + chain, phase=pb.TEST)
+    assert planned.peak_bytes < planned.total_bytes / 2
+
+
+def test_without_reuse_every_region_has_its_own_bytes(numpy_backend) -> None:
+    planned = plan(numpy_backend, reuse=False)
+    assert planned.shared_bytes == 0
+    assert planned.persistent_bytes == planned.total_bytes
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_reuse_and_fusion_change_no_bit_of_the_gradients(backend, precision: str) -> None:
+    results = []
+    for observe in (False, True):
+        net = Net(net_from_text(NET), phase=pb.TRAIN, backend=backend, precision=precision, observe=observe, seed=3)
+        for count in range(3):
+            net.context.forward_count = count
+            net.zero_grads()
+            net.forward()
+            net.backward()
+        results.append([net.loss(), *(np.array(backend.to_host(p.diff)) for p in net.learnable if p.lr_mult)])
+    assert len(results[0]) == 9
+    for ours, reference in zip(*results):
+        np.testing.assert_array_equal(ours, reference)

@@ -1,0 +1,383 @@
+"""Solver: the training loop (spec net-and-solver 8), with Caffe's order of events in every iteration."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from caffelite.backends.contract import Array, Backend, Segment
+from caffelite.errors import SpecError, TrainingError
+from caffelite.net import Net
+from caffelite.params import FlatState
+from caffelite.schema import SolverSpec, pb
+from caffelite.solver.config import NetChoice, check_solver, test_choices, train_choice
+from caffelite.solver.debug import backward_with_debug, forward_with_debug
+from caffelite.solver.listeners import Listener, Output
+from caffelite.solver.rates import RatePolicy
+from caffelite.solver.restore import cursors_of_tests, make_state, new_history, restore
+from caffelite.solver.rules import RULES, apply_rule
+from caffelite.solver.scoring import Scorer, outputs_of
+from caffelite.solver.signals import DEFAULT_EFFECTS, SignalWatch
+from caffelite.solver.snapshot import SnapshotStore
+from caffelite.solver.state_files import write_state
+from caffelite.solver.tracking import Best, LossWindow
+
+
+class Solver:
+    """Trains the net of a solver definition.
+
+    backend, precision, observe: as for Net. listeners: told of every event. effects: what signals do while solve() runs, as
+    in {"SIGINT": "stop"} (see signals.DEFAULT_EFFECTS). Everything wrong with the definition is raised here.
+    Attributes: `net`, `test_nets`, `iter` (updates done), `seed`, `history`, `best`.
+    """
+
+    def __init__(
+        self,
+        spec: SolverSpec,
+        *,
+        backend: Backend,
+        precision: str = "float32",
+        observe: bool = False,
+        listeners: Sequence[Listener] = (),
+        effects: Mapping[str, str] = DEFAULT_EFFECTS,
+    ) -> None:
+        check_solver(spec)
+        self.spec, self.param, self.backend, self.precision = spec, spec.param, backend, precision
+        self.observe = observe or spec.param.debug_info  # debug_info speaks of blobs that fusing would hide
+        self.listeners, self.effects = list(listeners), effects
+        self.iter = 0
+        self.seed = int(self.param.random_seed) if self.param.random_seed >= 0 else int.from_bytes(os.urandom(4), "little")
+        self.rates = RatePolicy(self.param, lambda text: self.tell(text, "sgd_solver.cpp"))
+        self.snapshots = SnapshotStore(self.param)
+        self.best = Best(self.param.snapshot_best) if self.param.snapshot_best else None
+        self._watch: SignalWatch | None = None
+        self._stopping = False
+        self.test_cursors: list[pb.DataCursor] | None = None  # from before the test that is under way
+        self._segments: tuple[float, list[Segment]] = (math.nan, [])
+        self._clock = time.perf_counter()
+        self._window = LossWindow(self.param.average_loss)
+        self.test_nets: list[Net] = []
+        self.scorers: list[Scorer] = []
+        self._build()
+        self.history: list[FlatState] = new_history(self.net.arena, RULES[self.param.type].states)
+        self._states: list[Array] = [state.flat for state in self.history]
+
+    # --- set-up --------------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        choice = train_choice(self.spec)
+        tests = test_choices(self.spec, choice)
+        self.tell(f"Creating training net {choice.origin}", "solver.cpp")
+        self.net = self._make(choice, None)
+        try:
+            for i, test in enumerate(tests):
+                self.tell(f"Creating test net (#{i}) specified by {test.origin}", "solver.cpp")
+                self.test_nets.append(self._make(test, self.net))
+                self.scorers.append(self._scorer(self.test_nets[-1], test))
+            if self.best:
+                self._check_best(self.best.output)
+            if self.param.snapshot > 0 or self.best:
+                self.snapshots.probe()
+            for paths in self.param.weights:
+                self._load_weights(paths)
+        except BaseException:
+            self.close()
+            raise
+        self.tell("Solver scaffolding done.", "solver.cpp")
+
+    def _make(self, choice: NetChoice, train: Net | None) -> Net:
+        return Net(
+            choice.spec,
+            phase=choice.phase,
+            level=choice.level,
+            stages=choice.stages,
+            backend=self.backend,
+            precision=self.precision,
+            observe=self.observe,
+            seed=self.seed,
+            share=train,
+            workspace=train,
+        )
+
+    def _scorer(self, net: Net, choice: NetChoice) -> Scorer:
+        forward = (lambda net: forward_with_debug(net, self.tell)) if self.param.debug_info else None
+        try:
+            return Scorer(net, choice.test_iter, forward)
+        except SpecError as error:
+            error.where = error.where or self.spec.where.at("test_interval")
+            raise
+
+    def _check_best(self, name: str) -> None:
+        known = sorted({output for net in self.test_nets for output in net.outputs})
+        where = self.spec.where.at("snapshot_best")
+        if name not in known:
+            hint = f"its outputs: {', '.join(known)}" if known else "add a test net: test_interval, and TEST layers or test_net"
+            raise SpecError(f"snapshot_best names '{name}', which no test net puts out", where=where, hint=hint)
+        net = next(net for net in self.test_nets if name in net.outputs)
+        if net.blobs[name].count != 1:
+            raise SpecError(f"snapshot_best names '{name}', which has {net.blobs[name].count} values", where=where, hint="name an output of one value")
+
+    def _load_weights(self, paths: str) -> None:
+        for net in (self.net, *self.test_nets):
+            for path in (part.strip() for part in paths.split(",")):
+                self.tell(f"Finetuning from {path}", "solver.cpp")
+                net.copy_from(path)
+
+    def close(self) -> None:
+        """Ends the data layers' threads and closes their files."""
+        for scorer in self.scorers:
+            scorer.close()
+        for net in (*self.test_nets, self.net):
+            net.close()
+
+    # --- events --------------------------------------------------------------------------------------------------------
+
+    def tell(self, text: str, source: str, severity: str = "I") -> None:
+        """Passes a line in Caffe's words to the listeners."""
+        for listener in self.listeners:
+            listener.on_message(text, source, severity)
+
+    def _event(self, name: str, *values: Any) -> None:
+        for listener in self.listeners:
+            getattr(listener, name)(*values)
+
+    # --- training ------------------------------------------------------------------------------------------------------
+
+    def solve(self, resume: str | Path | None = None) -> bool:
+        """Trains up to max_iter, from the state file `resume` if given; returns whether a signal stopped it before that.
+
+        SpecError when there is nothing to train; SnapshotError when a snapshot cannot be read or written; TrainingError
+        when the loss or a weight is no longer finite.
+        """
+        self._check_trainable()
+        with SignalWatch(self.effects) as self._watch:
+            try:
+                return self._solve(resume)
+            finally:
+                self._watch = None
+
+    def _check_trainable(self) -> None:
+        if self.param.max_iter <= 0:
+            where = self.spec.where.at("max_iter")
+            raise SpecError("max_iter is missing or 0: there is nothing to do", where=where, hint="add max_iter: the number of updates")
+        if self.net.arena.grad is None or not any(any(step.node.learn) for step in self.net.steps if step.node.needs_backward):
+            hint = "check the loss layer, loss_weight and lr_mult"
+            raise SpecError("no parameter of the train net learns from a loss", where=self.net.spec.where.at(), hint=hint)
+        if self.param.snapshot_after_train:
+            self.snapshots.probe()
+
+    def _solve(self, resume: str | Path | None) -> bool:
+        p = self.param
+        if resume is not None:
+            self.tell(f"Resuming from {resume}", "caffe.cpp")
+            self.restore(resume)
+        self._event("on_start", self)
+        self.tell("Starting Optimization", "caffe.cpp")
+        self.tell(f"Solving {self.net.name}", "solver.cpp")
+        self.tell(f"Learning Rate Policy: {p.lr_policy}", "solver.cpp")
+        start = self.iter
+        self.step(p.max_iter - self.iter)
+        if p.snapshot_after_train and not (p.snapshot and self.iter % p.snapshot == 0):
+            self.snapshot()
+        if self._stopping:
+            self.tell("Optimization stopped early.", "solver.cpp")
+        else:
+            self._closing_report(start)
+            self.tell("Optimization Done.", "solver.cpp")
+        self.tell("Optimization Done.", "caffe.cpp")
+        self._event("on_end", self._stopping)
+        return self._stopping
+
+    def _closing_report(self, start: int) -> None:
+        p = self.param
+        if p.display and self.iter % p.display == 0:
+            self._place_forward(0)
+            self.net.forward()
+            smoothed = self._window.add(self.net.loss(), self.iter - start)
+            self._event("on_display", self.iter, smoothed, (), None, 0.0)
+        if p.test_interval and self.iter % p.test_interval == 0:
+            self.test_all()
+
+    def step(self, iterations: int) -> None:
+        """Runs `iterations` iterations in the order of spec net-and-solver 8.2; fewer when a signal stops it."""
+        p, start, stop = self.param, self.iter, self.iter + iterations
+        self._stopping = False
+        self._window, self._clock = LossWindow(p.average_loss), time.perf_counter()
+        while self.iter < stop:
+            self.net.zero_grads()
+            if p.test_interval and self.iter % p.test_interval == 0 and (self.iter > 0 or p.test_initialization):
+                self.test_all()
+                if self._stopping:
+                    return
+            display = p.display > 0 and self.iter % p.display == 0
+            smoothed = self._window.add(self._forward_backward(debug=display and p.debug_info), self.iter - start)
+            rate = self.rates.rate(self.iter)
+            if display:
+                self._display(smoothed, rate)
+            self._update(rate)
+            for listener in self.listeners:
+                listener.on_iteration(self.iter, smoothed)
+            if self._after_update():
+                return
+
+    def _forward_backward(self, *, debug: bool) -> float:
+        total = 0.0
+        for part in range(self.param.iter_size):
+            self._place_forward(part)
+            forward_with_debug(self.net, self.tell) if debug else self.net.forward()
+            loss = self.net.loss()
+            if not math.isfinite(loss):
+                raise self._diverged(loss)
+            backward_with_debug(self.net, self.tell) if debug else self.net.backward()
+            total += loss
+        return total / self.param.iter_size
+
+    def _place_forward(self, part: int) -> None:
+        self.net.context.forward_count = self.iter * self.param.iter_size + part
+
+    def _display(self, smoothed: float, rate: float) -> None:
+        now = time.perf_counter()
+        self._event("on_display", self.iter, smoothed, outputs_of(self.net), rate, now - self._clock)
+        self._clock = now
+
+    def _after_update(self) -> bool:
+        """Serves signals and the regular snapshot; returns whether to stop."""
+        requests = self._watch.take() if self._watch else set()
+        self._stopping |= "stop" in requests
+        if "snapshot" in requests or (self.param.snapshot and self.iter % self.param.snapshot == 0):
+            self.snapshot()
+        return self._stopping
+
+    # --- the update ----------------------------------------------------------------------------------------------------
+
+    @property
+    def lr(self) -> float:
+        """The rate of the next update; reading it can advance multistep, as in Caffe."""
+        return self.rates.rate(self.iter)
+
+    def apply_update(self) -> None:
+        """One update from the gradients in the net (spec net-and-solver 10)."""
+        self._update(self.rates.rate(self.iter))
+
+    def _update(self, rate: float) -> None:
+        arena, p = self.net.arena, self.param
+        if arena.grad is not None:
+            arena.settle_grads()
+            if self._segments[0] != rate:
+                self._segments = (rate, arena.segments(rate, p.weight_decay))
+            apply_rule(
+                p,
+                self.backend,
+                arena.master,
+                arena.grad,
+                self._states,
+                self._segments[1],
+                iteration=self.iter,
+                grad_scale=self._clip_factor() / p.iter_size,
+                write_step=p.snapshot_diff or self.observe,
+            )
+            self.net.parameters_changed()
+        self.iter += 1
+
+    def _clip_factor(self) -> float:
+        """What clip_gradients multiplies the raw sum of gradients by."""
+        limit = self.param.clip_gradients
+        if limit < 0:
+            return 1.0
+        norm = math.sqrt(self.backend.sum_squares(self.net.arena.grad))
+        if norm <= limit:
+            return 1.0
+        factor = limit / norm
+        self.tell(f"Gradient clipping: scaling down gradients (L2 norm {norm:g} > {limit:g}) by scale factor {factor:g}", "sgd_solver.cpp")
+        return factor
+
+    def _diverged(self, loss: float) -> TrainingError:
+        first = self.net.first_nonfinite() or "no layer shows it when the pass is repeated"
+        return TrainingError(f"the loss is {loss:g} in iteration {self.iter}: {first}", hint=self._advice())
+
+    def _advice(self) -> str:
+        last = self.snapshots.last
+        saved = f"the last good snapshot is {last}" if last else "no snapshot was written before"
+        return f"{saved}; try a lower base_lr, clip_gradients, or other fillers"
+
+    # --- testing -------------------------------------------------------------------------------------------------------
+
+    def test_all(self) -> None:
+        """Scores every test net with the weights as they are."""
+        self.test_cursors = cursors_of_tests(self)
+        try:
+            for index in range(len(self.test_nets)):
+                if not self._stopping:
+                    self._test(index)
+        finally:
+            self.test_cursors = None
+
+    def _test(self, index: int) -> None:
+        self.tell(f"Iteration {self.iter}, Testing net (#{index})", "solver.cpp")
+        self._event("on_test_start", self.iter, index)
+        scores = self.scorers[index].run(lambda done, total: self._may_test(index, done, total))
+        if scores is None:
+            self.tell("Test interrupted.", "solver.cpp")
+            return
+        loss = scores.loss if self.param.test_compute_loss else None
+        self._event("on_test", self.iter, index, scores.outputs, loss, scores.records)
+        if self.best:
+            self._keep_best(self.best, index, scores.outputs)
+
+    def _may_test(self, index: int, done: int, total: int) -> bool:
+        self._event("on_test_batch", index, done, total)
+        requests = self._watch.take() if self._watch else set()
+        if "snapshot" in requests:
+            self.snapshot()
+        self._stopping |= "stop" in requests
+        return not self._stopping
+
+    def _keep_best(self, best: Best, index: int, outputs: Sequence[Output]) -> None:
+        first = next(i for i, net in enumerate(self.test_nets) if best.output in net.outputs)
+        value = next((output.values[0] for output in outputs if output.blob == best.output), math.nan)
+        if index != first or not best.beaten_by(value):
+            return
+        self._require_finite()
+        best.value, best.iteration = value, self.iter
+        model, state = self.snapshots.pair("best")
+        self._write(model, state)
+        self._event("on_best", self.iter, best.output, value, Path(model))
+
+    # --- snapshots -----------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Path:
+        """Writes the model and then the state, each whole or not at all; returns the state's path.
+
+        SnapshotError when they cannot be written; TrainingError, and nothing written, when a weight is not finite.
+        """
+        self._require_finite()
+        model, state = self.snapshots.pair(self.iter)
+        self._write(model, state)
+        self.snapshots.wrote(self.iter, Path(state))
+        self._event("on_snapshot", Path(model), Path(state))
+        return Path(state)
+
+    def _write(self, model: str, state: str) -> None:
+        kind = "HDF5" if self.snapshots.suffix else "binary proto"
+        self.tell(f"Snapshotting to {kind} file {model}", "solver.cpp")
+        self.net.save(model, self.param.snapshot_diff)
+        self.tell(f"Snapshotting solver state to {kind} file {state}", "sgd_solver.cpp")
+        write_state(Path(state), make_state(self, model))
+
+    def _require_finite(self) -> None:
+        if self.backend.all_finite(self.net.arena.master):
+            return
+        bad = next(label for param, label in zip(self.net.arena.params, self.net.arena.labels) if not self.backend.all_finite(param.master))
+        raise TrainingError(f"parameter {bad} is not finite after iteration {self.iter}; nothing is saved", hint=self._advice())
+
+    def restore(self, path: str | Path) -> None:
+        """Takes up the run saved in a .solverstate (or .solverstate.h5) file. SnapshotError when it does not fit this solver.
+
+        A state written by Caffe lacks the seed and the data position: these stay as they are.
+        """
+        restore(self, Path(path))
+        self.tell("SGDSolver: restoring history", "sgd_solver.cpp")

@@ -1,0 +1,103 @@
+"""Update rules: which op, how many history arrays, and the settings each one takes (spec net-and-solver 10)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from caffelite.backends.contract import Array, Backend, Segment
+from caffelite.errors import SpecError
+from caffelite.schema import SolverSpec, pb
+
+Settings = Callable[[pb.SolverParameter, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One solver type: its op in the backend contract, its number of history arrays, and the op's own settings."""
+
+    op: str
+    states: int
+    settings: Settings
+
+
+def _momentum(p: pb.SolverParameter, iteration: int) -> dict[str, Any]:
+    return {"momentum": p.momentum}
+
+
+def _adagrad(p: pb.SolverParameter, iteration: int) -> dict[str, Any]:
+    return {"delta": p.delta}
+
+
+def _rmsprop(p: pb.SolverParameter, iteration: int) -> dict[str, Any]:
+    return {"rms_decay": p.rms_decay, "delta": p.delta}
+
+
+def _adadelta(p: pb.SolverParameter, iteration: int) -> dict[str, Any]:
+    return {"momentum": p.momentum, "delta": p.delta}
+
+
+def _adam(p: pb.SolverParameter, iteration: int) -> dict[str, Any]:
+    return {"momentum": p.momentum, "momentum2": p.momentum2, "delta": p.delta, "step": iteration + 1}
+
+
+RULES: dict[str, Rule] = {
+    "SGD": Rule("sgd_update", 1, _momentum),
+    "Nesterov": Rule("nesterov_update", 1, _momentum),
+    "AdaGrad": Rule("adagrad_update", 1, _adagrad),
+    "RMSProp": Rule("rmsprop_update", 1, _rmsprop),
+    "AdaDelta": Rule("adadelta_update", 2, _adadelta),
+    "Adam": Rule("adam_update", 2, _adam),
+}
+REGULARIZERS = ("L2", "L1")
+
+
+def check_rule(spec: SolverSpec) -> None:
+    """SpecError, placed in the solver file, for an unknown type or regularisation, or a setting the rule cannot use."""
+    param, at = spec.param, spec.where.at
+    if param.type not in RULES:
+        raise _unknown(spec)
+    if param.type in ("AdaGrad", "RMSProp") and param.momentum != 0:
+        raise SpecError(f"{param.type} has no momentum, found momentum {param.momentum:g}", where=at("momentum"), hint='remove it, or use type: "Adam"')
+    if param.type == "RMSProp" and not 0 <= param.rms_decay < 1:
+        raise SpecError(f"rms_decay must be at least 0 and less than 1, found {param.rms_decay:g}", where=at("rms_decay"))
+    if param.type == "Adam":
+        for name, value in (("momentum", param.momentum), ("momentum2", param.momentum2)):
+            if not 0 <= value < 1:
+                raise SpecError(f"Adam divides by 1 - {name}: it must be at least 0 and less than 1, found {value:g}", where=at(name))
+    if param.weight_decay != 0 and param.regularization_type not in REGULARIZERS:
+        raise SpecError(
+            f"unknown regularization_type '{param.regularization_type}'", where=at("regularization_type"), hint=f"choose one of {', '.join(REGULARIZERS)}"
+        )
+
+
+def _unknown(spec: SolverSpec) -> SpecError:
+    folded = {name.lower(): name for name in RULES}
+    near = difflib.get_close_matches(spec.param.type.lower(), folded, n=1, cutoff=0.5)
+    hint = f"did you mean '{folded[near[0]]}'?" if near else f"known types: {', '.join(RULES)}"
+    return SpecError(f"unknown solver type '{spec.param.type}'", where=spec.where.at("type"), hint=hint)
+
+
+def apply_rule(
+    param: pb.SolverParameter,
+    ops: Backend,
+    weights: Array,
+    gradients: Array,
+    states: Sequence[Array],
+    segments: Sequence[Segment],
+    *,
+    iteration: int,
+    grad_scale: float,
+    write_step: bool,
+) -> None:
+    """One update of flat float32 arrays of one length; `states` are the rule's history arrays in the order they are saved.
+
+    iteration: updates done before this one. grad_scale multiplies the raw gradient sum (clipping and 1/iter_size).
+    write_step: leave the applied step in `gradients`.
+    """
+    rule = RULES[param.type]
+    update = getattr(ops, rule.op)
+    l1 = param.regularization_type == "L1"
+    update(weights, gradients, *states, segments, **rule.settings(param, iteration), l1=l1, grad_scale=grad_scale, write_step=write_step)

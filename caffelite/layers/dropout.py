@@ -1,0 +1,50 @@
+"""Dropout: zeroes a random part of its input while training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from caffelite.backends.contract import Backend, DropoutKey
+from caffelite.blob import Blob, Shape
+from caffelite.layer import BufferSpec, register
+from caffelite.layers.elementwise import Elementwise
+from caffelite.schema import SourceMap, pb
+
+
+@register("Dropout")
+class Dropout(Elementwise):
+    """TRAIN: y = x m / (1-r), m in {0,1} drawn anew in each forward, P(m=1) = 1-r. TEST: y = x.
+
+    The mask is a function of the run's seed, the layer's name and the number of the forward pass. In place allowed.
+    """
+
+    param_fields = ("dropout_param",)
+    in_place = True
+    keeps_sign = True
+
+    def __init__(self, param: pb.LayerParameter, phase: int, where: SourceMap | None = None) -> None:
+        super().__init__(param, phase, where)
+        self.ratio = param.dropout_param.dropout_ratio
+        if not 0 <= self.ratio < 1:
+            raise self.fail(f"dropout_ratio is {self.ratio:g}", "dropout_param", "dropout_ratio", hint="give the part to drop: at least 0 and below 1")
+
+    def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
+        return {"mask": BufferSpec(bottoms[0], "uint8")} if self.training else {}
+
+    def backward_reads(self) -> frozenset[str]:
+        return frozenset()
+
+    def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
+        if self.training:
+            key = DropoutKey(self.context.seed, self.stream, self.context.forward_count)
+            ops.dropout_forward(bottoms[0].data, tops[0].data, self.buffers["mask"], ratio=self.ratio, key=key)
+        elif not self.in_place_here:
+            ops.copy(bottoms[0].data, tops[0].data)
+
+    def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
+        if not propagate_down[0]:
+            return
+        if self.training:
+            ops.dropout_backward(tops[0].diff, self.buffers["mask"], bottoms[0].diff, ratio=self.ratio)
+        elif not self.in_place_here:
+            ops.copy(tops[0].diff, bottoms[0].diff)

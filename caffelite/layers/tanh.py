@@ -1,0 +1,28 @@
+"""TanH: y = tanh x."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from caffelite.backends.contract import Backend
+from caffelite.blob import Blob
+from caffelite.layer import TOP, register
+from caffelite.layers.elementwise import Elementwise
+
+
+@register("TanH")
+class TanH(Elementwise):
+    """Any shape. dx = dy (1-y^2). In place allowed."""
+
+    param_fields = ("tanh_param",)
+    in_place = True
+
+    def backward_reads(self) -> frozenset[str]:
+        return frozenset((TOP,))
+
+    def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
+        ops.tanh_forward(bottoms[0].data, tops[0].data)
+
+    def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
+        if propagate_down[0]:
+            ops.tanh_backward(tops[0].data, tops[0].diff, bottoms[0].diff)

@@ -15,8 +15,7 @@ from caffelite.schema import SourceMap, pb
 class DataLayer(Layer):
     """Tops: data (batch, C, H, W) in the compute type and, if there are two, labels (batch) in float32.
 
-    `source` is its BatchSource: its position is saved and sought by the solver. last_count of it tells how many records of the last
-    batch are real (a scoring pass, `source.once`, ends on a partial one).
+    `source` is its BatchSource, whose position the solver saves and seeks.
     """
 
     bottom_range = (0, 0)

@@ -1,0 +1,1 @@
+"""Databases of images: reading, decoding, transforming and prefetching batches; converting images into databases."""

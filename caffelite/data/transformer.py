@@ -1,0 +1,142 @@
+"""The data transformer: crop, mirror, mean, scale (net-and-solver 6.3), on whole batches.
+
+out[c, h, w'] = (in[c, h + top, w + left] - mean) * scale in float32, w' mirrored or not. Pixels are first gathered as bytes, channels
+last; one pass over the batch then converts, subtracts and scales, so that the cost per image is little more than copying it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from caffelite.data.images import Pixels
+from caffelite.errors import CaffeliteError, DataError, SpecError
+from caffelite.schema import blob_to_array, pb, read_blob
+
+Fail = Callable[..., SpecError]
+Floats = npt.NDArray[np.float32]
+_BITS = (1 << 31) - 1
+
+
+class Transformer:
+    """transform_param, checked. `fail(message, *path, hint=)` makes the SpecErrors, placed in the net's file."""
+
+    def __init__(self, param: pb.TransformationParameter, training: bool, fail: Fail) -> None:
+        self.param, self.training, self._fail = param, training, fail
+        self.crop: int = param.crop_size
+        self.mirror: bool = param.mirror
+        self._scale = np.float32(param.scale)
+        if param.force_color and param.force_gray:
+            raise fail("force_color and force_gray exclude each other", "transform_param", "force_gray", hint="set at most one of them")
+        if param.HasField("mean_file") and param.mean_value:
+            raise fail("mean_file and mean_value exclude each other", "transform_param", "mean_value", hint="set at most one of them")
+        self.channels = 3 if param.force_color else 1 if param.force_gray else None
+        self._mean: Floats | None = None  # (H,W,C) or (C,)
+        self._mirrored_mean: Floats | None = None
+        self._bytes: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def output_shape(self, item: tuple[int, ...]) -> tuple[int, int, int]:
+        """The (C,H,W) that items of shape `item` become; reads the mean. SpecError when crop or mean do not fit such items."""
+        channels, height, width = item
+        if self.crop > min(height, width):
+            raise self._fail(
+                f"crop_size is {self.crop}, but the images are {height}x{width}", "transform_param", "crop_size", hint=f"use at most {min(height, width)}"
+            )
+        self._load_mean(channels, height, width)
+        return (channels, self.crop or height, self.crop or width)
+
+    def _load_mean(self, channels: int, height: int, width: int) -> None:
+        values = self.param.mean_value
+        if len(values) not in (0, 1, channels):
+            raise self._fail(
+                f"{len(values)} mean_value, but the images have {channels} channel(s)", "transform_param", "mean_value", hint=f"give one or {channels}"
+            )
+        if values:
+            self._mean = np.broadcast_to(np.array(values, np.float32), (channels,))
+        elif self.param.HasField("mean_file"):
+            mean = self._read_mean()
+            if mean.shape != (channels, height, width):
+                raise self._fail(
+                    f"the mean in {self.param.mean_file} is {_times(mean.shape)}, but the images are {_times((channels, height, width))}",
+                    "transform_param",
+                    "mean_file",
+                    hint="make the mean from these images with `caffelite mean`, at their uncropped size",
+                )
+            self._mean = np.ascontiguousarray(mean.transpose(1, 2, 0))
+            self._mirrored_mean = np.ascontiguousarray(self._mean[:, ::-1])
+
+    def _read_mean(self) -> Floats:
+        try:
+            mean = blob_to_array(read_blob(self.param.mean_file))
+        except CaffeliteError as error:
+            raise self._fail(f"mean_file cannot be used: {error}", "transform_param", "mean_file") from error
+        return mean[0] if mean.ndim == 4 and mean.shape[0] == 1 else mean
+
+    # --- running -------------------------------------------------------------------------------------------------------
+
+    def apply(self, items: Sequence[Pixels], words: npt.NDArray[np.uint64], out: Floats) -> None:
+        """Transforms `items`, uint8 or float32 (C,H,W) each, into out, C-contiguous float32 (N,H,W,C).
+
+        words[i] is item i's random number: its top bit decides about mirroring, its two lower 31-bit fields (modulo the number
+        of places) about the crop's row and column. DataError for an item whose size does not fit.
+        """
+        as_bytes = all(item.dtype == np.uint8 for item in items)
+        target = self._staging(out.shape) if as_bytes else out
+        places = [self._place(item.shape, int(word), out.shape[1:], i) for i, (item, word) in enumerate(zip(items, words))]
+        for item, (top, left, mirrored), image in zip(items, places, target.transpose(0, 3, 1, 2)):
+            part = item[:, top : top + image.shape[1], left : left + image.shape[2]]
+            image[...] = part[:, :, ::-1] if mirrored else part
+        if as_bytes:
+            out[...] = target
+        self._normalise(out, places)
+
+    def _staging(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        if self._bytes.shape != shape:
+            self._bytes = np.empty(shape, np.uint8)
+        return self._bytes
+
+    def _place(self, item: tuple[int, ...], word: int, out: tuple[int, ...], index: int) -> tuple[int, int, bool]:
+        """Row and column of the crop in one item, and whether it is mirrored."""
+        height, width, channels = out
+        if item[0] != channels:
+            hint = "with encoded images, force_color or force_gray in transform_param makes all alike" if {item[0], channels} <= {1, 3, 4} else None
+            raise ItemError(index, f"it has {item[0]} channel(s), the first record has {channels}", hint=hint)
+        rows, columns = item[1] - height, item[2] - width
+        if not self.crop and (rows or columns):
+            raise ItemError(index, f"it is {item[1]}x{item[2]}, the first record is {height}x{width}", hint="set crop_size, or resize all when converting")
+        if min(rows, columns) < 0:
+            raise ItemError(index, f"it is {item[1]}x{item[2]}, smaller than crop_size {self.crop}", hint="resize all when converting")
+        if self.param.HasField("mean_file") and self._mean is not None and item[1:] != self._mean.shape[:2]:
+            raise ItemError(index, f"it is {item[1]}x{item[2]}, the mean image is {self._mean.shape[0]}x{self._mean.shape[1]}", hint="use mean_value instead")
+        mirrored = self.mirror and bool(word >> 63)
+        if self.training and self.crop:
+            return (word >> 31 & _BITS) % (rows + 1), (word & _BITS) % (columns + 1), mirrored
+        return rows // 2, columns // 2, mirrored
+
+    def _normalise(self, out: Floats, places: Sequence[tuple[int, int, bool]]) -> None:
+        mean = self._mean
+        if mean is not None and mean.ndim == 1 and mean.any():
+            rows = out.reshape(len(out) * out.shape[1], -1)  # whole rows, so that the inner loop is long
+            rows -= np.tile(mean, out.shape[2])
+        elif mean is not None and mean.ndim == 3 and self._mirrored_mean is not None:
+            height, width = out.shape[1:3]
+            for image, (top, left, mirrored) in zip(out, places):
+                start = mean.shape[1] - width - left if mirrored else left
+                image -= (self._mirrored_mean if mirrored else mean)[top : top + height, start : start + width]
+        if self._scale != 1:
+            out *= self._scale
+
+
+class ItemError(DataError):
+    """A DataError about item `index` of a batch; the reader adds which record that was."""
+
+    def __init__(self, index: int, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.index = index
+
+
+def _times(shape: tuple[Any, ...]) -> str:
+    return "x".join(map(str, shape))

@@ -271,7 +271,7 @@ def _check_shared_shape(info: ParamInfo, owner: ParamInfo) -> None:
             f"shares parameter '{info.share_name}' with layer '{owner.node.name}', but the shapes are {mine} and {theirs}",
             "param",
             info.index,
-            hint="equal shapes are needed" + ("" if permissive else "; share_mode: PERMISSIVE asks for equal counts only"),
+            hint="equal counts are needed" if permissive else "equal shapes are needed; with share_mode: PERMISSIVE equal counts are enough",
         )
 
 

@@ -113,7 +113,12 @@ def test_outputs_are_in_byte_order_of_their_names() -> None:
 
 
 def test_a_loss_layer_without_top_gets_an_anonymous_one() -> None:
-    built = graph(INPUT + conv("conv", "x") + layer("InnerProduct", "ip", "conv", "ip", "inner_product_param { num_output: 5 }") + layer("SoftmaxWithLoss", "loss", "ip t", ""))
+    built = graph(
+        INPUT
+        + conv("conv", "x")
+        + layer("InnerProduct", "ip", "conv", "ip", "inner_product_param { num_output: 5 }")
+        + layer("SoftmaxWithLoss", "loss", "ip t", "")
+    )
     assert built.outputs == []
     assert built.nodes[-1].loss_weights == [1.0]
 
@@ -214,7 +219,7 @@ def test_shared_shapes_must_agree_unless_permissive() -> None:
     first = conv("c1", "x", 'param { name: "w" }', outputs=3)
     assert "the shapes are (6, 3, 1, 1) and (3, 3, 1, 1)" in fails(INPUT + first + conv("c2", "c1", 'param { name: "w" }', outputs=6))
     wide = layer("InnerProduct", "ip", "c1", "ip", 'param { name: "w" share_mode: PERMISSIVE } inner_product_param { num_output: 3 axis: 3 bias_term: false }')
-    assert "equal counts only" in fails(INPUT + first + wide)
+    assert "equal counts are needed" in fails(INPUT + first + wide)
 
 
 # --- fusion --------------------------------------------------------------------------------------------------------
@@ -227,7 +232,9 @@ def test_a_relu_in_place_after_a_convolution_is_fused() -> None:
     assert [n.name for n in built.nodes if n.forward_fused] == ["r"]
 
 
-@pytest.mark.parametrize("after", [layer("ReLU", "r", "conv", "conv", "relu_param { negative_slope: 0.1 }"), layer("ReLU", "r", "conv", "y"), layer("Dropout", "d", "conv", "conv")])
+@pytest.mark.parametrize(
+    "after", [layer("ReLU", "r", "conv", "conv", "relu_param { negative_slope: 0.1 }"), layer("ReLU", "r", "conv", "y"), layer("Dropout", "d", "conv", "conv")]
+)
 def test_nothing_else_is_fused(after: str) -> None:
     built = graph(INPUT + conv("conv", "x") + after)
     fuse(built)

@@ -16,6 +16,7 @@ class Power(Elementwise):
     """Any shape. dx = dy power scale (shift + scale x)^(power-1); NaN where that divides 0 by 0, as in Caffe."""
 
     param_fields = ("power_param",)
+    in_place_forward = True
 
     def __init__(self, param: pb.LayerParameter, phase: int, where: SourceMap | None = None) -> None:
         super().__init__(param, phase, where)

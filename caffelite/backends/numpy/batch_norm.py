@@ -1,0 +1,37 @@
+"""Batch normalisation over axis 1."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from caffelite.backends.contract import Array
+from caffelite.backends.numpy.common import Base, column_sums, per_channel, rows, store, widen
+
+
+class BatchNorm(Base):
+    def batch_norm_statistics(self, x: Array, mean: Array, variance: Array) -> None:
+        matrix = rows(widen(x)[0])
+        centre = column_sums(matrix) / len(matrix)
+        distance = matrix - centre.astype(matrix.dtype)
+        store(mean, centre)
+        store(variance, column_sums(distance * distance) / len(matrix))
+
+    def batch_norm_forward(self, x: Array, mean: Array, variance: Array, y: Array, *, eps: float) -> None:
+        (values,) = widen(x)
+        store(y, (values - per_channel(mean, x.ndim)) * _inverse_deviation(variance, eps, x.ndim))
+
+    def batch_norm_backward(self, y: Array, variance: Array, dy: Array, dx: Array, *, eps: float) -> None:
+        output, gradient = widen(y, dy)
+        count = y.size // y.shape[1]
+        mean = (column_sums(rows(gradient)) / count).astype(gradient.dtype)
+        product = (column_sums(rows(gradient * output)) / count).astype(gradient.dtype)
+        centred = gradient - per_channel(mean, y.ndim) - output * per_channel(product, y.ndim)
+        store(dx, centred * _inverse_deviation(variance, eps, y.ndim))
+
+    def batch_norm_backward_global(self, variance: Array, dy: Array, dx: Array, *, eps: float) -> None:
+        store(dx, widen(dy)[0] * _inverse_deviation(variance, eps, dy.ndim))
+
+
+def _inverse_deviation(variance: Array, eps: float, axes: int) -> Array:
+    (values,) = widen(variance)
+    return per_channel(1 / np.sqrt(values + eps), axes)

@@ -1,0 +1,32 @@
+"""InnerProduct: plain matrix products."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from caffelite.backends.contract import Array
+from caffelite.backends.numpy.common import Base, column_sums, store, store_gradient, widen
+
+
+class InnerProduct(Base):
+    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False) -> None:
+        left, right = widen(x, w)
+        values = left @ (right if transpose else right.T)
+        if b is not None:
+            values += b.astype(values.dtype, copy=False)
+        if relu:
+            np.maximum(values, 0, out=values)
+        store(y, values)
+
+    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, *, transpose: bool) -> None:
+        left, right = widen(dy, w)
+        store(dx, left @ (right.T if transpose else right))
+
+    def inner_product_backward_weights(
+        self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool
+    ) -> None:
+        data, gradient = widen(x, dy)
+        if dw is not None:
+            store_gradient(dw, data.T @ gradient if transpose else gradient.T @ data, accumulate_w)
+        if db is not None:
+            store_gradient(db, column_sums(gradient), accumulate_b)

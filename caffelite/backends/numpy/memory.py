@@ -1,0 +1,52 @@
+"""Buffers, views into them, copies between types."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+
+from caffelite.backends.contract import Array, Ints, strides_of
+from caffelite.backends.numpy.common import BFLOAT16, Base, store
+from caffelite.errors import BackendError
+
+ALIGN = 64
+DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "uint8", "int32")} | {"bfloat16": BFLOAT16}
+
+
+class Memory(Base):
+    def supports(self, precision: str) -> str | None:
+        if precision == "float32":
+            return None
+        if precision == "bfloat16":
+            return "NumPy has no bfloat16 arithmetic: every op converts to float32 and back, correct but slower than float32"
+        if precision == "tf32":
+            raise BackendError("the numpy backend cannot run in tf32, which is a format of CUDA devices", hint="use float32 or bfloat16")
+        raise BackendError(f"unknown precision '{precision}'", hint="known ones: float32, tf32, bfloat16")
+
+    def allocate(self, nbytes: int) -> Array:
+        raw = np.zeros(nbytes + ALIGN, np.uint8)
+        start = -raw.ctypes.data % ALIGN
+        return raw[start : start + nbytes]
+
+    def view(self, buffer: Array, offset: int, shape: Ints, dtype: str) -> Array:
+        kind = DTYPES[dtype]
+        return np.ndarray(shape, kind, buffer, offset, strides_of(shape, kind.itemsize))
+
+    def empty(self, shape: Ints, dtype: str) -> Array:
+        return self.view(self.allocate(prod(shape) * DTYPES[dtype].itemsize), 0, shape, dtype)
+
+    def to_host(self, x: Array) -> Array:
+        return np.array(x, np.float32 if x.dtype == BFLOAT16 else x.dtype, order="C")
+
+    def from_host(self, values: Array, x: Array) -> None:
+        store(x, values)
+
+    def fill(self, x: Array, value: float) -> None:
+        x.fill(value)
+
+    def copy(self, x: Array, y: Array) -> None:
+        store(y, x.reshape(y.shape))
+
+    def synchronize(self) -> None:
+        """Every op has finished when it returns."""

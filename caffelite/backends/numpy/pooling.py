@@ -1,0 +1,103 @@
+"""Max and average pooling: one pass over the output for each cell of the window, vectorised over images and channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from caffelite.backends.contract import Array, Ints
+from caffelite.backends.numpy.common import BFLOAT16, FLOAT_MAX, Base, store, widen, work_type
+
+
+class Cell(NamedTuple):
+    """One cell of the window: its number, the outputs whose cell lies in the image, and the image's pixels there."""
+
+    number: int
+    outputs: tuple[slice, ...]
+    inputs: tuple[slice, ...]
+
+
+class Pooling(Base):
+    def max_pool_forward(self, x: Array, y: Array, mask: Array | None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        (values,) = widen(x)
+        # The lowest value of bfloat16 in that type, where -FLT_MAX would round to -infinity.
+        lowest = float(np.finfo(BFLOAT16).min) if y.dtype == BFLOAT16 else -FLOAT_MAX
+        best = np.full_like(y, lowest, values.dtype)
+        if mask is not None:
+            mask.fill(_no_winner(mask))
+        for cell in _cells(x.shape[2:], y.shape[2:], kernel, stride, pad):
+            candidates = values[cell.inputs]
+            wins = candidates > best[cell.outputs]
+            np.copyto(best[cell.outputs], candidates, where=wins)
+            if mask is not None:
+                np.copyto(mask[cell.outputs], mask.dtype.type(cell.number), where=wins)
+        store(y, best)
+
+    def max_pool_backward(self, dy: Array, mask: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        (gradient,) = widen(dy)
+        total = np.zeros_like(dx, gradient.dtype)
+        for cell in _cells(dx.shape[2:], dy.shape[2:], kernel, stride, pad):
+            wins = mask[cell.outputs] == cell.number
+            np.add(total[cell.inputs], gradient[cell.outputs], out=total[cell.inputs], where=wins)
+        store(dx, total)
+
+    def max_pool_indices(self, mask: Array, top: Array, *, kernel: Ints, stride: Ints, pad: Ints, width: int) -> None:
+        first = [np.arange(extent) * step - before for extent, step, before in zip(mask.shape[2:], stride, pad)]
+        winner = mask.astype(np.int64)
+        h = first[0][:, None] + winner // kernel[1]
+        w = first[1] + winner % kernel[1]
+        store(top, np.where(mask == _no_winner(mask), -1, h * width + w))
+
+    def ave_pool_forward(self, x: Array, y: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        (values,) = widen(x)
+        total = np.zeros_like(y, values.dtype)
+        for cell in _cells(x.shape[2:], y.shape[2:], kernel, stride, pad):
+            total[cell.outputs] += values[cell.inputs]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            total /= _areas(x.shape[2:], y.shape[2:], kernel, stride, pad, values.dtype)
+        store(y, total)
+
+    def ave_pool_backward(self, dy: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = widen(dy)[0] / _areas(dx.shape[2:], dy.shape[2:], kernel, stride, pad, work_type(dy))
+        total = np.zeros_like(dx, share.dtype)
+        for cell in _cells(dx.shape[2:], dy.shape[2:], kernel, stride, pad):
+            total[cell.inputs] += share[cell.outputs]
+        store(dx, total)
+
+
+def _no_winner(mask: Array) -> int:
+    return 255 if mask.dtype == np.uint8 else -1
+
+
+def _cells(size: Ints, out: Ints, kernel: Ints, stride: Ints, pad: Ints) -> Iterator[Cell]:
+    """The cells of the window in row-major order that lie in the image for at least one output."""
+    everything = slice(None)
+    for kh in range(kernel[0]):
+        rows = _reach(kh - pad[0], size[0], out[0], stride[0])
+        for kw in range(kernel[1]):
+            columns = _reach(kw - pad[1], size[1], out[1], stride[1])
+            if rows and columns:
+                outputs, inputs = zip(rows, columns)
+                yield Cell(kh * kernel[1] + kw, (everything, everything, *outputs), (everything, everything, *inputs))
+
+
+def _reach(shift: int, size: int, out: int, stride: int) -> tuple[slice, slice] | None:
+    """Along one axis: outputs p with 0 <= p*stride + shift < size, and those pixels; None if there are none."""
+    first = max(0, -(shift // stride))  # the least p with p*stride >= -shift
+    last = min(out - 1, (size - 1 - shift) // stride)
+    if first > last:
+        return None
+    start = first * stride + shift
+    return slice(first, last + 1), slice(start, start + (last - first) * stride + 1, stride)
+
+
+def _areas(size: Ints, out: Ints, kernel: Ints, stride: Ints, pad: Ints, work: np.dtype[np.generic]) -> Array:
+    """The window's area for each output, measured in the padded plane; 0 where the window starts at the plane's end."""
+    extents = []
+    for s, o, k, step, p in zip(size, out, kernel, stride, pad):
+        start = np.arange(o) * step - p
+        extents.append(np.minimum(start + k, s + p) - start)
+    return np.multiply.outer(*extents).astype(work)

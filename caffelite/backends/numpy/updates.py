@@ -1,0 +1,160 @@
+"""Reductions and update rules over the parameter arena: one pass in pieces that stay in a core's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import fsum, sqrt
+
+import numpy as np
+
+from caffelite.backends.contract import Array, Segment
+from caffelite.backends.numpy.common import Base, chunks, flat, store, widen
+
+# rule(rate, step, scratch, states...): on entry `step` holds g', on return D; `scratch` is free memory.
+Rule = Callable[..., None]
+
+
+class Updates(Base):
+    def sum_squares(self, x: Array) -> float:
+        return self._sum(x, lambda part: float(np.dot(part, part)))
+
+    def sum_absolute(self, x: Array) -> float:
+        return self._sum(x, lambda part: float(np.abs(part).sum()))
+
+    def all_finite(self, x: Array) -> bool:
+        values = flat(x)
+        return all(self._each(lambda span: bool(np.isfinite(values[slice(*span)]).all()), chunks(values.size), values.size))
+
+    def scale_in_place(self, x: Array, factor: float) -> None:
+        (values,) = widen(x)
+        store(x, np.multiply(values, factor, out=values))
+
+    def sgd_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, momentum: float, l1: bool, grad_scale: float, write_step: bool) -> None:
+        def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
+            h *= momentum
+            step *= rate
+            h += step
+            step[...] = h
+
+        self._update(rule, w, g, (h,), segments, l1, grad_scale)
+
+    def nesterov_update(
+        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, momentum: float, l1: bool, grad_scale: float, write_step: bool
+    ) -> None:
+        def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
+            np.multiply(h, momentum, out=scratch)
+            step *= rate
+            np.add(scratch, step, out=h)
+            np.multiply(h, 1 + momentum, out=step)
+            step -= scratch
+
+        self._update(rule, w, g, (h,), segments, l1, grad_scale)
+
+    def adagrad_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, delta: float, l1: bool, grad_scale: float, write_step: bool) -> None:
+        def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
+            np.multiply(step, step, out=scratch)
+            h += scratch
+            _divide_by_root(step, h, delta, rate, scratch)
+
+        self._update(rule, w, g, (h,), segments, l1, grad_scale)
+
+    def rmsprop_update(
+        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, rms_decay: float, delta: float, l1: bool, grad_scale: float, write_step: bool
+    ) -> None:
+        def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
+            _average_square(h, step, rms_decay, scratch)
+            _divide_by_root(step, h, delta, rate, scratch)
+
+        self._update(rule, w, g, (h,), segments, l1, grad_scale)
+
+    def adadelta_update(
+        self,
+        w: Array,
+        g: Array,
+        h: Array,
+        v: Array,
+        segments: Sequence[Segment],
+        *,
+        momentum: float,
+        delta: float,
+        l1: bool,
+        grad_scale: float,
+        write_step: bool,
+    ) -> None:
+        def rule(rate: float, step: Array, scratch: Array, h: Array, v: Array) -> None:
+            _average_square(h, step, momentum, scratch)
+            np.add(v, delta, out=scratch)
+            scratch /= h + h.dtype.type(delta)
+            np.sqrt(scratch, out=scratch)
+            step *= scratch
+            _average_square(v, step, momentum, scratch)
+            step *= rate
+
+        self._update(rule, w, g, (h, v), segments, l1, grad_scale)
+
+    def adam_update(
+        self,
+        w: Array,
+        g: Array,
+        h: Array,
+        v: Array,
+        segments: Sequence[Segment],
+        *,
+        momentum: float,
+        momentum2: float,
+        delta: float,
+        step: int,
+        l1: bool,
+        grad_scale: float,
+        write_step: bool,
+    ) -> None:
+        correction = sqrt(1 - momentum2**step) / (1 - momentum**step)
+
+        def rule(rate: float, step: Array, scratch: Array, h: Array, v: Array) -> None:
+            _average_square(v, step, momentum2, scratch)
+            h *= momentum
+            step *= 1 - momentum
+            h += step
+            step[...] = h
+            _divide_by_root(step, v, delta, rate * correction, scratch)
+
+        self._update(rule, w, g, (h, v), segments, l1, grad_scale)
+
+    def _update(self, rule: Rule, w: Array, g: Array, states: Sequence[Array], segments: Sequence[Segment], l1: bool, grad_scale: float) -> None:
+        """Runs a rule over all segments; D is left in g, where it is computed."""
+        pieces = [(s, s.start + a, s.start + b) for s in segments for a, b in chunks(s.stop - s.start)]
+
+        def run(piece: tuple[Segment, int, int]) -> None:
+            segment, start, stop = piece
+            weights, step = w[start:stop], g[start:stop]
+            scratch = np.empty_like(weights)
+            if grad_scale != 1:
+                step *= grad_scale
+            if segment.decay:
+                np.multiply(np.sign(weights) if l1 else weights, segment.decay, out=scratch)
+                step += scratch
+            rule(segment.rate, step, scratch, *(state[start:stop] for state in states))
+            weights -= step
+
+        self._each(run, pieces, w.size)
+
+    def _sum(self, x: Array, of: Callable[[Array], float]) -> float:
+        """The sum of `of` over float64 pieces, added exactly, so that it does not depend on the number of threads."""
+        values = flat(x)
+        return fsum(self._each(lambda span: of(values[slice(*span)].astype(np.float64)), chunks(values.size), values.size))
+
+
+def _average_square(state: Array, value: Array, keep: float, scratch: Array) -> None:
+    """state <- keep state + (1-keep) value^2."""
+    np.multiply(value, value, out=scratch)
+    scratch *= 1 - keep
+    state *= keep
+    state += scratch
+
+
+def _divide_by_root(step: Array, state: Array, delta: float, rate: float, scratch: Array) -> None:
+    """step <- rate step / (sqrt(state) + delta)."""
+    np.sqrt(state, out=scratch)
+    scratch += delta
+    step /= scratch
+    step *= rate

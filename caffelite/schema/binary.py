@@ -6,16 +6,18 @@ import os
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError, EncodeError, Message
 
 from caffelite import caffelite_pb2 as pb
 from caffelite.errors import CaffeliteError, DataError, SnapshotError, SpecError, Where
+from caffelite.schema.fields import is_repeated
 from caffelite.schema.places import SourceMap
 from caffelite.schema.upgrade import upgrade_net
 
 LARGEST = 2**31 - 1  # bytes of one protobuf message
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _PROBE = 1024
+_TOO_LARGE = "one protobuf file holds 2 GiB at most; write HDF5 instead"
 
 M = TypeVar("M", bound=Message)
 
@@ -64,12 +66,12 @@ def parse_datum(data: bytes) -> pb.Datum:
 def message_bytes(message: Message) -> bytes:
     """The message in binary. SnapshotError when it exceeds the 2 GiB that protobuf allows."""
     try:
-        size = message.ByteSize()
-        if size <= LARGEST:
-            return message.SerializeToString()
-    except (ValueError, MemoryError) as error:
-        raise SnapshotError(f"a {message.DESCRIPTOR.name} cannot be written: {error}") from error
-    raise SnapshotError(f"a {message.DESCRIPTOR.name} of {size} bytes exceeds the {LARGEST} that protobuf allows", hint="write HDF5 instead")
+        data = message.SerializeToString()
+    except (EncodeError, ValueError, MemoryError) as error:
+        raise SnapshotError(f"a {message.DESCRIPTOR.name} cannot be written: {error}", hint=_TOO_LARGE) from error
+    if len(data) > LARGEST:
+        raise SnapshotError(f"a {message.DESCRIPTOR.name} of {len(data)} bytes cannot be written", hint=_TOO_LARGE)
+    return data
 
 
 def open_failure(path: str, error: OSError, wanted: str, kind: type[CaffeliteError]) -> CaffeliteError:
@@ -104,10 +106,15 @@ def _read(path: str, message: M, wanted: str) -> M:
 
 
 def _check_strings(message: Any) -> None:
-    """UnicodeDecodeError when a string is not text: protobuf notices only when it is looked at."""
+    """UnicodeDecodeError when a string is not text; protobuf would hand it out as bytes."""
     for field, value in message.ListFields():
-        if field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE and field.message_type.name != "BlobProto":
-            for child in [value] if isinstance(value, Message) else value:
+        values = value if is_repeated(field) else [value]
+        if field.type == FieldDescriptor.TYPE_STRING:
+            for text in values:
+                if isinstance(text, bytes):
+                    text.decode("utf-8")
+        elif field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type.name != "BlobProto":
+            for child in values:
                 _check_strings(child)
 
 

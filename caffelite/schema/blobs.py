@@ -17,10 +17,10 @@ from caffelite import caffelite_pb2 as pb
 from caffelite.blob import Shape
 from caffelite.errors import SnapshotError
 
-_LENGTH_DELIMITED = 2
+_VARINT, _LENGTH_DELIMITED, _GROUP_START = 0, 2, 3  # wire types
 _LEGACY = ("num", "channels", "height", "width")
 _FIELDS = {name: field.number for name, field in pb.BlobProto.DESCRIPTOR.fields_by_name.items()}
-_FIXED_WIDTH = {1: 8, 5: 4}  # wire type: bytes
+_FIXED_WIDTH = {1: 8, 5: 4}  # of these wire types: bytes
 F32, F64 = np.dtype("<f4"), np.dtype("<f8")
 
 
@@ -57,26 +57,27 @@ def _shown(shape: Shape) -> str:
 def _packed(blob: pb.BlobProto, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """The values of a packed field, without a Python object per value."""
     wire = blob.SerializeToString()
-    chunks = [wire[start:end] for number, start, end in _spans(wire) if number == _FIELDS[name]]
-    if not chunks:
-        return np.empty(0, dtype)
-    return np.frombuffer(chunks[0] if len(chunks) == 1 else b"".join(chunks), dtype)
+    chunks = [np.frombuffer(wire, dtype, (end - start) // dtype.itemsize, start) for number, start, end in _spans(wire) if number == _FIELDS[name]]
+    return np.concatenate(chunks) if len(chunks) > 1 else chunks[0] if chunks else np.empty(0, dtype)
 
 
 def _spans(wire: bytes) -> Iterator[tuple[int, int, int]]:
     """Field number, start and end of every length-delimited field. `wire` is what protobuf itself just wrote."""
-    position = 0
+    position = depth = 0
     while position < len(wire):
         tag, position = _varint(wire, position)
         kind = tag & 7
         if kind == _LENGTH_DELIMITED:
             size, position = _varint(wire, position)
-            yield tag >> 3, position, position + size
+            if depth == 0:
+                yield tag >> 3, position, position + size
             position += size
         elif kind in _FIXED_WIDTH:
             position += _FIXED_WIDTH[kind]
-        else:
+        elif kind == _VARINT:
             _, position = _varint(wire, position)
+        else:  # a group (an unknown field kept by protobuf) opens or closes
+            depth += 1 if kind == _GROUP_START else -1
 
 
 def _varint(wire: bytes, position: int) -> tuple[int, int]:

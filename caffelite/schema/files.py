@@ -12,7 +12,7 @@ from caffelite.schema.places import SourceMap
 from caffelite.schema.text import parse_text
 from caffelite.schema.upgrade import upgrade_net, upgrade_solver
 
-LARGEST_TEXT = 64 * 2**20  # bytes; no definition written or generated comes near
+LARGEST_TEXT = 16 * 2**20  # bytes; no definition written or generated comes near
 
 
 @dataclass

@@ -73,13 +73,13 @@ class _Reader:
             raise tokens.fail(f"expected a field name of {message.DESCRIPTOR.name}, found {name}")
         field: Any = message.DESCRIPTOR.fields_by_name.get(name.text)
         if field is None:
-            raise tokens.fail(f"{message.DESCRIPTOR.name} has no field '{name.text}'", name, unknown_field_hint(message.DESCRIPTOR, name.text))
+            raise tokens.fail(f"{message.DESCRIPTOR.name} has no field {name}", name, unknown_field_hint(message.DESCRIPTOR, name.text))
         tokens.take()
         colon = tokens.accept(":")
         if not is_repeated(field):
             self._check_first(message, field, name, places)
         if field.cpp_type != FieldDescriptor.CPPTYPE_MESSAGE and not colon:
-            raise tokens.fail(f"expected ':' after '{name.text}', found {tokens.now}")
+            raise tokens.fail(f"expected ':' after '{field.name}', found {tokens.now}")
         if tokens.is_symbol("["):
             self._read_list(message, field, name, places)
         else:
@@ -105,7 +105,7 @@ class _Reader:
             if tokens.accept("]"):
                 return
             if not tokens.accept(","):
-                raise tokens.fail(f"expected ',' or ']' in the list of '{name.text}', found {tokens.now}")
+                raise tokens.fail(f"expected ',' or ']' in the list of '{field.name}', found {tokens.now}")
 
     def _read_value(self, message: Message, field: FieldDescriptor, place: Token, places: SourceMap) -> None:
         """Reads one value into `field`; `place` is the token that stands for it in the source map."""
@@ -144,7 +144,7 @@ class _Reader:
 def unknown_field_hint(descriptor: Any, name: str) -> str:
     """What to write instead of a field name that `descriptor` does not have."""
     names = [field.name for field in descriptor.fields]
-    near = difflib.get_close_matches(name.lower(), names, n=2, cutoff=0.6)
+    near = difflib.get_close_matches(name[:64].lower(), names, n=2, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
     inside = [f.name for f in descriptor.fields if f.message_type is not None and name in f.message_type.fields_by_name]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from bisect import bisect_right
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from caffelite.errors import SpecError, Where
 
@@ -13,11 +12,11 @@ NAME, NUMBER, STRING, SYMBOL, END = "name", "number", "string", "symbol", "end"
 
 _BLANK = re.compile(r"[ \n\t\r\v\f]*")
 _COMMENT = re.compile(r"#[^\n]*")
-# The string patterns are unrolled loops: one pass and no backtracking, whatever the input.
+# Strings without escapes; those with some are cut by hand, as a pattern with a loop inside takes gigabytes on hostile input.
 _TOKEN = re.compile(
     r"""(?P<name>[A-Za-z_][A-Za-z0-9_]*)
       | (?P<number>0[xX][0-9a-fA-F]+ | (?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[fF]?)
-      | (?P<string>"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*" | '[^'\\\n]*(?:\\[^\n][^'\\\n]*)*')
+      | (?P<string>"[^"\\\n]*" | '[^'\\\n]*')
       | (?P<symbol>[{}<>\[\]:;,\-])""",
     re.VERBOSE,
 )
@@ -25,8 +24,7 @@ _WORD = re.compile(r"[A-Za-z0-9_.+]")
 _SHOWN = 40  # longest excerpt of the file that a message repeats
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One token: its kind, its text as written, and its offset in the file's text."""
 
     kind: str
@@ -36,8 +34,12 @@ class Token:
     def __str__(self) -> str:
         if self.kind == END:
             return "the end of the file"
-        text = self.text if len(self.text) <= _SHOWN else self.text[: _SHOWN - 3] + "..."
-        return text if self.kind == STRING else f"'{text}'"
+        return self.short if self.kind == STRING else f"'{self.short}'"
+
+    @property
+    def short(self) -> str:
+        """The text, cut where it is too long for a message."""
+        return self.text if len(self.text) <= _SHOWN else self.text[: _SHOWN - 3] + "..."
 
 
 class Tokens:
@@ -45,7 +47,7 @@ class Tokens:
 
     def __init__(self, text: str, file: str) -> None:
         self.text, self.file = text, file
-        self._lines: list[int] | None = None
+        self._known = (0, 1)  # an offset and its line; places are mostly asked for in order
         self._end = 0
         self.now = self._next()
 
@@ -68,10 +70,10 @@ class Tokens:
 
     def where(self, offset: int) -> Where:
         """Line and column of an offset, both counted from 1."""
-        if self._lines is None:
-            self._lines = [0, *(match.end() for match in re.finditer("\n", self.text))]
-        line = bisect_right(self._lines, offset)
-        return Where(self.file, line, offset - self._lines[line - 1] + 1)
+        start, line = self._known if self._known[0] <= offset else (0, 1)
+        line += self.text.count("\n", start, offset)
+        self._known = (offset, line)
+        return Where(self.file, line, offset - self.text.rfind("\n", 0, offset))
 
     def fail(self, message: str, token: Token | None = None, hint: str | None = None) -> SpecError:
         """A SpecError placed at a token (the current one unless given)."""
@@ -84,12 +86,30 @@ class Tokens:
             return Token(END, "", start)
         match = _TOKEN.match(self.text, start)
         if match is None:
-            raise self._unreadable(start)
+            return self._escaped_string(start)
         self._end = match.end()
         token = Token(str(match.lastgroup), match.group(), start)
         if token.kind == NUMBER and _WORD.match(self.text, self._end):
             raise self.fail(f"'{self._word(start)}' is not a number", token, "leave a space between a number and a name")
         return token
+
+    def _escaped_string(self, start: int) -> Token:
+        """The string token at `start`, whose closing quote is the first one after an even number of backslashes."""
+        quote = self.text[start]
+        if quote not in "\"'":
+            raise self._unreadable(start)
+        line_end = self.text.find("\n", start)
+        line_end = len(self.text) if line_end < 0 else line_end
+        end = self.text.find(quote, start + 1, line_end)
+        while end >= 0:
+            before = end
+            while self.text[before - 1] == "\\":
+                before -= 1
+            if (end - before) % 2 == 0:
+                self._end = end + 1
+                return Token(STRING, self.text[start : end + 1], start)
+            end = self.text.find(quote, end + 1, line_end)
+        raise self._unreadable(start)
 
     def _skip(self, position: int) -> int:
         while True:

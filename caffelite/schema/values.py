@@ -108,7 +108,7 @@ def _read_enum(tokens: Tokens, field: FieldDescriptor) -> int:
         return int(value.number)
     match = _INTEGER.fullmatch(token.text) if token.kind == NUMBER else None
     if match is None or len(token.text) > 20:
-        hint = f"write {field.name}: {token.text[1:-1]} without quotes" if token.kind == STRING and token.text[1:-1] in enum.values_by_name else None
+        hint = f"write {field.name}: {token.short[1:-1]} without quotes" if token.kind == STRING and token.text[1:-1] in enum.values_by_name else None
         raise _expected(tokens, field, "one of " + ", ".join(_names(enum)), hint=hint)
     tokens.take()
     number = int(token.text, {"hex": 16, "octal": 8, "decimal": 10}[str(match.lastgroup)]) * (-1 if negative else 1)
@@ -124,7 +124,7 @@ def _names(enum: EnumDescriptor) -> list[str]:
 def enum_hint(enum: EnumDescriptor, name: str) -> str:
     """Names near `name`, or all the names of the enum."""
     names = _names(enum)
-    near = difflib.get_close_matches(name.upper(), names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name[:64].upper(), names, n=1, cutoff=0.6)
     if near:
         return f"did you mean {near[0]}?"
     return "it takes " + ", ".join(names)
@@ -133,8 +133,8 @@ def enum_hint(enum: EnumDescriptor, name: str) -> str:
 def _read_string(tokens: Tokens, field: FieldDescriptor) -> str | bytes:
     first = tokens.now
     if first.kind != STRING:
-        word = first.kind == NAME or (first.kind == NUMBER)
-        raise _expected(tokens, field, "a string in quotes", hint=f'write {field.name}: "{first.text}"' if word else None)
+        word = first.kind in (NAME, NUMBER)
+        raise _expected(tokens, field, "a string in quotes", hint=f'write {field.name}: "{first.short}"' if word else None)
     pieces = []
     while tokens.now.kind == STRING:
         pieces.append(_unescape(tokens, tokens.now))

@@ -28,7 +28,7 @@ def fill(filler: pb.FillerParameter, shape: Shape, rng: np.random.Generator, fai
         near = difflib.get_close_matches(filler.type.lower(), _FILLERS, n=1)
         raise fail(f"unknown filler type '{filler.type}': " + (f"did you mean '{near[0]}'?" if near else "known types are " + ", ".join(sorted(_FILLERS))))
     if prod(shape) == 0:
-        raise fail(f"a {filler.type} filler cannot fill a blob of shape {tuple(shape)}: it has no elements")
+        raise fail(f"a filler of type {filler.type} cannot fill a blob of shape {tuple(shape)}: it has no elements")
     if filler.sparse != -1 and filler.type != "gaussian":
         raise fail(f"sparse belongs to gaussian fillers only, found it on '{filler.type}'")
     return make(filler, tuple(shape), rng, fail)
@@ -94,7 +94,7 @@ def _bilinear(filler: pb.FillerParameter, shape: Shape, rng: np.random.Generator
 def _fan(filler: pb.FillerParameter, shape: Shape, fail: Fail) -> float:
     """fan_in = count / shape[0], fan_out = count / shape[1] (count itself with one axis), or their mean."""
     if not shape:
-        raise fail(f"a {filler.type} filler needs a blob with at least one axis")
+        raise fail(f"a filler of type {filler.type} needs a blob with at least one axis")
     count = prod(shape)
     fan_in = count // shape[0]
     fan_out = count // shape[1] if len(shape) > 1 else count

@@ -19,8 +19,9 @@ from caffelite.schema.fields import is_repeated
 TYPES: list[type[Message]] = [pb.NetParameter, pb.SolverParameter, pb.LayerParameter, pb.Datum, pb.BlobProto, pb.RunState]
 LETTERS = ["a", "B", "0", " ", '"', "'", "\\", "\n", "\t", "é", "日", "\x01", "#", "{", "😀"]
 DAMAGE = list("{}<>[]:;,-\"'#\\0123x.efnt _\n")
-# Spellings that Python's reader lets pass and Caffe's (C++) refuses: 1_000, +1, and a backslash before any character.
-LENIENT = re.compile(r"is not a number|unexpected character '\+'|unknown escape")
+# Spellings that Python's reader (some version of it) lets pass and Caffe's (C++) refuses: 1_000, +1, 010 for a float, and a
+# backslash before any character.
+LENIENT = re.compile(r"is not a number|unexpected character '\+'|unknown escape|expected a number for .* found '0\d")
 
 INTS = {
     Field.CPPTYPE_INT32: (-(2**31), 2**31 - 1),

@@ -1,0 +1,89 @@
+"""Finds and loads libdnnl.so.3, and sets how many threads it uses."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from functools import cache
+
+from caffelite.errors import BackendError
+
+NAME = "libdnnl.so.3"
+WHEEL = "onednn-cpu-gomp"
+VARIABLE = "CAFFELITE_DNNL"
+INSTALL = f"install it with 'pip install {WHEEL}' (Linux, x86-64), or name a {NAME} in the environment variable {VARIABLE}, or use --backend numpy"
+
+
+class Version(ctypes.Structure):
+    """The start of dnnl_version_t, which is all that is read."""
+
+    _fields_ = (("major", ctypes.c_int), ("minor", ctypes.c_int), ("patch", ctypes.c_int))
+
+
+def candidates() -> Iterator[str]:
+    """Paths and names to try: the environment's choice alone if there is one, else the wheel's file, else the system's."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen:
+        yield chosen
+        return
+    try:
+        files = importlib.metadata.files(WHEEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    yield from (str(file.locate()) for file in files if file.name == NAME)
+    yield NAME
+
+
+def load() -> ctypes.CDLL:
+    """The library, loaded once for each choice. BackendError: none can be loaded, or it is not oneDNN 3."""
+    tried: list[str] = []
+    for path in candidates():
+        library = _try(path, tried)
+        if library is not None:
+            return library
+    raise BackendError(f"the oneDNN library {NAME} cannot be loaded ({'; '.join(tried)})", hint=INSTALL)
+
+
+def _try(path: str, tried: list[str]) -> ctypes.CDLL | None:
+    try:
+        return _open(path)
+    except OSError as error:
+        tried.append(str(error))
+        return None
+
+
+@cache
+def _open(path: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(path)
+    try:
+        library.dnnl_version.restype = ctypes.POINTER(Version)
+        found = library.dnnl_version().contents
+    except AttributeError:
+        raise BackendError(f"{path} is not a oneDNN library: it has no dnnl_version", hint=INSTALL) from None
+    if found.major != 3:
+        raise BackendError(f"{path} is oneDNN {found.major}.{found.minor}, version 3 is needed", hint=INSTALL)
+    return library
+
+
+def set_threads(count: int) -> None:
+    """Makes this thread's oneDNN calls use `count` threads. BackendError where the OpenMP runtime cannot be found."""
+    if count < 1:
+        raise BackendError(f"the number of threads must be at least 1, found {count}")
+    openmp().omp_set_num_threads(ctypes.c_int(count))
+
+
+def thread_count() -> int:
+    """How many threads oneDNN uses from this thread: OMP_NUM_THREADS, or the processors this process may run on."""
+    return int(openmp().omp_get_max_threads())
+
+
+@cache
+def openmp() -> ctypes.CDLL:
+    """The OpenMP runtime that the library runs on: already in the process once the library is loaded."""
+    load()
+    try:
+        return ctypes.CDLL("libgomp.so.1")
+    except OSError as error:
+        raise BackendError(f"the OpenMP runtime libgomp.so.1 cannot be loaded ({error})", hint=INSTALL) from None

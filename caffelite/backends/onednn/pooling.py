@@ -1,0 +1,138 @@
+"""Pooling on oneDNN where its rules are Caffe's; NumPy where they differ (see each plan)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from caffelite.backends.contract import Array, Ints
+from caffelite.backends.onednn.dnnl import (
+    BFLOAT16,
+    DIFF_DST,
+    DIFF_SRC,
+    DST,
+    INFERENCE,
+    POOL_AVE_EXCLUDE,
+    POOL_AVE_INCLUDE,
+    POOL_MAX,
+    SRC,
+    TRAINING,
+    WORKSPACE,
+    Descriptor,
+    Dnnl,
+    Primitive,
+    PrimitiveDescriptor,
+    Unsupported,
+)
+from caffelite.backends.onednn.plan import PlanningBackend, Run, describe, element_strides, signature, type_of
+
+LOWEST = np.float32(np.finfo(np.float32).min)
+LOWEST_BFLOAT16_BITS = np.int16(-0x80)  # -infinity, which is what -FLT_MAX rounds to
+
+
+def steps(image: Ints, pooled: Ints, kernel: Ints, stride: Ints, pad: Ints) -> tuple[Ints, ...]:
+    """stride, kernel, dilation, pad before and after. Unsupported: a window without a cell, which oneDNN has no rule for."""
+    after = tuple((p - 1) * s + k - size - b for p, s, k, size, b in zip(pooled, stride, kernel, image, pad))
+    if any(b >= k or a >= k for a, b, k in zip(after, pad, kernel)):
+        raise Unsupported("a window lies outside the image")
+    return tuple(stride), tuple(kernel), (0, 0), tuple(pad), after
+
+
+def pool_descriptor(dnnl: Dnnl, kind: int, algorithm: int, x: Descriptor, y: Descriptor, numbers: tuple[Ints, ...]) -> PrimitiveDescriptor:
+    return dnnl.primitive_descriptor("pooling_forward", kind, algorithm, x, y, *numbers, dnnl.plain)
+
+
+def fits_mask(dnnl: Dnnl, forward: PrimitiveDescriptor, mask: Array) -> None:
+    """oneDNN's workspace is the contract's mask: the winner's place in its unclipped window, one byte or one int per output."""
+    if not dnnl.equal(dnnl.argument(forward, WORKSPACE), dnnl.strided(mask.shape, element_strides(mask), type_of(mask))):
+        raise Unsupported("the workspace is not the mask")
+
+
+def plan_max_forward(dnnl: Dnnl, x: Array, y: Array, mask: Array | None, kernel: Ints, stride: Ints, pad: Ints) -> Run:
+    numbers = steps(x.shape[2:], y.shape[2:], kernel, stride, pad)
+    descriptor = pool_descriptor(dnnl, INFERENCE if mask is None else TRAINING, POOL_MAX, describe(dnnl, x), describe(dnnl, y), numbers)
+    if mask is None:
+        return Primitive(dnnl, descriptor, (SRC, DST))
+    fits_mask(dnnl, descriptor, mask)
+    return Primitive(dnnl, descriptor, (SRC, DST, WORKSPACE))
+
+
+def plan_max_backward(dnnl: Dnnl, dy: Array, mask: Array, dx: Array, kernel: Ints, stride: Ints, pad: Ints) -> Run:
+    numbers = steps(dx.shape[2:], dy.shape[2:], kernel, stride, pad)
+    made, given = describe(dnnl, dx), describe(dnnl, dy)
+    hint = pool_descriptor(dnnl, TRAINING, POOL_MAX, made, given, numbers)
+    fits_mask(dnnl, hint, mask)
+    descriptor = dnnl.primitive_descriptor("pooling_backward", POOL_MAX, made, given, *numbers, hint, dnnl.plain)
+    return Primitive(dnnl, descriptor, (DIFF_DST, WORKSPACE, DIFF_SRC))
+
+
+def average_rule(image: Ints, pooled: Ints, kernel: Ints, stride: Ints, pad: Ints) -> int:
+    """oneDNN's rule that divides as Caffe does. Caffe's area counts the padding but not what lies beyond it.
+
+    Without padding that is the cells inside the image; with no window reaching beyond the padding, the whole kernel.
+    Unsupported: both at once (ceil mode with padding)."""
+    beyond = any((p - 1) * s + k > size + 2 * b for p, s, k, size, b in zip(pooled, stride, kernel, image, pad))
+    if not any(pad):
+        return POOL_AVE_EXCLUDE
+    if beyond:
+        raise Unsupported("a window reaches beyond the padding")
+    return POOL_AVE_INCLUDE
+
+
+def plan_average_forward(dnnl: Dnnl, x: Array, y: Array, kernel: Ints, stride: Ints, pad: Ints) -> Run:
+    spatial = (x.shape[2:], y.shape[2:], kernel, stride, pad)
+    descriptor = pool_descriptor(dnnl, INFERENCE, average_rule(*spatial), describe(dnnl, x), describe(dnnl, y), steps(*spatial))
+    return Primitive(dnnl, descriptor, (SRC, DST))
+
+
+def plan_average_backward(dnnl: Dnnl, dy: Array, dx: Array, kernel: Ints, stride: Ints, pad: Ints) -> Run:
+    spatial = (dx.shape[2:], dy.shape[2:], kernel, stride, pad)
+    rule, numbers = average_rule(*spatial), steps(*spatial)
+    made, given = describe(dnnl, dx), describe(dnnl, dy)
+    hint = pool_descriptor(dnnl, TRAINING, rule, made, given, numbers)
+    descriptor = dnnl.primitive_descriptor("pooling_backward", rule, made, given, *numbers, hint, dnnl.plain)
+    return Primitive(dnnl, descriptor, (DIFF_DST, DIFF_SRC))
+
+
+def has_winnerless(y: Array) -> bool:
+    """Some window may hold nothing above -FLT_MAX; oneDNN then names a wrong winner."""
+    if y.dtype == BFLOAT16:
+        bits = y.view(np.int16)
+        return bool((bits == LOWEST_BFLOAT16_BITS).any())
+    return bool(y.min() <= LOWEST)
+
+
+class PoolingOps(PlanningBackend):
+    """Max and average pooling."""
+
+    def max_pool_forward(self, x: Array, y: Array, mask: Array | None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        key = ("max pool forward", signature(x), signature(y), None if mask is None else signature(mask), kernel, stride, pad)
+        plan = self.plan(key, lambda: plan_max_forward(self.dnnl, x, y, mask, kernel, stride, pad))
+        if plan is not None:
+            masks = () if mask is None else (mask.ctypes.data,)
+            plan(x.ctypes.data, y.ctypes.data, *masks)
+        if plan is None or has_winnerless(y):
+            super().max_pool_forward(x, y, mask, kernel=kernel, stride=stride, pad=pad)
+
+    def max_pool_backward(self, dy: Array, mask: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        key = ("max pool backward", signature(dy), signature(mask), signature(dx), kernel, stride, pad)
+        plan = self.plan(key, lambda: plan_max_backward(self.dnnl, dy, mask, dx, kernel, stride, pad))
+        if plan is None:
+            super().max_pool_backward(dy, mask, dx, kernel=kernel, stride=stride, pad=pad)
+        else:
+            plan(dy.ctypes.data, mask.ctypes.data, dx.ctypes.data)
+
+    def ave_pool_forward(self, x: Array, y: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        key = ("ave pool forward", signature(x), signature(y), kernel, stride, pad)
+        plan = self.plan(key, lambda: plan_average_forward(self.dnnl, x, y, kernel, stride, pad))
+        if plan is None:
+            super().ave_pool_forward(x, y, kernel=kernel, stride=stride, pad=pad)
+        else:
+            plan(x.ctypes.data, y.ctypes.data)
+
+    def ave_pool_backward(self, dy: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        key = ("ave pool backward", signature(dy), signature(dx), kernel, stride, pad)
+        plan = self.plan(key, lambda: plan_average_backward(self.dnnl, dy, dx, kernel, stride, pad))
+        if plan is None:
+            super().ave_pool_backward(dy, dx, kernel=kernel, stride=stride, pad=pad)
+        else:
+            plan(dy.ctypes.data, dx.ctypes.data)

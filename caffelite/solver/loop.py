@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from caffelite.backends.contract import Array, Backend, Segment
 from caffelite.errors import SpecError, TrainingError
 from caffelite.net import Net
@@ -33,6 +35,8 @@ class Solver:
     backend, precision, observe: as for Net. listeners: told of every event. effects: what signals do while solve() runs, as
     in {"SIGINT": "stop"} (see signals.DEFAULT_EFFECTS). Everything wrong with the definition is raised here.
     Attributes: `net`, `test_nets`, `iter` (updates done), `seed`, `history`, `best`.
+
+    NumPy's warnings are off while it runs: what diverges ends in a TrainingError that names the layer.
     """
 
     def __init__(
@@ -147,6 +151,7 @@ class Solver:
 
     # --- training ------------------------------------------------------------------------------------------------------
 
+    @np.errstate(all="ignore")
     def solve(self, resume: str | Path | None = None) -> bool:
         """Trains up to max_iter, from the state file `resume` if given; returns whether a signal stopped it before that.
 
@@ -202,6 +207,7 @@ class Solver:
         if p.test_interval and self.iter % p.test_interval == 0:
             self.test_all()
 
+    @np.errstate(all="ignore")
     def step(self, iterations: int) -> None:
         """Runs `iterations` iterations in the order of spec net-and-solver 8.2; fewer when a signal stops it."""
         p, start, stop = self.param, self.iter, self.iter + iterations
@@ -306,6 +312,7 @@ class Solver:
 
     # --- testing -------------------------------------------------------------------------------------------------------
 
+    @np.errstate(all="ignore")
     def test_all(self) -> None:
         """Scores every test net with the weights as they are."""
         self.test_cursors = cursors_of_tests(self)

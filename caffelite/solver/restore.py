@@ -103,16 +103,10 @@ def _take_run_state(solver: Solver, run: pb.RunState) -> None:
     if run.HasField("seed"):
         solver.seed = int(run.seed)
         for net in (solver.net, *solver.test_nets):
-            _reseed(net, solver.seed)
+            net.context.seed = solver.seed
     for cursor in run.cursor:
         nets = [solver.net] if cursor.phase == pb.TRAIN else solver.test_nets[cursor.net : cursor.net + 1]
         for layer in (layer for net in nets for layer in net.data_layers if layer.name == cursor.layer):
             layer.source.seek(cursor.position)
     if solver.best and run.HasField("best_value"):
         solver.best.value, solver.best.iteration = run.best_value, run.best_iter
-
-
-def _reseed(net: Net, seed: int) -> None:
-    net.context.seed = seed
-    for layer in net.data_layers:
-        layer.source.seed = seed

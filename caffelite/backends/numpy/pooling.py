@@ -30,17 +30,17 @@ class Pooling(Base):
         for cell in _cells(x.shape[2:], y.shape[2:], kernel, stride, pad):
             candidates = values[cell.inputs]
             wins = candidates > best[cell.outputs]
-            np.copyto(best[cell.outputs], candidates, where=wins)
+            np.fmax(best[cell.outputs], candidates, out=best[cell.outputs])  # NaN loses
             if mask is not None:
-                np.copyto(mask[cell.outputs], mask.dtype.type(cell.number), where=wins)
+                # mask = number where wins; wrapping arithmetic is several times quicker than a masked copy
+                mask[cell.outputs] += wins * (mask.dtype.type(cell.number) - mask[cell.outputs])
         store(y, best)
 
     def max_pool_backward(self, dy: Array, mask: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         (gradient,) = widen(dy)
         total = np.zeros_like(dx, gradient.dtype)
         for cell in _cells(dx.shape[2:], dy.shape[2:], kernel, stride, pad):
-            wins = mask[cell.outputs] == cell.number
-            np.add(total[cell.inputs], gradient[cell.outputs], out=total[cell.inputs], where=wins)
+            total[cell.inputs] += np.where(mask[cell.outputs] == cell.number, gradient[cell.outputs], gradient.dtype.type(0))
         store(dx, total)
 
     def max_pool_indices(self, mask: Array, top: Array, *, kernel: Ints, stride: Ints, pad: Ints, width: int) -> None:

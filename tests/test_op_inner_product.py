@@ -1,0 +1,77 @@
+"""InnerProduct against sums written out, and against differences: stem inner_product."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from arrays import DTYPES, assert_close, numeric_gradient
+
+M, K, N = 5, 23, 11
+
+
+def product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """y[m,n] = sum_k x[m,k] w[n,k]."""
+    return np.array([[sum(a * b for a, b in zip(row, other)) for other in w] for row in x])
+
+
+def setup(make, rng, transpose: bool, dtype: str, layout: str = "contract"):
+    x = make(rng.standard_normal((M, K)), dtype, layout)
+    w = make(rng.standard_normal((K, N) if transpose else (N, K)), dtype, layout)
+    return x, w, make(rng.standard_normal(N), dtype), make(rng.standard_normal((M, N)), dtype, layout)
+
+
+@pytest.mark.parametrize("layout", ["contract", "gaps"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_forward(backend, make, rng, transpose: bool, dtype: str, layout: str) -> None:
+    x, w, b, _ = setup(make, rng, transpose, dtype, layout)
+    want = product(make.host(x), make.host(w).T if transpose else make.host(w))
+    for bias in (None, b):
+        for relu in (False, True):
+            y = make.empty((M, N), dtype, layout)
+            backend.inner_product_forward(x, w, bias, y, transpose=transpose, relu=relu)
+            full = want if bias is None else want + make.host(b)
+            assert_close(make.host(y), np.maximum(full, 0) if relu else full, dtype)
+
+
+@pytest.mark.parametrize("layout", ["contract", "gaps"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_backward(backend, make, rng, transpose: bool, dtype: str, layout: str) -> None:
+    x, w, _, dy = setup(make, rng, transpose, dtype, layout)
+    dx = make.empty((M, K), dtype, layout)
+    backend.inner_product_backward_data(dy, w, dx, transpose=transpose)
+    assert_close(make.host(dx), product(make.host(dy), make.host(w) if transpose else make.host(w).T), dtype)
+    want_w = product(make.host(x).T, make.host(dy).T) if transpose else product(make.host(dy).T, make.host(x).T)
+    for more_w, more_b in ((False, True), (True, False)):
+        dw, db = make(np.full(w.shape, 3.0), "float32", layout), make(np.full(N, 3.0))
+        backend.inner_product_backward_weights(x, dy, dw, db, transpose=transpose, accumulate_w=more_w, accumulate_b=more_b)
+        assert_close(make.host(dw), want_w + 3 * more_w)
+        assert_close(make.host(db), make.host(dy).sum(axis=0) + 3 * more_b)
+
+
+def test_each_gradient_can_be_left_out(backend, make, rng) -> None:
+    x, w, _, dy = setup(make, rng, False, "float32")
+    dw, db = make.empty(w.shape), make.empty((N,))
+    backend.inner_product_backward_weights(x, dy, dw, None, transpose=False, accumulate_w=False, accumulate_b=False)
+    backend.inner_product_backward_weights(x, dy, None, db, transpose=False, accumulate_w=False, accumulate_b=False)
+    assert_close(make.host(dw), make.host(dy).T @ make.host(x))
+    assert_close(make.host(db), make.host(dy).sum(axis=0))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_gradients_agree_with_differences(reference, rng, transpose: bool) -> None:
+    x, w, b = rng.standard_normal((M, K)), rng.standard_normal((K, N) if transpose else (N, K)), rng.standard_normal(N)
+    dy = rng.standard_normal((M, N))
+
+    def run(x, w, b) -> np.ndarray:
+        y = np.empty((M, N))
+        reference.inner_product_forward(x, w, b, y, transpose=transpose)
+        return y
+
+    dx, dw, db = np.empty_like(x), np.empty_like(w), np.empty_like(b)
+    reference.inner_product_backward_data(dy, w, dx, transpose=transpose)
+    reference.inner_product_backward_weights(x, dy, dw, db, transpose=transpose, accumulate_w=False, accumulate_b=False)
+    np.testing.assert_allclose(dx, numeric_gradient(lambda v: run(v, w, b), x, dy, 1e-3), atol=1e-9)
+    np.testing.assert_allclose(dw, numeric_gradient(lambda v: run(x, v, b), w, dy, 1e-3), atol=1e-9)
+    np.testing.assert_allclose(db, numeric_gradient(lambda v: run(x, w, v), b, dy, 1e-3), atol=1e-9)

@@ -70,7 +70,7 @@ class BatchSource:
                 try:
                     shape = DatumDecoder(self.transformer.channels)(value).pixels.shape
                 except DataError as error:
-                    raise _placed(error, self.param.source, key) from error
+                    raise placed(error, self.param.source, key) from error
             finally:
                 reader.close()
             self._item_shape = self.transformer.output_shape(shape)
@@ -169,14 +169,14 @@ class _Feed:
             try:
                 pixels, batch.labels[i] = self._decode(value)
             except DataError as error:
-                raise _placed(error, self.database.path, key) from error
+                raise placed(error, self.database.path, key) from error
             items.append(pixels)
             keys.append(key)
         floats = self._scratch(batch)
         try:
             self.transformer.apply(items, words_at(order.seed, order.stream, self.position, count), floats)
         except ItemError as error:
-            raise _placed(error, self.database.path, keys[error.index]) from error
+            raise placed(error, self.database.path, keys[error.index]) from error
         if floats is not batch.data:
             batch.data[...] = floats
         self.position += count
@@ -190,7 +190,7 @@ class _Feed:
         return self._floats
 
 
-def _placed(error: DataError, source: str, key: bytes) -> DataError:
+def placed(error: DataError, source: str, key: bytes) -> DataError:
     """The error of one record with its database and key."""
     text = key.decode("utf-8", "backslashreplace")
     return DataError(f"record '{text}': {error.message}", where=Where(source), hint=error.hint)

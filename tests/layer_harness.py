@@ -34,10 +34,14 @@ def refusal(text: str, shapes: Sequence[tuple[int, ...]] = ((2, 3, 4, 5),), *, t
     """The SpecError for a layer over bottoms of `shapes`. A "@" in `text` marks the field that must be named as its place."""
     lines = text.split("\n")
     at = [(i + 2, line.index("@") + 1) for i, line in enumerate(lines) if "@" in line]
-    with pytest.raises(SpecError) as caught:
+
+    def build() -> None:
         layer = make_layer(text.replace("@", ""), bottoms=len(shapes), tops=tops, phase=phase)
         layer.infer_shapes(list(shapes))
         layer.param_specs(list(shapes))
+
+    with pytest.raises(SpecError) as caught:
+        build()
     error = caught.value
     assert error.layer == "l"
     assert error.hint

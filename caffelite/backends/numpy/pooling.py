@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from caffelite.backends.contract import Array, Ints
-from caffelite.backends.numpy.common import BFLOAT16, FLOAT_MAX, Base, store, widen, work_type
+from caffelite.backends.numpy.common import FLOAT_MAX, Base, store, widen, work_type
 
 
 class Cell(NamedTuple):
@@ -22,9 +22,7 @@ class Cell(NamedTuple):
 class Pooling(Base):
     def max_pool_forward(self, x: Array, y: Array, mask: Array | None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         (values,) = widen(x)
-        # The lowest value of bfloat16 in that type, where -FLT_MAX would round to -infinity.
-        lowest = float(np.finfo(BFLOAT16).min) if y.dtype == BFLOAT16 else -FLOAT_MAX
-        best = np.full_like(y, lowest, values.dtype)
+        best = np.full_like(y, -FLOAT_MAX, values.dtype)
         if mask is not None:
             mask.fill(_no_winner(mask))
         for cell in _cells(x.shape[2:], y.shape[2:], kernel, stride, pad):

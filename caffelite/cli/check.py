@@ -1,0 +1,117 @@
+"""caffelite check: whether nets and solvers can be built, and whether the data, means and folders they name are there."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from caffelite.cli.common import Parser, add_state_flags
+from caffelite.cli.specs import gpu_place, is_solver
+from caffelite.errors import CaffeliteError, SnapshotError
+from caffelite.graph import build_graph, select_layers
+from caffelite.schema import NetSpec, SolverSpec, pb, read_net, read_solver
+from caffelite.solver.config import NetChoice, check_solver, test_choices, train_choice
+from caffelite.solver.snapshot import SnapshotStore
+from caffelite.weights import read_weights
+
+PHASES = (pb.TRAIN, pb.TEST)
+
+
+def build_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "Checks net and solver files: that they can be built in both phases, that every source opens and its first record\n"
+        "fits, that mean files and weights can be read, that snapshots can be written. Exits with 0 if all is well, else 2.",
+        f"{prog} solvers/*.prototxt models/*/*.prototxt",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="nets and solvers, as prototxt")
+    add_state_flags(parser, phase=False)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    bad = 0
+    for file in args.files:
+        try:
+            lines, faults = check_solver_file(read_solver(file), args) if is_solver(file) else check_net_file(read_net(file), args)
+        except CaffeliteError as error:
+            lines, faults = [], [str(error)]
+        bad += bool(faults)
+        for fault in dict.fromkeys(faults):  # both phases may have the same
+            print(f"caffelite: error: {fault}", file=sys.stderr)
+        for line in lines:
+            print(f"{file}: {line}")
+        print(f"{file}: {'not ' if faults else ''}OK")
+    return 2 if bad else 0
+
+
+def faults_of(checks: Iterable[Callable[[], object]]) -> list[str]:
+    """The errors of independent checks, in order."""
+    faults = []
+    for check in checks:
+        try:
+            check()
+        except CaffeliteError as error:  # noqa: PERF203 (each check fails on its own)
+            faults.append(str(error))
+    return faults
+
+
+def check_net_file(spec: NetSpec, args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """What there is to say about a net, and what is wrong with it. Phases without a layer are left out."""
+    choices = []
+    for phase in PHASES:
+        state = pb.NetState(phase=phase, level=args.level, stage=[*spec.param.state.stage, *args.stage])
+        if select_layers(spec, state):
+            choices.append(NetChoice(spec, spec.file, phase, args.level, tuple(args.stage)))
+    choices = choices or [NetChoice(spec, spec.file, pb.TRAIN, args.level, tuple(args.stage))]  # whose error says that it is empty
+    lines: list[str] = []
+    return lines, faults_of(_net_check(choice, lines) for choice in choices)
+
+
+def check_solver_file(spec: SolverSpec, args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The same for a solver and its nets."""
+    check_solver(spec)
+    spec.param.train_state.stage.extend(args.stage)
+    if args.level:
+        spec.param.train_state.level = args.level
+    train = train_choice(spec)
+    lines: list[str] = []
+    if gpu_place(spec):
+        lines.append("note: solver_mode: GPU, which this version cannot use; train it with --backend onednn or numpy")
+    checks = [_net_check(choice, lines) for choice in [train, *test_choices(spec, train)]]
+    checks += [partial(_read_weights, path.strip()) for paths in spec.param.weights for path in paths.split(",")]
+    if spec.param.snapshot > 0 or spec.param.snapshot_after_train:
+        checks.append(lambda: check_prefix(spec))
+    return lines, faults_of(checks)
+
+
+def _read_weights(path: str) -> None:
+    read_weights(path)
+
+
+def _net_check(choice: NetChoice, lines: list[str]) -> Callable[[], None]:
+    def check() -> None:
+        # Building asks each data layer for its item's shape, so it opens the database, reads a record and the mean file.
+        graph = build_graph(choice.spec, phase=choice.phase, level=choice.level, stages=choice.stages)
+        for node in graph.nodes:
+            node.layer.close()
+        sources = [node.layer.param.data_param.source for node in graph.nodes if node.layer.type == "Data"]
+        data = f", reading {', '.join(sources)}" if sources else ""
+        lines.append(f"net '{graph.name}' in phase {pb.Phase.Name(graph.phase)}: {len(graph.nodes)} layers{data}")
+
+    return check
+
+
+def check_prefix(spec: SolverSpec) -> None:
+    """SnapshotError unless snapshots could be written; makes nothing, as training makes the folder."""
+    folder = SnapshotStore(spec.param).folder.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise SnapshotError(
+            f"snapshots cannot be written in {folder}: {nearest} is not a writable folder",
+            where=spec.where.at("snapshot_prefix"),
+            hint="change snapshot_prefix",
+        )

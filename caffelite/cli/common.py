@@ -1,0 +1,233 @@
+"""What the commands share: Caffe's flags, hints for mistyped words, and errors told in plain words."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from caffelite.errors import BackendError, CaffeliteError, SpecError, Where
+
+if TYPE_CHECKING:
+    from caffelite.backends.contract import Backend
+
+PRECISIONS = ("float32", "bfloat16")
+FLAG = re.compile(r"--?([A-Za-z][A-Za-z0-9_-]+)(=.*)?", re.DOTALL)
+
+
+def normalise(argv: Iterable[str]) -> list[str]:
+    """Caffe's spellings in ours: -solver and --solver are one flag, sigint_effect is sigint-effect."""
+    result = []
+    for word in argv:
+        match = FLAG.fullmatch(word)
+        result.append(f"--{match[1].replace('_', '-')}{match[2] or ''}" if match else word)
+    return result
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a mistyped one is most like, or None."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are SpecErrors that name the nearest flag. Flags are never guessed from a beginning."""
+
+    def __init__(self, prog: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The parsed flags. SpecError for an unknown flag, a bad value or a word too many."""
+        for word in argv:  # before argparse, which would rather speak of a required flag that the mistyped one was meant to be
+            if word.startswith("--") and word != "--" and word.split("=")[0] not in self._option_string_actions:
+                raise self._unexpected(word)
+        args, rest = self.parse_known_args(argv)
+        if rest:
+            raise self._unexpected(rest[0])
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        raise SpecError(message.removeprefix("argument "), hint=self.see_help)
+
+    @property
+    def see_help(self) -> str:
+        """Where to read on."""
+        return f"see {self.prog} --help"
+
+    def _unexpected(self, word: str) -> SpecError:
+        if not word.startswith("-"):
+            return SpecError(f"unexpected word '{word}'", hint=self.see_help)
+        flag = word.split("=")[0]
+        near = nearest(flag, [option for option in self._option_string_actions if option.startswith("--")])
+        return SpecError(f"unknown flag {flag}", hint=f"did you mean {near}?" if near else self.see_help)
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """An argparse type for one of `choices`, with the nearest one named in the error."""
+
+    def convert(text: str) -> str:
+        if text in choices:
+            return text
+        near = nearest(text, choices)
+        raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(choices)}" + (f"; did you mean {near}?" if near else ""))
+
+    return convert
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argparse type for a whole number of at least `least`."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {least}")
+        return value
+
+    return convert
+
+
+def comma_list(text: str) -> list[str]:
+    """An argparse type for "a,b,c"; empty entries are dropped."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """--backend, --precision, --threads and --gpu."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--backend", metavar="NAME", help="auto, onednn or numpy (default: CAFFELITE_BACKEND, else auto: the fastest that loads)")
+    group.add_argument(
+        "--precision", type=one_of(*PRECISIONS), default="float32", metavar="TYPE", help="float32 (default) or bfloat16 activations; weights stay float32"
+    )
+    group.add_argument("--threads", type=whole_number(1), metavar="N", help="CPU threads (default: all this process may use)")
+    group.add_argument("--gpu", metavar="ID", help="run on a GPU (needs CUDA support; there is no silent fall-back to the CPU)")
+
+
+def add_state_flags(parser: argparse.ArgumentParser, *, phase: bool) -> None:
+    """--level and --stage, and --phase where a command serves both."""
+    group = parser.add_argument_group("state")
+    if phase:
+        group.add_argument("--phase", type=one_of("TRAIN", "TEST"), metavar="P", help="TRAIN or TEST (default: %(default)s)", default="TRAIN")
+    group.add_argument("--level", type=int, default=0, metavar="N", help="the net's level, for include and exclude rules (default: 0)")
+    group.add_argument("--stage", type=comma_list, default=[], metavar="A,B", help="the net's stages, for include and exclude rules")
+
+
+def open_backend(args: argparse.Namespace, *, gpu_mode: Where | None = None) -> Backend:
+    """The backend that the flags and CAFFELITE_BACKEND ask for. gpu_mode: where a solver file says solver_mode: GPU.
+
+    BackendError for a GPU, which this version cannot use; a backend named by flag or environment wins over solver_mode.
+    """
+    from caffelite import backends
+
+    if args.gpu is not None:
+        raise BackendError(f"--gpu {args.gpu}: this version of caffelite has no CUDA support", hint="leave --gpu out to run on the CPU")
+    variable = os.environ.get("CAFFELITE_BACKEND")
+    name = args.backend or variable
+    if gpu_mode and not name:
+        hint = "remove solver_mode: GPU, or pass --backend onednn (or numpy), which wins over it"
+        raise BackendError("solver_mode: GPU, but this version of caffelite has no CUDA support", where=gpu_mode, hint=hint)
+    try:
+        return backends.get(name or "auto", threads=args.threads)
+    except CaffeliteError as error:
+        if not args.backend and variable:
+            error.message += f" (asked for by the environment: CAFFELITE_BACKEND={variable})"
+        raise
+
+
+# --- errors ------------------------------------------------------------------------------------------------------------
+
+
+def report(error: BaseException) -> int:
+    """Prints an error in one to three lines on stderr and returns the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        print("caffelite: interrupted", file=sys.stderr)
+        return 130
+    if os.environ.get("CAFFELITE_DEBUG"):
+        traceback.print_exception(type(error), error, error.__traceback__)
+    known = _known(error)
+    if known:
+        print(f"caffelite: error: {known}", file=sys.stderr)
+        return known.exit_code
+    print(f"caffelite: internal error: {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
+    print(f"  this is a fault in caffelite, not in your files; {_keep_traceback(error)}", file=sys.stderr)
+    return 1
+
+
+def _known(error: BaseException) -> CaffeliteError | None:
+    if isinstance(error, CaffeliteError):
+        return error
+    if isinstance(error, MemoryError):
+        detail = f": {_first_line(error)}" if str(error) else ""
+        return CaffeliteError(f"not enough memory{detail}", hint="a smaller batch_size, or --precision bfloat16, needs less; caffelite summary shows how much")
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        return CaffeliteError(f"{name}{error.strerror or error}")
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _keep_traceback(error: BaseException) -> str:
+    """Writes the traceback to a file of its own; says where, or how else to see it."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="caffelite-error-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            traceback.print_exception(type(error), error, error.__traceback__, file=file)
+        return f"the details are in {file.name}"
+    except OSError:
+        return "run again with CAFFELITE_DEBUG=1 for details"
+
+
+# --- formats -----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Lines of an aligned table; the first row is the head, the first `left` columns stand left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def number(value: float) -> str:
+    """A number as C++ streams print it: six significant digits."""
+    return f"{value:g}"
+
+
+def megabytes(count: float) -> str:
+    """Bytes as megabytes of 2^20."""
+    return f"{count / 2**20:,.1f} MB"
+
+
+def json_text(value: Any) -> str:
+    """One line of strict JSON; NaN and infinity, which JSON lacks, become null."""
+    import json
+
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

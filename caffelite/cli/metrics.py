@@ -1,0 +1,105 @@
+"""metrics.jsonl: a run's figures for programs to read, one JSON object a line.
+
+Every record has "event" and "iteration"; the events are start, train, test, snapshot, best and end. A resumed run goes on in the
+same file, without the records of the iterations that are done again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caffelite.cli.chance import chances
+from caffelite.cli.common import json_text
+from caffelite.cli.lines import LineFile
+from caffelite.cli.progress import images_per_iteration
+from caffelite.files import write_atomically
+from caffelite.solver.listeners import Listener, Output
+
+if TYPE_CHECKING:
+    from caffelite.solver.loop import Solver
+
+
+class MetricsWriter(Listener):
+    """Writes the metrics of a run to `path`. facts: what the start record says besides (solver file, precision, ...).
+
+    A run from iteration 0 starts a new file; an older one of that name is kept as NAME.old.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any], clock: Callable[[], float] = time.time) -> None:
+        self.path, self.facts, self.clock = path, facts, clock
+        self._batch = 1
+        self._file: LineFile | None = None
+        self._displayed: int | None = None
+        self._iteration = 0
+        self._started = clock()
+
+    def on_start(self, solver: Solver) -> None:
+        self._iteration, self._batch = solver.iter, images_per_iteration(solver)
+        if self.path.exists():
+            if solver.iter:
+                write_atomically(self.path, lambda file: file.write(kept_records(self.path, solver.iter).encode()))
+            else:
+                self.path.replace(self.path.with_name(self.path.name + ".old"))
+        self._file = LineFile(self.path, "metrics")
+        self._started = self.clock()
+        param = solver.spec.param
+        first = next(iter(chances(solver).values()), None)
+        self._write("start", solver.iter, net=solver.net.name, max_iter=param.max_iter, batch=self._batch, chance=first, **self.facts)
+
+    def on_iteration(self, iteration: int, loss: float) -> None:
+        self._iteration = iteration
+
+    def on_display(self, iteration: int, smoothed_loss: float, outputs: Sequence[Output], lr: float | None, seconds: float) -> None:
+        done = 0 if self._displayed is None else iteration - self._displayed
+        rate = done * self._batch / seconds if done and seconds > 0 else None
+        self._displayed = iteration
+        self._write("train", iteration, loss=smoothed_loss, lr=lr, images_per_s=rate, outputs=_named(outputs))
+
+    def on_test(self, iteration: int, net_index: int, outputs: Sequence[Output], loss: float | None, records: int) -> None:
+        self._write("test", iteration, net=net_index, outputs=_named(outputs), loss=loss, records=records or None)
+
+    def on_snapshot(self, model: Path, state: Path) -> None:
+        self._write("snapshot", self._iteration, model=str(model), state=str(state))
+
+    def on_best(self, iteration: int, output: str, value: float, model: Path) -> None:
+        self._write("best", iteration, output=output, value=value, model=str(model))
+
+    def on_end(self, stopped: bool) -> None:
+        self._write("end", self._iteration, stopped=stopped)
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file:
+            self._file.close()
+
+    def _write(self, event: str, iteration: int, **values: Any) -> None:
+        seconds = round(self.clock() - self._started, 3)
+        record = {"event": event, "iteration": iteration, "seconds": seconds, **{k: v for k, v in values.items() if v is not None}}
+        if self._file:
+            self._file.write(json_text(record))
+
+
+def _named(outputs: Sequence[Output]) -> dict[str, Any]:
+    """Blob name -> its value, or its values where it has several."""
+    return {o.blob: o.values[0] if len(o.values) == 1 else list(o.values) for o in outputs}
+
+
+def kept_records(path: Path, iteration: int) -> str:
+    """The lines of a metrics file that a run restored at `iteration` will not write again."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "".join(line + "\n" for line in lines if _kept(line, iteration))
+
+
+def _kept(line: str, iteration: int) -> bool:
+    try:
+        record = json.loads(line)
+        # What happens at an iteration comes before its update, except the snapshot of the state after it.
+        after = record["event"] in ("snapshot", "start")
+        return bool(record["iteration"] <= (iteration if after else iteration - 1))
+    except (ValueError, KeyError, TypeError):
+        return False  # a line cut short by a kill

@@ -1,0 +1,101 @@
+"""The progress of a training run: one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from caffelite.cli.live import LiveLine, duration
+from caffelite.solver.listeners import Listener, Output
+
+if TYPE_CHECKING:
+    from caffelite.solver.loop import Solver
+
+MEMORY = 0.9  # the share of the past in the running mean of an iteration's time
+
+
+def images_per_iteration(solver: Solver) -> int:
+    """How many images one update is made from."""
+    return solver.net.batch_size * max(solver.spec.param.iter_size, 1)
+
+
+class ProgressLine(Listener):
+    """Shows iteration, loss, accuracy, learning rate, images a second and the time left.
+
+    On a terminal the line is live and tests and snapshots are lines above it; elsewhere each display is a line.
+    """
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self.line, self.clock = LiveLine(stream, clock), clock
+        self.scores: dict[str, float] = {}  # the last test's outputs that are no losses, by label
+        self.model: Path | None = None  # the last snapshot's weights
+        self.iteration, self.stopped = 0, False
+        self._batch, self._max_iter = 1, 0
+        self._lr: float | None = None
+        self._mean: float | None = None  # seconds of one iteration
+        self._last = 0.0  # when the iteration under way began: tests and snapshots do not count as training
+        self._testing = ""
+
+    def on_start(self, solver: Solver) -> None:
+        self._batch, self._max_iter = images_per_iteration(solver), solver.spec.param.max_iter
+        self.iteration = solver.iter
+        self._last = self.clock()
+
+    def on_iteration(self, iteration: int, loss: float) -> None:
+        self.iteration = iteration
+        now = self.clock()
+        seconds = now - self._last
+        self._mean = seconds if self._mean is None else MEMORY * self._mean + (1 - MEMORY) * seconds
+        self._last = now
+        if self.line.due():
+            self.line.show(self._text(iteration, loss))
+
+    def on_display(self, iteration: int, smoothed_loss: float, outputs: Sequence[Output], lr: float | None, seconds: float) -> None:
+        self._lr = lr if lr is not None else self._lr
+        if not self.line.live:
+            self.line.print(self._text(iteration, smoothed_loss))
+
+    def on_test_start(self, iteration: int, net_index: int) -> None:
+        self._testing = f"iteration {iteration:,}  testing" + (f" net {net_index}" if net_index else "")
+
+    def on_test_batch(self, net_index: int, done: int, total: int) -> None:
+        if self.line.due():
+            self.line.show(f"{self._testing}  batch {done:,}/{total:,}")
+
+    def on_test(self, iteration: int, net_index: int, outputs: Sequence[Output], loss: float | None, records: int) -> None:
+        self._last = self.clock()
+        net = f" (net {net_index})" if net_index else ""
+        values = [(o.blob, o.values[0], o.weight) for o in outputs if len(o.values) == 1]
+        self.scores.update({blob + net: value for blob, value, weight in values if not weight})
+        shown = ", ".join(f"{blob} {value:.4f}" for blob, value, _ in values)
+        shown += f"{', ' if shown else ''}total loss {loss:.4f}" if loss is not None else ""
+        self.line.print(f"iteration {iteration:,}: test{net} {shown}" + (f" over {records:,} records" if records else ""))
+
+    def on_snapshot(self, model: Path, state: Path) -> None:
+        self._last, self.model = self.clock(), model
+        self.line.print(f"snapshot: {model}")
+
+    def on_best(self, iteration: int, output: str, value: float, model: Path) -> None:
+        self.line.print(f"best {output} so far ({value:.4f}): {model}")
+
+    def on_message(self, text: str, source: str, severity: str = "I") -> None:
+        if severity != "I":
+            self.line.print(f"{'warning' if severity == 'W' else 'error'}: {text}")
+
+    def on_end(self, stopped: bool) -> None:
+        self.stopped = stopped
+        self.line.clear()
+
+    def close(self) -> None:
+        """Takes the live line away."""
+        self.line.clear()
+
+    def _text(self, iteration: int, loss: float) -> str:
+        parts = [f"iteration {iteration:,}/{self._max_iter:,}", f"loss {loss:.4g}"]
+        parts += [f"{label} {value:.4f}" for label, value in list(self.scores.items())[:1]]
+        parts += [f"lr {self._lr:g}"] if self._lr is not None else []
+        if self._mean:
+            parts += [f"{self._batch / self._mean:,.0f} images/s", f"ETA {duration((self._max_iter - iteration) * self._mean)}"]
+        return "  ".join(parts)

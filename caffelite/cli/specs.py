@@ -1,0 +1,43 @@
+"""What a prototxt is, a net or a solver, and where a solver asks for a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from caffelite.errors import Where
+from caffelite.schema import SolverSpec, pb
+
+PIECE = re.compile(r"""#[^\n]*|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|[{}<>]|[A-Za-z_]\w*(?=\s*[:{<])""")
+ENOUGH = 2**20  # characters to look at; a file that has shown nothing by then is no solver
+
+
+def is_solver(path: str) -> bool:
+    """Whether a prototxt has more of a solver's fields than of a net's at its top level. False for what cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            names = set(top_level_names(file.read(ENOUGH)))
+    except OSError:
+        return False
+    solver, net = set(pb.SolverParameter.DESCRIPTOR.fields_by_name), set(pb.NetParameter.DESCRIPTOR.fields_by_name)
+    return len(names & (solver - net)) > len(names & (net - solver))
+
+
+def top_level_names(text: str) -> Iterator[str]:
+    """The field names outside all braces, in order."""
+    depth = 0
+    for match in PIECE.finditer(text):
+        piece = match[0]
+        if piece in "{<":
+            depth += 1
+        elif piece in "}>":
+            depth -= 1
+        elif depth == 0 and piece[0] not in "#\"'":
+            yield piece
+
+
+def gpu_place(spec: SolverSpec) -> Where | None:
+    """Where the solver asks for a GPU in so many words (the schema's default, GPU, does not count, as in Caffe); None if it does not."""
+    if spec.param.HasField("solver_mode") and spec.param.solver_mode == pb.SolverParameter.GPU:
+        return spec.where.at("solver_mode") or Where(spec.file)
+    return None

@@ -1,0 +1,129 @@
+"""caffelite summary: layers, shapes, parameters, multiply-adds and memory of a net, without making an array."""
+
+from __future__ import annotations
+
+import argparse
+from math import prod
+from typing import Any
+
+from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, megabytes, open_backend, table
+from caffelite.cli.specs import is_solver
+from caffelite.graph import Graph, Node, build_graph, fuse
+from caffelite.memory import ITEM_BYTES, plan_memory
+from caffelite.schema import pb, read_net, read_solver
+from caffelite.solver.config import NetChoice, check_solver, test_choices, train_choice
+
+HEAD = ("layer", "type", "top shapes", "parameters", "multiply-adds", "tops")
+
+
+def build_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "Shows a net's layers, shapes, parameters, multiply-adds and memory without running it.\n"
+        "A solver file shows its training net and its test nets, whatever --phase says.",
+        f"{prog} models/nin/train_val.prototxt --phase TEST",
+    )
+    parser.add_argument("file", metavar="NET|SOLVER", help="a net or a solver, as prototxt")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    add_state_flags(parser, phase=True)
+    add_machine_flags(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    summaries = [summarise(choice, args) for choice in nets_of(args)]
+    if args.json:
+        print(json_text({"file": args.file, "nets": summaries}))
+    else:
+        print("\n\n".join("\n".join(_lines(summary)) for summary in summaries))
+    return 0
+
+
+def nets_of(args: argparse.Namespace) -> list[NetChoice]:
+    """The net that the file and the flags mean, or a solver's training net and its test nets."""
+    if not is_solver(args.file):
+        return [NetChoice(read_net(args.file), args.file, pb.Phase.Value(args.phase), args.level, tuple(args.stage))]
+    spec = read_solver(args.file)
+    check_solver(spec)
+    spec.param.train_state.stage.extend(args.stage)
+    if args.level:
+        spec.param.train_state.level = args.level
+    train = train_choice(spec)
+    return [train, *test_choices(spec, train)]
+
+
+def summarise(choice: NetChoice, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything the summary of one net says, as plain data; memory in bytes."""
+    compute = "bfloat16" if args.precision == "bfloat16" else "float32"
+    graph = build_graph(choice.spec, phase=choice.phase, level=choice.level, stages=choice.stages, compute=compute)
+    try:
+        fuse(graph)
+        training = choice.phase == pb.TRAIN and graph.has_backward
+        plan = plan_memory(graph, open_backend(args), backward=training)
+        parameters = sum(prod(p.spec.shape) for p in graph.owners)
+        layers = [_layer(node) for node in graph.nodes]
+        return {
+            "net": graph.name,
+            "file": graph.file,
+            "phase": pb.Phase.Name(choice.phase),
+            "precision": args.precision,
+            "layers": layers,
+            "inputs": graph.inputs,
+            "outputs": graph.outputs,
+            "parameters": parameters,
+            "parameter_bytes": 4 * parameters,
+            "gradient_bytes": 4 * parameters if training else 0,
+            "multiply_adds": sum(layer["multiply_adds"] for layer in layers),
+            "batch": _batch(graph),
+            "activation_bytes": plan.total_bytes,
+            "peak_activation_bytes": plan.peak_bytes,
+        }
+    finally:
+        for node in graph.nodes:
+            node.layer.close()
+
+
+def _layer(node: Node) -> dict[str, Any]:
+    own = [top for i, top in enumerate(node.tops) if not node.in_place(i) and top.data_of is None]
+    return {
+        "name": node.name,
+        "type": node.layer.type,
+        "bottoms": [b.name for b in node.bottoms],
+        "tops": [{"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in node.tops],
+        "in_place": node.in_place(),
+        "parameters": sum(prod(p.spec.shape) for p in node.params if p.owner is p),
+        "parameter_shapes": [list(p.spec.shape) for p in node.params],
+        "multiply_adds": node.layer.multiply_adds([b.shape for b in node.bottoms]),
+        "top_bytes": sum(prod(t.shape) * ITEM_BYTES[t.dtype] for t in own),
+        "backward": node.needs_backward,
+    }
+
+
+def _batch(graph: Graph) -> int:
+    return next((n.tops[0].shape[0] for n in graph.nodes if type(n.layer).is_source and n.tops and n.tops[0].shape), 1)
+
+
+def _lines(summary: dict[str, Any]) -> list[str]:
+    rows = [HEAD]
+    for layer in summary["layers"]:
+        shapes = ", ".join("x".join(map(str, top["shape"])) or "scalar" for top in layer["tops"]) or "-"
+        rows.append(
+            (
+                layer["name"],
+                layer["type"],
+                shapes,
+                f"{layer['parameters']:,}" if layer["parameters"] else "",
+                f"{layer['multiply_adds']:,}" if layer["multiply_adds"] else "",
+                "in place" if layer["in_place"] else megabytes(layer["top_bytes"]),
+            )
+        )
+    training, batch = summary["phase"] == "TRAIN", summary["batch"]
+    lines = [f"{summary['net'] or 'unnamed net'} ({summary['file']}), phase {summary['phase']}, {summary['precision']}, batch {batch}", ""]
+    lines += [*table(rows, left=3), ""]
+    lines.append(f"parameters     {summary['parameters']:,} ({megabytes(summary['parameter_bytes'])}" + (", as much again for gradients)" if training else ")"))
+    lines.append(f"multiply-adds  {summary['multiply_adds']:,} in one forward pass, {summary['multiply_adds'] // max(batch, 1):,} for one item")
+    what = "activations and their gradients" if training else "activations"
+    peak, plain = megabytes(summary["peak_activation_bytes"]), megabytes(summary["activation_bytes"])
+    lines.append(f"memory         {peak} at the peak for {what} ({plain} without reuse)")
+    lines.append(f"outputs        {', '.join(summary['outputs']) or 'none'}")
+    return lines

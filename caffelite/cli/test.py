@@ -1,0 +1,89 @@
+"""caffelite test: scores a net with weights on its TEST data."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from caffelite.cli.caffe_log import output_lines
+from caffelite.cli.chance import net_chances
+from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, number, open_backend, whole_number
+from caffelite.net import Net
+from caffelite.schema import pb, read_net
+from caffelite.solver.listeners import Output
+from caffelite.solver.scoring import Scorer, outputs_of
+
+
+def build_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "Scores a net in phase TEST with trained weights. Without --iterations the whole database is scored, every record once.",
+        f"{prog} --model models/nin/train_val.prototxt --weights snapshots/nin_iter_5000.caffemodel",
+    )
+    parser.add_argument("--model", required=True, metavar="NET", help="the net (prototxt)")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="the trained weights (.caffemodel); several with commas, by layer name")
+    parser.add_argument("--iterations", type=whole_number(1), metavar="N", help="how many batches to score (default: the whole database once)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also print the outputs of each batch")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    add_state_flags(parser, phase=False)
+    add_machine_flags(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    backend = open_backend(args)
+    net = Net(read_net(args.model), phase=pb.TEST, backend=backend, level=args.level, stages=args.stage, precision=args.precision)
+    scorer: Scorer | None = None
+    try:
+        net.copy_from(args.weights)
+        scorer = Scorer(net, args.iterations, _Batches() if args.verbose and not args.json else None)
+        if not args.json:
+            print(f"Running for {scorer.batches} iterations.")
+        started = time.perf_counter()
+        scores = scorer.run()
+        seconds = time.perf_counter() - started
+    finally:
+        if scorer:
+            scorer.close()
+        net.close()
+    assert scores is not None  # nobody asked to stop
+    result = {
+        "net": net.name,
+        "weights": args.weights,
+        "backend": backend.name,
+        "precision": args.precision,
+        "iterations": scorer.batches,
+        "records": scores.records,
+        "loss": scores.loss,
+        "outputs": {o.blob: o.values[0] if len(o.values) == 1 else list(o.values) for o in scores.outputs},
+        "chance": net_chances(net),
+        "seconds": seconds,
+        "images_per_s": scores.records / seconds if scores.records else None,
+    }
+    print(json_text(result) if args.json else "\n".join(_lines(result, scores.outputs)))
+    return 0
+
+
+class _Batches:
+    """Runs a net forward and prints the scalars of each batch, as Caffe does."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def __call__(self, net: Net) -> None:
+        net.forward()
+        for output in outputs_of(net):
+            for value in output.values:
+                print(f"Batch {self.done}, {output.blob} = {number(value)}")
+        self.done += 1
+
+
+def _lines(result: dict[str, Any], outputs: Sequence[Output]) -> list[str]:
+    lines = [f"Loss: {number(result['loss'])}", *output_lines(outputs)]
+    records = f"{result['records']:,} records in " if result["records"] else ""
+    rate = f" ({result['images_per_s']:,.0f} images/s)" if result["images_per_s"] else ""
+    lines.append(f"{records}{result['seconds']:.1f} s{rate}")
+    chance = [f"chance would reach {blob} = {number(value)}" for blob, value in result["chance"].items()]
+    return lines + chance

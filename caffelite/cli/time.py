@@ -1,0 +1,203 @@
+"""caffelite time: how long layers take forward and backward, or how long whole training steps take."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from caffelite.backends.contract import Backend
+from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, open_backend, table, whole_number
+from caffelite.cli.specs import gpu_place
+from caffelite.errors import SpecError
+from caffelite.net import Net, Step
+from caffelite.schema import pb, read_net, read_solver
+
+HEAD = ("layer", "type", "forward ms", "GFLOP/s", "backward ms", "GFLOP/s")
+WARM_UP_STEPS = 3
+
+
+def build_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "With --model: times each layer's forward and backward (medians).\nWith --solver: times whole training steps: forward, backward and update.",
+        f"{prog} --solver solvers/nin.prototxt --precision bfloat16 --iterations 20 --json",
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="NET", help="the net (prototxt) to time layer by layer")
+    which.add_argument("--solver", metavar="SOLVER", help="the solver (prototxt) whose training steps to time")
+    parser.add_argument("--iterations", type=whole_number(1), default=50, metavar="N", help="timed rounds after the warm-up (default: 50)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_state_flags(parser, phase=True)
+    add_machine_flags(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.solver:
+        result = time_steps(args)
+        print(json_text(result) if args.json else "\n".join(_step_lines(result)))
+    else:
+        result = time_layers(args)
+        print(json_text(result) if args.json else "\n".join(_layer_lines(result)))
+    return 0
+
+
+def peak_rss_mb() -> float | None:
+    """The most memory this process has held, in megabytes of 2^20; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+# --- layers ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LayerTimes:
+    """Seconds of one layer, one entry a round."""
+
+    step: Step
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+
+
+def time_layers(args: argparse.Namespace) -> dict[str, Any]:
+    """Median milliseconds of each layer, and of whole passes."""
+    backend, phase = open_backend(args), pb.Phase.Value(args.phase)
+    net = Net(read_net(args.model), phase=phase, backend=backend, level=args.level, stages=args.stage, precision=args.precision)
+    try:
+        _time_round(net, [LayerTimes(step) for step in net.steps], backend)
+        initial_loss = net.loss()
+        layers = [LayerTimes(step) for step in net.steps]
+        for _ in range(args.iterations):
+            _time_round(net, layers, backend)
+    finally:
+        net.close()
+    rows = [_layer_row(layer) for layer in layers]
+    forward = median(map(sum, zip(*(layer.forward for layer in layers))))
+    backward = median(map(sum, zip(*(layer.backward for layer in layers))))
+    return {
+        "net": net.name,
+        "phase": args.phase,
+        "backend": backend.name,
+        "precision": args.precision,
+        "iterations": args.iterations,
+        "batch": net.batch_size,
+        "initial_loss": initial_loss,
+        "layers": rows,
+        "forward_ms": forward * 1e3,
+        "backward_ms": backward * 1e3,
+        "images_per_s": net.batch_size / (forward + backward),
+        "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+def _time_round(net: Net, layers: list[LayerTimes], backend: Backend) -> None:
+    net.forward(0, 0)  # brings the weights' bfloat16 copies up to date, outside every layer's time
+    net.zero_grads()
+    for layer in layers:
+        fused = layer.step.node.forward_fused
+        layer.forward.append(0.0 if fused else _seconds(net.forward_step, layer.step, backend))
+    for layer in reversed(layers):
+        runs = net.has_backward and layer.step.node.needs_backward
+        layer.backward.append(_seconds(net.backward_step, layer.step, backend) if runs else 0.0)
+
+
+def _seconds(call: Callable[[Step], None], step: Step, backend: Backend) -> float:
+    start = time.perf_counter()
+    call(step)
+    backend.synchronize()
+    return time.perf_counter() - start
+
+
+def _layer_row(times: LayerTimes) -> dict[str, Any]:
+    node = times.step.node
+    work = 2 * node.layer.multiply_adds([b.shape for b in node.bottoms])  # a multiply and an add
+    passes = any(node.propagate_down) + any(node.learn)  # one product for the data, one for the weights
+    forward, backward = median(times.forward), median(times.backward)
+    return {
+        "name": node.name,
+        "type": node.layer.type,
+        "forward_ms": forward * 1e3,
+        "backward_ms": backward * 1e3,
+        "forward_gflops": work / forward / 1e9 if forward and work else None,
+        "backward_gflops": passes * work / backward / 1e9 if backward and work else None,
+        "fused": node.forward_fused,
+    }
+
+
+def _layer_lines(result: dict[str, Any]) -> list[str]:
+    rows = [HEAD]
+    for layer in result["layers"]:
+        forward = "fused" if layer["fused"] else f"{layer['forward_ms']:.3f}"
+        backward = f"{layer['backward_ms']:.3f}" if layer["backward_ms"] else ""
+        rates = [f"{rate:,.1f}" if rate else "" for rate in (layer["forward_gflops"], layer["backward_gflops"])]
+        rows.append((layer["name"], layer["type"], forward, rates[0], backward, rates[1]))
+    both = result["forward_ms"] + result["backward_ms"]
+    lines = [f"{result['net'] or 'unnamed net'}, phase {result['phase']}, {result['backend']}, {result['precision']}, batch {result['batch']}, "]
+    lines[0] += f"medians of {result['iterations']} rounds"
+    lines += ["", *table(rows, left=2), ""]
+    passes = f"forward {result['forward_ms']:.3f} ms, backward {result['backward_ms']:.3f} ms, together {both:.3f} ms"
+    lines.append(f"{passes} ({result['images_per_s']:,.1f} images/s)")
+    return lines
+
+
+# --- training steps ----------------------------------------------------------------------------------------------------
+
+
+def time_steps(args: argparse.Namespace) -> dict[str, Any]:
+    """Median milliseconds of one training step: forward, backward (iter_size times) and update, input included."""
+    from caffelite.solver.loop import Solver
+
+    spec = read_solver(args.solver)
+    if args.phase != "TRAIN":
+        raise SpecError("--phase TEST does not go with --solver: a training step is in phase TRAIN")
+    backend = open_backend(args, gpu_mode=gpu_place(spec))
+    param = spec.param
+    for name in ("test_iter", "test_net", "test_net_param", "test_state", "test_interval", "snapshot", "display"):
+        param.ClearField(name)
+    # Keeps a poly rate, which reaches zero at max_iter, defined however many steps are timed.
+    param.max_iter = max(param.max_iter, args.iterations + WARM_UP_STEPS)
+    param.train_state.level = args.level
+    param.train_state.stage.extend(args.stage)
+    solver = Solver(spec, backend=backend, precision=args.precision)
+    try:
+        solver.step(WARM_UP_STEPS)
+        seconds = []
+        for _ in range(args.iterations):
+            start = time.perf_counter()
+            solver.step(1)
+            seconds.append(time.perf_counter() - start)
+    finally:
+        solver.close()
+    step, images = median(seconds), solver.net.batch_size * max(param.iter_size, 1)
+    return {
+        "solver": args.solver,
+        "net": solver.net.name,
+        "backend": backend.name,
+        "precision": args.precision,
+        "iterations": args.iterations,
+        "batch": images,
+        "step_ms": step * 1e3,
+        "step_ms_min": min(seconds) * 1e3,
+        "step_ms_max": max(seconds) * 1e3,
+        "images_per_s": images / step,
+        "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+def _step_lines(result: dict[str, Any]) -> list[str]:
+    memory = f", peak memory {result['peak_rss_mb']:,.0f} MB" if result["peak_rss_mb"] else ""
+    return [
+        f"{result['net'] or result['solver']}, {result['backend']}, {result['precision']}, {result['batch']} images a step",
+        f"training step {result['step_ms']:.2f} ms (median of {result['iterations']}; {result['step_ms_min']:.2f} to {result['step_ms_max']:.2f})",
+        f"{result['images_per_s']:,.1f} images/s{memory}",
+    ]

@@ -1,0 +1,115 @@
+"""caffelite train: trains a net from its solver file, with progress, metrics and a log."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from caffelite import __version__
+from caffelite.cli.caffe_log import CaffeLog
+from caffelite.cli.chance import chances
+from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, comma_list, one_of, open_backend, whole_number
+from caffelite.cli.live import duration
+from caffelite.cli.metrics import MetricsWriter
+from caffelite.cli.progress import ProgressLine
+from caffelite.cli.specs import gpu_place
+from caffelite.errors import SpecError
+from caffelite.schema import SolverSpec, read_solver
+from caffelite.solver.listeners import Listener
+from caffelite.solver.loop import Solver
+from caffelite.solver.signals import EFFECTS
+from caffelite.solver.snapshot import find_newest
+
+
+def build_parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        "Trains a net from its solver file. Metrics are written beside the snapshots, as <snapshot_prefix>_metrics.jsonl.\n"
+        "Ctrl-C stops after the iteration with a snapshot; a second one stops at once.",
+        f"{prog} --solver solvers/nin.prototxt --snapshot auto --log nin.log",
+    )
+    parser.add_argument("--solver", required=True, metavar="FILE", help="the solver (prototxt)")
+    start = parser.add_argument_group("start")
+    start.add_argument("--weights", type=comma_list, metavar="FILES", help="start from these .caffemodel files (several with commas), by layer name")
+    start.add_argument("--snapshot", metavar="FILE", help="go on from a .solverstate; auto: from the newest whole one, or anew if there is none")
+    start.add_argument("--iterations", type=whole_number(1), metavar="N", help="train until this iteration instead of the solver's max_iter")
+    parser.add_argument("--log", metavar="FILE", help="also write a log in Caffe's line shapes (appended to)")
+    parser.add_argument("--metrics", metavar="FILE", help="where to write the metrics instead of beside the snapshots")
+    effect = one_of(*EFFECTS)
+    parser.add_argument("--sigint-effect", type=effect, default="stop", metavar="E", help="on SIGINT or SIGTERM: stop (default), snapshot or none")
+    parser.add_argument("--sighup-effect", type=effect, default="snapshot", metavar="E", help="on SIGHUP: stop, snapshot (default) or none")
+    add_state_flags(parser, phase=False)
+    add_machine_flags(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    spec = read_solver(args.solver)
+    apply_flags(spec, args)
+    backend = open_backend(args, gpu_mode=gpu_place(spec))
+    resume = find_state(spec, args.snapshot)
+    metrics_path = Path(args.metrics or f"{spec.param.snapshot_prefix}_metrics.jsonl")
+    facts = {"solver": args.solver, "backend": backend.name, "precision": args.precision, "version": __version__}
+    facts |= {"resumed_from": str(resume)} if resume else {}
+    progress, metrics = ProgressLine(sys.stdout), MetricsWriter(metrics_path, facts)
+    log = [CaffeLog(Path(args.log))] if args.log else []
+    for file in log:
+        file.line("Use CPU.", "caffe.cpp")
+    listeners: list[Listener] = [progress, metrics, *log]
+    effects = {"SIGINT": args.sigint_effect, "SIGTERM": args.sigint_effect, "SIGHUP": args.sighup_effect}
+    started = time.monotonic()
+    try:
+        solver = Solver(spec, backend=backend, precision=args.precision, listeners=listeners, effects=effects)
+        try:
+            solver.solve(resume=resume)
+        finally:
+            solver.close()
+    finally:
+        progress.close()
+        metrics.close()
+        for file in log:
+            file.close()
+    for line in closing_lines(progress, chances(solver), time.monotonic() - started):
+        print(line)
+    print(f"  metrics   {metrics_path} (curves: caffelite plot {metrics_path})")
+    if args.log:
+        print(f"  log       {args.log}")
+    return 0
+
+
+def apply_flags(spec: SolverSpec, args: argparse.Namespace) -> None:
+    """Writes --weights, --iterations, --level and --stage into the solver, by Caffe's rules. SpecError for flags that exclude each other."""
+    param = spec.param
+    if args.snapshot and args.weights:
+        raise SpecError("--snapshot and --weights exclude each other", hint="--snapshot goes on with a run; --weights starts a new one from trained weights")
+    if args.snapshot or args.weights:  # a restored state has its own weights, and the flag's replace the solver's
+        del param.weights[:]
+    param.weights.extend(args.weights or [])
+    if args.iterations is not None:
+        param.max_iter = args.iterations
+    if args.level:
+        param.train_state.level = args.level
+    param.train_state.stage.extend(args.stage)
+
+
+def find_state(spec: SolverSpec, snapshot: str | None) -> Path | None:
+    """The state to resume from, or None for a new run."""
+    if snapshot != "auto":
+        return Path(snapshot) if snapshot else None
+    prefix = spec.param.snapshot_prefix
+    found = find_newest(prefix, lambda text: print(f"caffelite: warning: {text}", file=sys.stderr))
+    print(f"resuming from {found}" if found else f"no snapshot {prefix}_iter_*.solverstate yet: starting anew")
+    return found
+
+
+def closing_lines(progress: ProgressLine, chance: dict[str, float], seconds: float) -> list[str]:
+    """What is said at the end: how far, how good next to chance, and where the weights are."""
+    lines = [f"{'stopped' if progress.stopped else 'done'} at iteration {progress.iteration:,} after {duration(seconds)}"]
+    width = max([8, *(len(label) for label in progress.scores)])
+    for label, value in progress.scores.items():
+        lines.append(f"  {label:{width}}  {value:.4f}" + (f" (chance {chance[label]:.4f})" if label in chance else ""))
+    if progress.model:
+        lines.append(f"  {'snapshot':{width}}  {progress.model}")
+    return lines

@@ -70,11 +70,12 @@ class Rig:
         phase: int = pb.TRAIN,
         in_place: bool = False,
         dtype: str = "float32",
+        bottom_types: Sequence[str] = (),
     ) -> None:
         self.ops, self.dtype = backend, dtype
         self.layer = make_layer(text, bottoms=len(values), tops=tops, phase=phase, in_place=in_place)
-        shapes, types = [v.shape for v in values], [dtype] * len(values)
-        self.bottoms = [self._blob(f"b{i}", shape, dtype) for i, shape in enumerate(shapes)]
+        shapes, types = [v.shape for v in values], list(bottom_types) or [dtype] * len(values)
+        self.bottoms = [self._blob(f"b{i}", shape, t) for i, (shape, t) in enumerate(zip(shapes, types))]
         top_types = [self._wide(t) for t in self.layer.top_dtypes(types, dtype)]
         self.tops = [self._blob(f"t{j}", shape, t) for j, (shape, t) in enumerate(zip(self.layer.infer_shapes(shapes), top_types))]
         if in_place:
@@ -101,7 +102,8 @@ class Rig:
 
     def _param(self, index: int, value: np.ndarray) -> Param:
         stored = self._wide("float32")
-        param = Param(f"l/{index}", value.shape, stored, self._empty(value.shape, stored), self._empty(value.shape, stored))
+        used = "bfloat16" if self.dtype == "bfloat16" and value.ndim > 1 else stored  # as the parameter arena has it
+        param = Param(f"l/{index}", value.shape, used, self._empty(value.shape, used), self._empty(value.shape, stored))
         param.master, param.accumulate = param.data, False
         self.ops.from_host(value, param.data)
         return param

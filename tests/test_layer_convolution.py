@@ -31,6 +31,8 @@ def text(fields: str) -> str:
         ("num_output: 6", (2, 3), (2, 6)),
         ("num_output: 6 kernel_size: 3 axis: 0", (3, 7, 9), (6, 5, 7)),
         ("num_output: 6 kernel_size: 3 axis: -2", (2, 4, 3, 7), (2, 4, 6, 5)),
+        ("num_output: 1 kernel_h: 7 kernel_w: 9", (2, 3, 7, 9), (2, 1, 1, 1)),  # one window over the whole plane
+        ("num_output: 6 kernel_size: 7 pad: 2", (2, 3, 3, 4), (2, 6, 1, 2)),  # larger than the plane, but not with its padding
         ("num_output: 6 kernel_size: 3 engine: CUDNN force_nd_im2col: true", (2, 3, 7, 9), (2, 6, 5, 7)),
     ],
 )
@@ -43,6 +45,7 @@ def test_parameters_and_work() -> None:
     weight, bias = layer.param_specs([(2, 9, 5, 5)])
     assert (weight.shape, weight.filler.type, bias.shape, bias.filler.value) == ((6, 3, 3, 3), "msra", (6,), 1)
     assert layer.multiply_adds([(2, 9, 5, 5)]) == 2 * 6 * 9 * 3 * 9
+    assert make_layer(text("num_output: 6"), bottoms=2, tops=2).multiply_adds([(2, 3)] * 2) == 2 * 2 * 6 * 3
     assert [s.shape for s in make_layer(text("num_output: 6 bias_term: false")).param_specs([(2, 3)])] == [(6, 3)]
     assert layer.buffer_specs([(2, 9, 5, 5)], ["float32"], None) == {}  # type: ignore[arg-type]
 
@@ -72,6 +75,7 @@ def test_parameters_and_work() -> None:
         ("num_output: 4 kernel_size: 3 @axis: 4", [(2, 3, 5, 5)], "axis 4 does not exist in a bottom with 4 axes"),
         ("num_output: 4 kernel_size: 3 @axis: -5", [(2, 3, 5, 5)], "axis -5 does not exist"),
         ("num_output: 4 kernel_size: 3 dilation: 2", [(2, 3, 6, 4)], "spatial axis 1: the kernel reaches over 5 cells, but the bottom has 4 with 0 of padding"),
+        ("num_output: 4 kernel_size: 6 pad: 1", [(2, 3, 3, 4)], "spatial axis 0: the kernel reaches over 6 cells, but the bottom has 3 with 1 of padding"),
         ("num_output: 4 kernel_size: 3", [(2, 3, 5, 5), (2, 3, 5, 6)], "bottom 1 has shape (2, 3, 5, 6), bottom 0 (2, 3, 5, 5)"),
     ],
 )

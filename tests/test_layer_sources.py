@@ -27,6 +27,37 @@ def test_fields_of_another_type_are_refused(kind: str) -> None:
         make_layer(f'type: "{kind}" embed_param {{ num_output: 3 }}', bottoms=bottoms, tops=0 if kind == "Silence" else 1)
 
 
+COUNTS = {  # least and most bottoms, least and most tops; 9: no limit tested
+    (0, 0, 1, 9): SOURCES,
+    (1, 1, 1, 1): [*ACTIVATIONS, "BatchNorm", "Flatten", "InnerProduct", "LRN", "Reshape"],
+    (1, 1, 1, 2): ["Pooling"],
+    (1, 1, 1, 9): ["Slice", "Split"],
+    (1, 2, 1, 1): ["Bias", "Scale"],
+    (1, 9, 0, 0): ["Silence"],
+    (1, 9, 1, 1): ["Concat"],
+    (2, 2, 1, 1): ["EuclideanLoss", "SoftmaxWithLoss"],
+    (2, 2, 1, 2): ["Accuracy"],
+    (2, 9, 1, 1): ["Eltwise"],
+}
+
+
+@pytest.mark.parametrize(("kind", "limits"), [(kind, limits) for limits, kinds in COUNTS.items() for kind in kinds])
+def test_numbers_of_bottoms_and_tops(kind: str, limits: tuple[int, int, int, int]) -> None:
+    least_bottoms, most_bottoms, least_tops, most_tops = limits
+    fields = {"InnerProduct": "inner_product_param { num_output: 1 }", "Pooling": "pooling_param { global_pooling: true }"}.get(kind, "")
+    for bottoms, tops in [(least_bottoms, least_tops), (most_bottoms, most_tops)]:
+        make_layer(f'type: "{kind}" {fields}', bottoms=bottoms, tops=tops)
+    for bottoms, tops, noun in [(least_bottoms - 1, least_tops, "bottom"), (most_bottoms + 1, least_tops, "bottom"), (least_bottoms, most_tops + 1, "top")]:
+        if bottoms >= 0 and bottoms != 10 and tops != 10:
+            with pytest.raises(SpecError, match=rf"{kind} takes .* {noun}\(s\), found"):
+                make_layer(f'type: "{kind}" {fields}', bottoms=bottoms, tops=tops)
+
+
+def test_convolution_takes_as_many_tops_as_bottoms() -> None:
+    with pytest.raises(SpecError, match="as many tops as bottoms, found 2 bottom"):
+        make_layer('type: "Convolution"', bottoms=2)
+
+
 # --- Input -----------------------------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
             lines, faults = [], [str(error)]
         bad += bool(faults)
         for fault in dict.fromkeys(faults):  # both phases may have the same
-            print(f"caffelite: error: {fault}", file=sys.stderr)
+            place = "" if fault.startswith(file) else f"{file}: "
+            print(f"caffelite: error: {place}{fault}", file=sys.stderr)
         for line in lines:
             print(f"{file}: {line}")
         print(f"{file}: {'not ' if faults else ''}OK")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 REFRESH_SECONDS = 0.1
+PLAIN_SECONDS = 2.0
 CLEAR = "\r\x1b[K"
 
 
@@ -52,31 +53,27 @@ class LiveLine:
 class CountLine:
     """Progress through a known number of things: share, count, rate, time left. Call it with (done, total).
 
-    On a terminal a live line; elsewhere a plain line at each tenth of the work.
+    On a terminal a live line; elsewhere a plain line at each tenth of the work, two seconds apart at least.
     """
 
     def __init__(self, stream: TextIO, what: str, unit: str = "images", clock: Callable[[], float] = time.monotonic) -> None:
         self.line, self.what, self.unit = LiveLine(stream, clock), what, unit
-        self._start: float | None = None
+        self._start = self._printed = clock()
         self._tenth = 0
 
     def __call__(self, done: int, total: int) -> None:
         now = self.line.clock()
-        self._start = now if self._start is None else self._start
         tenth = 10 * done // max(total, 1)
         if self.line.due():
             self.line.show(self._text(done, total, now))
-        elif not self.line.live and tenth > self._tenth:
+        elif not self.line.live and tenth > self._tenth and now >= self._printed + PLAIN_SECONDS:
             self.line.print(self._text(done, total, now))
-        self._tenth = tenth
+            self._printed, self._tenth = now, tenth
 
     def _text(self, done: int, total: int, now: float) -> str:
-        rate = done / max(now - (self._start or now), 1e-9)
+        rate = done / max(now - self._start, 1e-9)
         share = done / max(total, 1)
-        text = f"{self.what} {share:4.0%}  {done:,}/{total:,}"
-        if now > (self._start or now):
-            text += f"  {rate:,.0f} {self.unit}/s  ETA {duration((total - done) / max(rate, 1e-9))}"
-        return text
+        return f"{self.what} {share:4.0%}  {done:,}/{total:,}  {rate:,.0f} {self.unit}/s  ETA {duration((total - done) / max(rate, 1e-9))}"
 
     def close(self) -> None:
         """Takes the live line away."""

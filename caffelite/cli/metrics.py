@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from caffelite.cli.chance import chances
 from caffelite.cli.common import json_text
 from caffelite.cli.lines import LineFile
-from caffelite.cli.progress import images_per_iteration
+from caffelite.cli.progress import Pace, images_per_iteration
 from caffelite.files import write_atomically
 from caffelite.solver.listeners import Listener, Output
 
@@ -31,9 +31,9 @@ class MetricsWriter(Listener):
 
     def __init__(self, path: Path, facts: dict[str, Any], clock: Callable[[], float] = time.time) -> None:
         self.path, self.facts, self.clock = path, facts, clock
-        self._batch = 1
+        self.chances: dict[str, float] = {}  # known once the run has started
+        self._batch, self._pace = 1, Pace(clock)
         self._file: LineFile | None = None
-        self._displayed: int | None = None
         self._iteration = 0
         self._started = clock()
 
@@ -46,24 +46,28 @@ class MetricsWriter(Listener):
                 self.path.replace(self.path.with_name(self.path.name + ".old"))
         self._file = LineFile(self.path, "metrics")
         self._started = self.clock()
-        param = solver.spec.param
-        first = next(iter(chances(solver).values()), None)
-        self._write("start", solver.iter, net=solver.net.name, max_iter=param.max_iter, batch=self._batch, chance=first, **self.facts)
+        self.chances = chances(solver)
+        first = next(iter(self.chances.values()), None)
+        self._write("start", solver.iter, net=solver.net.name, max_iter=solver.param.max_iter, batch=self._batch, chance=first, **self.facts)
+        self._pace.pause()
 
     def on_iteration(self, iteration: int, loss: float) -> None:
         self._iteration = iteration
+        self._pace.iteration()
 
     def on_display(self, iteration: int, smoothed_loss: float, outputs: Sequence[Output], lr: float | None, seconds: float) -> None:
-        done = 0 if self._displayed is None else iteration - self._displayed
-        rate = done * self._batch / seconds if done and seconds > 0 else None
-        self._displayed = iteration
-        self._write("train", iteration, loss=smoothed_loss, lr=lr, images_per_s=rate, outputs=_named(outputs))
+        pace = self._pace
+        rate = pace.iterations * self._batch / pace.seconds if pace.seconds > 0 else None
+        pace.reset()
+        self._write("train", iteration, loss=smoothed_loss, lr=lr, images_per_s=rate, outputs=_named(outputs) or None)
 
     def on_test(self, iteration: int, net_index: int, outputs: Sequence[Output], loss: float | None, records: int) -> None:
         self._write("test", iteration, net=net_index, outputs=_named(outputs), loss=loss, records=records or None)
+        self._pace.pause()
 
     def on_snapshot(self, model: Path, state: Path) -> None:
         self._write("snapshot", self._iteration, model=str(model), state=str(state))
+        self._pace.pause()
 
     def on_best(self, iteration: int, output: str, value: float, model: Path) -> None:
         self._write("best", iteration, output=output, value=value, model=str(model))
@@ -79,9 +83,18 @@ class MetricsWriter(Listener):
 
     def _write(self, event: str, iteration: int, **values: Any) -> None:
         seconds = round(self.clock() - self._started, 3)
-        record = {"event": event, "iteration": iteration, "seconds": seconds, **{k: v for k, v in values.items() if v is not None}}
+        record = {"event": event, "iteration": iteration, "seconds": seconds, **{k: _short(v) for k, v in values.items() if v is not None}}
         if self._file:
             self._file.write(json_text(record))
+
+
+def _short(value: Any) -> Any:
+    """Numbers with the seven digits that float32 has."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    return [_short(item) for item in value] if isinstance(value, list) else value
 
 
 def _named(outputs: Sequence[Output]) -> dict[str, Any]:

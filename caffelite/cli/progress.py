@@ -21,6 +21,34 @@ def images_per_iteration(solver: Solver) -> int:
     return solver.net.batch_size * max(solver.spec.param.iter_size, 1)
 
 
+class Pace:
+    """How long iterations take, without the tests and snapshots between them. clock: seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.mean: float | None = None  # running mean of an iteration's seconds
+        self.seconds, self.iterations = 0.0, 0  # since the last reset
+        self._began, self._seen = clock(), 0
+
+    def iteration(self) -> None:
+        """An iteration ended."""
+        now = self.clock()
+        spent = now - self._began
+        self.seconds, self.iterations = self.seconds + spent, self.iterations + 1
+        self._seen += 1
+        # The first one sets things up that the others find ready.
+        self.mean = spent if self.mean is None or self._seen == 2 else MEMORY * self.mean + (1 - MEMORY) * spent
+        self._began = now
+
+    def pause(self) -> None:
+        """What went on since the last iteration was no training."""
+        self._began = self.clock()
+
+    def reset(self) -> None:
+        """Starts a new sum."""
+        self.seconds, self.iterations = 0.0, 0
+
+
 class ProgressLine(Listener):
     """Shows iteration, loss, accuracy, learning rate, images a second and the time left.
 
@@ -28,27 +56,22 @@ class ProgressLine(Listener):
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self.line, self.clock = LiveLine(stream, clock), clock
+        self.line, self.pace = LiveLine(stream, clock), Pace(clock)
         self.scores: dict[str, float] = {}  # the last test's outputs that are no losses, by label
         self.model: Path | None = None  # the last snapshot's weights
         self.iteration, self.stopped = 0, False
         self._batch, self._max_iter = 1, 0
         self._lr: float | None = None
-        self._mean: float | None = None  # seconds of one iteration
-        self._last = 0.0  # when the iteration under way began: tests and snapshots do not count as training
         self._testing = ""
 
     def on_start(self, solver: Solver) -> None:
         self._batch, self._max_iter = images_per_iteration(solver), solver.spec.param.max_iter
         self.iteration = solver.iter
-        self._last = self.clock()
+        self.pace.pause()
 
     def on_iteration(self, iteration: int, loss: float) -> None:
         self.iteration = iteration
-        now = self.clock()
-        seconds = now - self._last
-        self._mean = seconds if self._mean is None else MEMORY * self._mean + (1 - MEMORY) * seconds
-        self._last = now
+        self.pace.iteration()
         if self.line.due():
             self.line.show(self._text(iteration, loss))
 
@@ -65,7 +88,7 @@ class ProgressLine(Listener):
             self.line.show(f"{self._testing}  batch {done:,}/{total:,}")
 
     def on_test(self, iteration: int, net_index: int, outputs: Sequence[Output], loss: float | None, records: int) -> None:
-        self._last = self.clock()
+        self.pace.pause()
         net = f" (net {net_index})" if net_index else ""
         values = [(o.blob, o.values[0], o.weight) for o in outputs if len(o.values) == 1]
         self.scores.update({blob + net: value for blob, value, weight in values if not weight})
@@ -74,7 +97,8 @@ class ProgressLine(Listener):
         self.line.print(f"iteration {iteration:,}: test{net} {shown}" + (f" over {records:,} records" if records else ""))
 
     def on_snapshot(self, model: Path, state: Path) -> None:
-        self._last, self.model = self.clock(), model
+        self.pace.pause()
+        self.model = model
         self.line.print(f"snapshot: {model}")
 
     def on_best(self, iteration: int, output: str, value: float, model: Path) -> None:
@@ -96,6 +120,6 @@ class ProgressLine(Listener):
         parts = [f"iteration {iteration:,}/{self._max_iter:,}", f"loss {loss:.4g}"]
         parts += [f"{label} {value:.4f}" for label, value in list(self.scores.items())[:1]]
         parts += [f"lr {self._lr:g}"] if self._lr is not None else []
-        if self._mean:
-            parts += [f"{self._batch / self._mean:,.0f} images/s", f"ETA {duration((self._max_iter - iteration) * self._mean)}"]
+        mean = self.pace.mean
+        parts += [f"{self._batch / mean:,.0f} images/s", f"ETA {duration((self._max_iter - iteration) * mean)}"] if mean else []
         return "  ".join(parts)

@@ -13,7 +13,7 @@ from caffelite.memory import ITEM_BYTES, plan_memory
 from caffelite.schema import pb, read_net, read_solver
 from caffelite.solver.config import NetChoice, check_solver, test_choices, train_choice
 
-HEAD = ("layer", "type", "top shapes", "parameters", "multiply-adds", "tops")
+HEAD = ("layer", "type", "top shapes", "parameters", "multiply-adds", "memory")
 
 
 def build_parser(prog: str) -> Parser:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from caffelite import __version__
 from caffelite.cli.caffe_log import CaffeLog
-from caffelite.cli.chance import chances
 from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, comma_list, one_of, open_backend, whole_number
 from caffelite.cli.live import duration
 from caffelite.cli.metrics import MetricsWriter
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         metrics.close()
         for file in log:
             file.close()
-    for line in closing_lines(progress, chances(solver), time.monotonic() - started):
+    for line in closing_lines(progress, metrics.chances, time.monotonic() - started):
         print(line)
     print(f"  metrics   {metrics_path} (curves: caffelite plot {metrics_path})")
     if args.log:

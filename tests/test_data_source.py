@@ -1,0 +1,194 @@
+"""BatchSource: batches, positions, exact continuation, and bad databases."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from data_samples import batches, fail, numbered, photo, raw, source_of, write_lmdb
+
+from caffelite.data.images import encode_image
+from caffelite.data.source import BatchSource
+from caffelite.errors import DataError, SpecError
+from caffelite.schema import pb
+
+RANDOM = {"crop_size": 6, "mirror": True, "mean_value": [10.0]}
+
+
+def test_key_order_wraps_around(tmp_path: Path) -> None:
+    path, images = numbered(tmp_path / "db", 6)
+    source = source_of(path)
+    data, labels = batches(source, 4)
+    assert labels.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
+    np.testing.assert_array_equal(data[:6], images)
+    assert (source.position, source.count, source.item_shape) == (16, 6, (3, 8, 10))
+    source.close()
+
+
+def test_a_database_smaller_than_the_batch(tmp_path: Path) -> None:
+    path, _ = numbered(tmp_path / "db", 3)
+    source = source_of(path, 8)
+    assert batches(source, 1)[1].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    source.close()
+
+
+def test_shuffling_covers_every_record_once_an_epoch(tmp_path: Path) -> None:
+    path, images = numbered(tmp_path / "db", 12)
+    source = source_of(path, shuffle=True)
+    data, labels = batches(source, 6)
+    first, second = labels[:12].tolist(), labels[12:].tolist()
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+    assert first != sorted(first)
+    np.testing.assert_array_equal(data, images[labels.astype(int)])
+    source.close()
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_seek_goes_on_exactly_as_an_uninterrupted_run(tmp_path: Path, shuffle: bool) -> None:
+    path, _ = numbered(tmp_path / "db", 10)
+    whole = source_of(path, transform=RANDOM, shuffle=shuffle)
+    data, labels = batches(whole, 12)
+    whole.close()
+    for position in (0, 4, 12, 36):
+        resumed = source_of(path, transform=RANDOM, shuffle=shuffle, prefetch=1)
+        resumed.seek(position)
+        assert resumed.position == position
+        again, names = batches(resumed, 3)
+        np.testing.assert_array_equal(again, data[position : position + 12])
+        np.testing.assert_array_equal(names, labels[position : position + 12])
+        resumed.seek(position)  # back, with batches read ahead
+        np.testing.assert_array_equal(batches(resumed, 1)[0], data[position : position + 4])
+        resumed.close()
+
+
+def test_another_seed_gives_other_crops_and_a_late_seed_counts(tmp_path: Path) -> None:
+    path, _ = numbered(tmp_path / "db", 10)
+    results = []
+    for seed in (3, 4):
+        source = source_of(path, transform=RANDOM, seed=seed)
+        results.append(batches(source, 5)[0])
+        source.close()
+    assert np.abs(results[0] - results[1]).max() > 0
+    source = source_of(path, transform=RANDOM, seed=3)
+    batches(source, 1)
+    source.seed = 4
+    np.testing.assert_array_equal(batches(source, 4)[0], results[1][4:])
+    source.close()
+
+
+def test_test_phase_crops_the_centre(tmp_path: Path) -> None:
+    path, images = numbered(tmp_path / "db", 4)
+    source = source_of(path, phase=pb.TEST, transform={"crop_size": 6})
+    np.testing.assert_array_equal(batches(source, 1)[0], images[:, :, 1:7, 2:8])
+    source.close()
+
+
+def test_bfloat16_is_the_rounded_float32(tmp_path: Path) -> None:
+    path, images = numbered(tmp_path / "db", 4)
+    source = source_of(path, transform={"scale": 0.3})
+    source.start(4, "bfloat16")
+    data = np.zeros((4, 8, 10, 3), ml_dtypes.bfloat16).transpose(0, 3, 1, 2)
+    source.next(data)
+    np.testing.assert_array_equal(data, (images.astype(np.float32) * np.float32(0.3)).astype(ml_dtypes.bfloat16))
+    source.close()
+
+
+def test_encoded_records(tmp_path: Path) -> None:
+    pictures = [photo(seed=i) for i in range(3)]
+    planes = [picture[:, :, ::-1].transpose(2, 0, 1) for picture in pictures]
+    path = write_lmdb(tmp_path / "db", [pb.Datum(data=encode_image(p, "png"), label=i, encoded=True).SerializeToString() for i, p in enumerate(planes)])
+    source = source_of(path, 3)
+    data, labels = batches(source, 1)
+    np.testing.assert_array_equal(data, planes)
+    assert labels.tolist() == [0, 1, 2]
+    source.close()
+
+
+def test_two_sources_of_one_database(tmp_path: Path) -> None:
+    path, _ = numbered(tmp_path / "db", 8)
+    first, second = source_of(path), source_of(path, phase=pb.TEST)
+    assert batches(first, 1)[1].tolist() == batches(second, 1)[1].tolist()
+    first.close()
+    assert batches(second, 1)[1].tolist() == [4, 5, 6, 7]
+    second.close()
+
+
+def test_close_ends_the_thread_and_reading_can_go_on(tmp_path: Path) -> None:
+    path, _ = numbered(tmp_path / "db", 8)
+    source = source_of(path)
+    batches(source, 1)
+    source.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("data ")]
+    assert batches(source, 1)[1].tolist() == [4, 5, 6, 7]
+    source.close()
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        (b"garbage", "is not a Datum"),
+        (raw(np.zeros((3, 8, 9), np.uint8)), "it is 8x9, the first record is 8x10"),
+        (raw(np.zeros((3, 8, 10), np.uint8), 2**30), "label 1073741824 is outside"),
+    ],
+)
+def test_a_bad_record_names_database_and_key_and_keeps_the_batches_before(tmp_path: Path, bad: bytes, text: str) -> None:
+    good = raw(np.zeros((3, 8, 10), np.uint8), 1)
+    path = write_lmdb(tmp_path / "db", [*[good] * 9, bad, good])
+    source = source_of(path)
+    batches(source, 2)
+    for _ in range(2):
+        with pytest.raises(DataError, match=text) as caught:
+            batches(source, 1)
+        assert str(caught.value).startswith(f"{path}: record '00000009': ")
+        assert source.position == 8
+    source.close()
+
+
+def test_a_bad_first_record_is_found_when_shapes_are_asked_for(tmp_path: Path) -> None:
+    path = write_lmdb(tmp_path / "db", [b"garbage"])
+    with pytest.raises(DataError, match="record '00000000': .* is not a Datum"):
+        _ = source_of(path).item_shape
+
+
+def test_an_empty_database(tmp_path: Path) -> None:
+    path = write_lmdb(tmp_path / "db", [])
+    with pytest.raises(DataError, match="holds no records"):
+        _ = source_of(path).item_shape
+
+
+@pytest.mark.parametrize(
+    ("fields", "place", "text"),
+    [
+        ({"source": ""}, "source", "needs a source"),
+        ({"batch_size": 0}, "batch_size", "batch_size of at least 1"),
+        ({"prefetch": 0}, "prefetch", "at least 1 batch"),
+        ({"rand_skip": 5}, "rand_skip", "shuffle: true"),
+        ({"scale": 0.5}, "scale", "transform_param"),
+        ({"mean_file": "m"}, "mean_file", "transform_param"),
+        ({"crop_size": 5}, "crop_size", "transform_param"),
+        ({"mirror": True}, "mirror", "transform_param"),
+        ({"force_encoded_color": True}, "force_encoded_color", "force_color"),
+    ],
+)
+def test_fields_that_cannot_work_are_refused_with_their_place(fields: dict[str, Any], place: str, text: str) -> None:
+    param = pb.DataParameter(**{"source": "x", "batch_size": 1, **fields})
+    with pytest.raises(SpecError) as caught:
+        BatchSource(param, pb.TransformationParameter(), pb.TRAIN, 0, 0, fail)
+    assert str(caught.value).startswith(f"data_param.{place}: ")
+    assert text in str(caught.value)
+
+
+def test_backend_left_out_reads_an_lmdb_but_leveldb_is_refused(tmp_path: Path) -> None:
+    path, _ = numbered(tmp_path / "db", 2)
+    param = pb.DataParameter(source=str(path), batch_size=1)
+    source = BatchSource(param, pb.TransformationParameter(), pb.TRAIN, 0, 0, fail)
+    assert source.count == 2
+    source.close()
+    with pytest.raises(SpecError, match="data_param.backend: LevelDB") as caught:
+        _ = source_of(path, backend=pb.DataParameter.LEVELDB).count
+    assert "set backend: LMDB" in str(caught.value)

@@ -38,7 +38,10 @@ def test_refusals() -> None:
     assert "num_output is missing or 0" in refusal(text("@num_output: 0"))
     assert "num_output is missing or 0" in refusal('@type: "InnerProduct"'.replace("@", ""))
     assert "axis 4 does not exist in a bottom with 4 axes" in refusal(text("num_output: 5 @axis: 4"))
+    assert "choose -4 to 3" in refusal(text("num_output: 5 @axis: -5"))
+    assert "a bottom without axes has none" in refusal(text("num_output: 5 @axis: 0"), [()])
     assert shapes_of(text("num_output: 5 axis: 3"), (2, 3, 4, 6)) == [(2, 3, 4, 5)]
+    assert shapes_of(text("num_output: 1 axis: -4"), (2, 3, 4, 6)) == [(1,)]
 
 
 @pytest.mark.parametrize("transpose", [False, True])

@@ -44,26 +44,24 @@ class Activations(Base):
         store(dx, gradient * (1 - output * output))
 
     def power_forward(self, x: Array, y: Array, *, power: float, scale: float, shift: float) -> None:
-        with np.errstate(all="ignore"):
-            if power * scale == 0:
-                y.fill(1.0 if power == 0 else float(np.power(np.float64(shift), power)))
-                return
-            base = shift + scale * widen(x)[0]
-            store(y, base if power == 1 else base**power)
+        if power * scale == 0:
+            y.fill(1.0 if power == 0 else float(np.power(np.float64(shift), power)))
+            return
+        base = shift + scale * widen(x)[0]
+        store(y, base if power == 1 else base**power)
 
     def power_backward(self, x: Array, y: Array, dy: Array, dx: Array, *, power: float, scale: float, shift: float) -> None:
         values, output, gradient = widen(x, y, dy)
-        with np.errstate(all="ignore"):
-            if power * scale == 0:
-                dx.fill(0)
-            elif power == 1:
-                store(dx, power * scale * gradient)
-            elif power == 2:
-                store(dx, gradient * (power * scale * shift + power * scale * scale * values))
-            elif shift == 0:
-                store(dx, gradient * (power * output / values))
-            else:
-                store(dx, gradient * (power * scale * output / (shift + scale * values)))
+        if power * scale == 0:
+            dx.fill(0)
+        elif power == 1:
+            store(dx, power * scale * gradient)
+        elif power == 2:
+            store(dx, gradient * (power * scale * shift + power * scale * scale * values))
+        elif shift == 0:
+            store(dx, gradient * (power * output / values))
+        else:
+            store(dx, gradient * (power * scale * output / (shift + scale * values)))
 
     def prelu_forward(self, x: Array, a: Array, y: Array) -> None:
         values, slope = widen(x, a)

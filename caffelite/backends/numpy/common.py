@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
+from inspect import isfunction
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -68,22 +70,21 @@ def per_channel(values: Array, axes: int) -> Array:
 
 
 def class_numbers(label: Array, shape: Sequence[int], classes: int, ignore_label: int | None) -> tuple[Array, Array]:
-    """Labels as integers of `shape`, and which positions count. Ignored positions get class 0.
+    """Labels as integers of `shape` (truncated, as C does), and which positions count. Ignored positions get class 0.
 
     DataError for a label that is not ignored and not in 0..classes-1.
     """
     values = label.astype(np.float64).reshape(shape)
-    finite = np.isfinite(values)
-    numbers = np.where(finite, values, -1).astype(np.int64)  # a cast truncates, as C does
-    counted = ~finite | (numbers != ignore_label) if ignore_label is not None else np.ones(numbers.shape, bool)
-    bad = counted & ((numbers < 0) | (numbers >= classes) | ~finite)
+    whole = np.trunc(values)
+    counted = whole != ignore_label if ignore_label is not None else np.ones(whole.shape, bool)
+    bad = counted & ~((whole >= 0) & (whole < classes))  # NaN is bad
     if bad.any():
         position = int(np.flatnonzero(bad)[0])
         raise DataError(
             f"label {values.reshape(-1)[position]:g} at position {position} of the batch is outside 0..{classes - 1}",
             hint="make the scores' channels (num_output) cover every class of the data, or set ignore_label",
         )
-    return np.where(counted, numbers, 0), counted
+    return np.where(counted, whole, 0).astype(np.int64), counted
 
 
 def chunks(count: int) -> list[tuple[int, int]]:
@@ -104,6 +105,13 @@ class Base:
 
     name = "numpy"
 
+    def __init_subclass__(cls) -> None:
+        """Makes every op quiet: infinities and NaN are results here, which the solver looks for, and not warnings."""
+        super().__init_subclass__()
+        for name, member in list(vars(cls).items()):
+            if isfunction(member) and not name.startswith("_"):
+                setattr(cls, name, _quiet(member))
+
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise BackendError(f"the number of threads must be at least 1, found {threads}")
@@ -116,7 +124,16 @@ class Base:
             return [run(item) for item in items]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.threads, "caffelite-numpy")
-        return list(self._pool.map(run, items))
+        return list(self._pool.map(_quiet(run), items))
+
+
+def _quiet(function: Callable[..., Result]) -> Callable[..., Result]:
+    @wraps(function)
+    def run(*args: Any, **options: Any) -> Result:
+        with np.errstate(all="ignore"):
+            return function(*args, **options)
+
+    return run
 
 
 def _usable_cores() -> int:

@@ -23,10 +23,13 @@ class Convolution(Base):
     ) -> None:
         work = work_type(x, w)
         out, kernel = y.shape[2:], w.shape[2:]
-        for part, filters, weights in _groups(x.shape[1], w, group, work):
+        for part, filters in _groups(x.shape[1], w, group):
+            # Products are added channel by channel, then over the kernel's cells, as in Caffe: a sum in another order rounds
+            # differently, and a max pooling that follows may then choose another of two nearly equal values.
+            weights = w[filters].astype(work, copy=False).reshape(-1, prod(w.shape[1:]))
             for images in _image_chunks(x[:, part], out, kernel):
-                padded = _padded(x[images, part], pad, work)
-                columns = _windows(padded, out, kernel, stride, dilation).reshape(-1, weights.shape[1])
+                windows = _windows(_padded(x[images, part], pad, work), out, kernel, stride, dilation)
+                columns = np.moveaxis(windows, -1, 1 + len(out)).reshape(-1, weights.shape[1])
                 values = columns @ weights.T
                 if b is not None:
                     values += b[filters].astype(work, copy=False)
@@ -37,7 +40,8 @@ class Convolution(Base):
     def convolution_backward_data(self, dy: Array, w: Array, dx: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int) -> None:
         work = work_type(dy, w)
         out, kernel, size = dy.shape[2:], w.shape[2:], dx.shape[2:]
-        for part, filters, weights in _groups(dx.shape[1], w, group, work):
+        for part, filters in _groups(dx.shape[1], w, group):
+            weights = channels_last(w[filters]).astype(work, copy=False).reshape(-1, prod(w.shape[1:]))
             for images in _image_chunks(dx[:, part], out, kernel):
                 gradient = rows(dy[images, filters]).astype(work, copy=False)
                 columns = (gradient @ weights).reshape(-1, *out, *kernel, w.shape[1])
@@ -68,23 +72,19 @@ class Convolution(Base):
             return
         work = work_type(x, dy)
         out, kernel = dy.shape[2:], dw.shape[2:]
-        each, filters_each = dw.shape[1], dw.shape[0] // group
-        for g in range(group):
-            part, filters = slice(g * each, (g + 1) * each), slice(g * filters_each, (g + 1) * filters_each)
-            total = np.zeros((filters_each, prod(kernel) * each), work)
+        for part, filters in _groups(x.shape[1], dw, group):
+            total = np.zeros((dw.shape[0] // group, prod(dw.shape[1:])), work)
             for images in _image_chunks(x[:, part], out, kernel):
                 columns = _windows(_padded(x[images, part], pad, work), out, kernel, stride, dilation).reshape(-1, total.shape[1])
                 total += rows(dy[images, filters]).astype(work, copy=False).T @ columns
-            store_gradient(channels_last(dw[filters]), total.reshape(filters_each, *kernel, each), accumulate_w)
+            store_gradient(channels_last(dw[filters]), total.reshape(-1, *kernel, dw.shape[1]), accumulate_w)
 
 
-def _groups(channels: int, w: Array, group: int, work: np.dtype[np.generic]) -> Iterator[tuple[slice, slice, Array]]:
-    """For each group its input channels, its filters, and its weights as a matrix (filters, kernel cells * channels)."""
+def _groups(channels: int, w: Array, group: int) -> Iterator[tuple[slice, slice]]:
+    """For each group its input channels and its filters."""
     each, filters_each = channels // group, w.shape[0] // group
     for g in range(group):
-        filters = slice(g * filters_each, (g + 1) * filters_each)
-        matrix = channels_last(w[filters]).astype(work, copy=False).reshape(filters_each, -1)
-        yield slice(g * each, (g + 1) * each), filters, matrix
+        yield slice(g * each, (g + 1) * each), slice(g * filters_each, (g + 1) * filters_each)
 
 
 def _image_chunks(x: Array, out: Ints, kernel: Ints) -> Iterator[slice]:

@@ -25,8 +25,7 @@ class Eltwise(Base):
         *values, output, gradient = widen(*xs, y, dy)
         if stable:
             store(dx, _product([*(v for i, v in enumerate(values) if i != index), gradient]))
-            return
-        with np.errstate(divide="ignore", invalid="ignore"):
+        else:
             store(dx, output / values[index] * gradient)
 
     def eltwise_max_forward(self, xs: Sequence[Array], y: Array, winner: Array) -> None:

@@ -62,7 +62,6 @@ class Losses(Base):
 
 
 def _softmax(x: Array, axis: int) -> Array:
-    with np.errstate(invalid="ignore"):  # infinite scores give NaN, which the solver reports with the layer's name
-        powers = np.exp(x - x.max(axis=axis, keepdims=True))
-        powers /= powers.sum(axis=axis, keepdims=True)
+    powers = np.exp(x - x.max(axis=axis, keepdims=True))
+    powers /= powers.sum(axis=axis, keepdims=True)
     return powers

@@ -53,13 +53,11 @@ class Pooling(Base):
         total = np.zeros_like(y, values.dtype)
         for cell in _cells(x.shape[2:], y.shape[2:], kernel, stride, pad):
             total[cell.outputs] += values[cell.inputs]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            total /= _areas(x.shape[2:], y.shape[2:], kernel, stride, pad, values.dtype)
+        total /= _areas(x.shape[2:], y.shape[2:], kernel, stride, pad, values.dtype)
         store(y, total)
 
     def ave_pool_backward(self, dy: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            share = widen(dy)[0] / _areas(dx.shape[2:], dy.shape[2:], kernel, stride, pad, work_type(dy))
+        share = widen(dy)[0] / _areas(dx.shape[2:], dy.shape[2:], kernel, stride, pad, work_type(dy))
         total = np.zeros_like(dx, share.dtype)
         for cell in _cells(dx.shape[2:], dy.shape[2:], kernel, stride, pad):
             total[cell.inputs] += share[cell.outputs]

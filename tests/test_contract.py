@@ -1,0 +1,77 @@
+"""Every backend has every op, with exactly the contract's signature; backends.get finds them."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from caffelite import backends
+from caffelite.backends.contract import Backend
+from caffelite.errors import BackendError
+
+OPS = [name for name, member in vars(Backend).items() if inspect.isfunction(member) and not name.startswith("_")]
+
+
+def test_the_contract_is_read() -> None:
+    assert len(OPS) >= 70
+    assert {"convolution_forward", "adam_update", "view", "accuracy"} <= set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_signature(backend, op: str) -> None:
+    def outline(function) -> list[tuple]:
+        return [(p.name, p.kind, p.default, p.annotation) for p in inspect.signature(function).parameters.values()]
+
+    assert hasattr(backend, op), f"{backend.name} lacks {op}"
+    wanted, got = getattr(Backend, op), getattr(type(backend), op)
+    assert outline(got) == outline(wanted)
+    assert inspect.signature(got).return_annotation == inspect.signature(wanted).return_annotation
+
+
+def test_names(backend) -> None:
+    assert backend.name in backends.NAMES
+    assert backends.get(backend.name).name == backend.name
+
+
+def test_auto_takes_onednn_where_it_loads() -> None:
+    try:
+        expected = backends.get("onednn").name
+    except BackendError:
+        expected = "numpy"
+    assert backends.get("auto").name == backends.get().name == expected
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(BackendError) as caught:
+        backends.get("cudnn")
+    assert str(caught.value) == "unknown backend 'cudnn'\n  known ones: auto, numpy, onednn"
+
+
+@pytest.mark.parametrize("name", ["auto", "numpy"])
+def test_threads_must_be_positive(name: str) -> None:
+    with pytest.raises(BackendError, match="number of threads must be at least 1, found 0"):
+        backends.get(name, threads=0)
+    assert backends.get(name, threads=1)
+
+
+def test_without_the_library_auto_is_numpy_and_onednn_says_what_to_install(tmp_path) -> None:
+    script = """
+from caffelite import backends
+from caffelite.errors import BackendError
+print(backends.get("auto").name)
+try:
+    backends.get("onednn")
+except BackendError as error:
+    print(error)
+"""
+    missing = str(tmp_path / "libdnnl.so.3")
+    out = subprocess.run(
+        [sys.executable, "-c", script], env={"CAFFELITE_DNNL": missing, "PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, check=True
+    )
+    first, *rest = out.stdout.splitlines()
+    assert first == "numpy"
+    assert missing in "\n".join(rest)
+    assert "pip install onednn-cpu-gomp" in "\n".join(rest)

@@ -82,6 +82,14 @@ def test_accumulation_and_skipping(backend: Backend, rng: np.random.Generator) -
     close(rig.gradients()[0], 2 * dy.T @ x)
 
 
+def test_nothing_is_computed_for_frozen_parameters(backend: Backend, rng: np.random.Generator) -> None:
+    rig = Rig(backend, text("num_output: 5 bias_term: false"), [rng.standard_normal((3, 4))], [rng.standard_normal((5, 4))])
+    rig.forward()
+    rig.layer.params[0].learn = False
+    assert not np.isnan(rig.backward(np.ones((3, 5)))[0]).any()
+    assert np.isnan(rig.gradients()[0]).all()
+
+
 def test_relu_may_be_computed_along(backend: Backend, rng: np.random.Generator) -> None:
     x, w, b = rng.standard_normal((3, 4)), rng.standard_normal((5, 4)), rng.standard_normal(5)
     rig = Rig(backend, text("num_output: 5"), [x], [w, b])

@@ -151,7 +151,7 @@ def test_a_bad_record_names_database_and_key_and_keeps_the_batches_before(tmp_pa
 
 def test_a_bad_first_record_is_found_when_shapes_are_asked_for(tmp_path: Path) -> None:
     path = write_lmdb(tmp_path / "db", [b"garbage"])
-    with pytest.raises(DataError, match="record '00000000': .* is not a Datum"):
+    with pytest.raises(DataError, match=r"record '00000000': .* is not a Datum"):
         _ = source_of(path).item_shape
 
 
@@ -168,10 +168,6 @@ def test_an_empty_database(tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch_size", "batch_size of at least 1"),
         ({"prefetch": 0}, "prefetch", "at least 1 batch"),
         ({"rand_skip": 5}, "rand_skip", "shuffle: true"),
-        ({"scale": 0.5}, "scale", "transform_param"),
-        ({"mean_file": "m"}, "mean_file", "transform_param"),
-        ({"crop_size": 5}, "crop_size", "transform_param"),
-        ({"mirror": True}, "mirror", "transform_param"),
         ({"force_encoded_color": True}, "force_encoded_color", "force_color"),
     ],
 )
@@ -189,6 +185,6 @@ def test_backend_left_out_reads_an_lmdb_but_leveldb_is_refused(tmp_path: Path) -
     source = BatchSource(param, pb.TransformationParameter(), pb.TRAIN, 0, 0, fail)
     assert source.count == 2
     source.close()
-    with pytest.raises(SpecError, match="data_param.backend: LevelDB") as caught:
+    with pytest.raises(SpecError, match=r"data_param\.backend: LevelDB") as caught:
         _ = source_of(path, backend=pb.DataParameter.LEVELDB).count
     assert "set backend: LMDB" in str(caught.value)

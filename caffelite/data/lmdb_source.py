@@ -17,6 +17,7 @@ from caffelite.errors import DataError, Where
 Value = memoryview
 FIRST_MAP = 10 * 2**20  # bytes; doubled when full
 LONGEST_KEY = 511  # LMDB's limit
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # LMDB reports a write that was cut short as EIO
 
 _open: dict[tuple[int, int], tuple[Any, int]] = {}  # (device, inode) of a data file: its environment and how many use it
 _open_lock = threading.Lock()
@@ -207,7 +208,6 @@ class Writer:
         self._environment.close()
 
     def _failure(self, error: BaseException) -> DataError:
-        number = getattr(error, "errno", None) or getattr(error, "code", None)
-        full = isinstance(error, (lmdb.DiskError,)) or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = isinstance(error, lmdb.DiskError) or any(os.strerror(number) in str(error) for number in _FULL)
         hint = "the disk or quota may be full: make room and start again" if full else "is the folder writable, and is there room on the disk?"
         return DataError(f"the database cannot be written: {error}", where=Where(self.path), hint=hint)

@@ -15,8 +15,6 @@ from caffelite.data.transformer import Fail, ItemError, Transformer
 from caffelite.errors import DataError, Where
 from caffelite.schema import pb
 
-_MOVED = ("scale", "mean_file", "crop_size", "mirror")  # fields of data_param that Caffe's current format reads from transform_param
-
 
 class Batch:
     """Memory for one batch: data (N,H,W,C) in the wanted type and labels (N)."""
@@ -205,9 +203,6 @@ def _dtype(name: str) -> Any:
 
 
 def _check_fields(data: pb.DataParameter, fail: Fail) -> None:
-    for name in _MOVED:
-        if data.HasField(name):
-            raise fail(f"{name} in data_param has no effect in this format", "data_param", name, hint="move it into transform_param of the layer")
     if not data.source:
         raise fail("data_param needs a source, the path of an LMDB", "data_param", "source")
     if data.batch_size == 0:

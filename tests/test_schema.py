@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from caffelite.errors import SpecError, Where
-from caffelite.schema import net_from_text, parse_text, pb, read_net, read_solver, to_text
+from caffelite.schema import SourceMap, net_from_text, parse_text, pb, read_net, read_solver, to_text
 from caffelite.schema.files import LARGEST_TEXT
 
 FORMS: list[tuple[str, Any]] = [
@@ -30,6 +30,12 @@ FORMS: list[tuple[str, Any]] = [
     ("state < level: 2 >", pb.NetParameter(state=pb.NetState(level=2))),
     ("state {}", pb.NetParameter(state=pb.NetState())),
     ("state { phase: 1 }", pb.NetParameter(state=pb.NetState(phase=pb.TEST))),
+    ("state { phase: 0x1 }", pb.NetParameter(state=pb.NetState(phase=pb.TEST))),
+    (
+        "layer { pooling_param { pool: 02 } }",
+        pb.NetParameter(layer=[pb.LayerParameter(pooling_param=pb.PoolingParameter(pool=pb.PoolingParameter.STOCHASTIC))]),
+    ),
+    (r'name: "\U0010ffff\ue000\ud7ff"', pb.NetParameter(name="\U0010ffff\ue000\ud7ff")),
     ("input_shape [{ dim: 1 }, < dim: [2, 3] >]", pb.NetParameter(input_shape=[pb.BlobShape(dim=[1]), pb.BlobShape(dim=[2, 3])])),
     ("force_backward: true", pb.NetParameter(force_backward=True)),
     ("force_backward: False", pb.NetParameter(force_backward=False)),
@@ -81,6 +87,9 @@ ERRORS = [
     (r'name: "a\qb"', 1, 9, r"unknown escape \q in a string", r"write a backslash as \\"),
     (r'name: "\777"', 1, 8, r"\777 is more than one byte", None),
     (r'name: "\ud800"', 1, 8, "not a Unicode character", None),
+    (r'name: "\400"', 1, 8, r"\400 is more than one byte", None),
+    (r'name: "\udfff"', 1, 8, "not a Unicode character", None),
+    (r'name: "\U00110000"', 1, 8, "not a Unicode character", None),
     (r'name: "\377"', 1, 7, "the string of 'name' is not UTF-8", None),
     ('name: "a" name: "b"', 1, 11, "'name' is given twice; it was already set on line 1", "keep one"),
     ("state {}\nstate {}", 2, 1, "'state' is given twice; it was already set on line 1", None),
@@ -94,6 +103,10 @@ ERRORS = [
     ("input_dim: 0x", 1, 12, "'0x' is not a number", None),
     ("input_dim: 3x", 1, 12, "'3x' is not a number", "leave a space"),
     ("layer { pooling_param { pad: -1 } }", 1, 30, "'pad' takes 0 to 4294967295, found -1", None),
+    ("layer { pooling_param { pad: 4294967296 } }", 1, 30, "'pad' takes 0 to 4294967295, found 4294967296", None),
+    ("layer { pooling_param { pool: -1 } }", 1, 31, "'pool' has no value with number -1", None),
+    ("input_shape { dim: 9223372036854775808 }", 1, 20, "'dim' takes -9223372036854775808 to 9223372036854775807", None),
+    ("input_shape { dim: -9223372036854775809 }", 1, 20, "'dim' takes -9223372036854775808 to 9223372036854775807", None),
     ("layer { loss_weight: 0x10 }", 1, 22, "expected a number for 'loss_weight', found '0x10'", None),
     ("layer { loss_weight: true }", 1, 22, "expected a number for 'loss_weight', found 'true'", None),
     ("force_backward: yes", 1, 17, "expected true or false for 'force_backward', found 'yes'", None),
@@ -165,6 +178,19 @@ def test_source_map_knows_every_field(path: tuple[str | int, ...], line: int, co
 def test_to_text_is_read_back() -> None:
     net = net_from_text(PLACES).param
     assert net_from_text(to_text(net)).param == net
+
+
+def test_required_values_of_the_outermost_message() -> None:
+    with pytest.raises(SpecError, match="ClipParameter needs 'max'"):
+        parse_text("min: 1", pb.ClipParameter())
+
+
+def test_child_and_unknown_places() -> None:
+    places = net_from_text(PLACES, "n.prototxt").where
+    assert places.child("layer").where == Where("n.prototxt", 2, 1)
+    assert places.child("layer", 1).at("bottom", 1) == Where("n.prototxt", 11, 3)
+    assert places.child("state").where == places.where
+    assert SourceMap.unknown().at("layer", 3, "name") is None
 
 
 # --- files ---

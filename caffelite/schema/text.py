@@ -77,7 +77,7 @@ class _Reader:
         tokens.take()
         colon = tokens.accept(":")
         if not is_repeated(field):
-            self._check_first(message, field, name, places)
+            self._check_first(field, name, places)
         if field.cpp_type != FieldDescriptor.CPPTYPE_MESSAGE and not colon:
             raise tokens.fail(f"expected ':' after '{field.name}', found {tokens.now}")
         if tokens.is_symbol("["):
@@ -85,13 +85,11 @@ class _Reader:
         else:
             self._read_value(message, field, name, places)
 
-    def _check_first(self, message: Message, field: FieldDescriptor, name: Token, places: SourceMap) -> None:
+    def _check_first(self, field: FieldDescriptor, name: Token, places: SourceMap) -> None:
         earlier = places.children.get((field.name, 0))
         if earlier is not None and earlier.where is not None:
             at = f"line {earlier.where.line}"
             raise self.tokens.fail(f"'{field.name}' is given twice; it was already set on {at}", name, "keep one of the two")
-        if message.HasField(field.name):
-            raise self.tokens.fail(f"'{field.name}' is given twice", name, "keep one of the two")
 
     def _read_list(self, message: Message, field: FieldDescriptor, name: Token, places: SourceMap) -> None:
         tokens = self.tokens

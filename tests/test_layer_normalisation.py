@@ -155,6 +155,13 @@ def test_bias(backend: Backend, rng: np.random.Generator, fields: str, shape: tu
         close(db, summed(dy, first, shape))
 
 
+def test_scale_and_bias_of_a_blob_without_axes(backend: Backend) -> None:
+    x, s = np.array(3.0), np.array(2.0)
+    for kind, want in [("Scale", 6), ("Bias", 5)]:
+        close(Rig(backend, f'type: "{kind}"', [x, s]).forward()[0], np.array(want))
+        close(Rig(backend, f'type: "{kind}" {kind.lower()}_param {{ num_axes: 0 }}', [x], [s]).forward()[0], np.array(want))
+
+
 def test_scale_and_bias_parameters() -> None:
     scale, bias = make_layer('type: "Scale" scale_param { bias_term: true bias_filler { value: 3 } }').param_specs([(2, 3, 4)])
     assert (scale.shape, scale.filler.value, bias.shape, bias.filler.value) == ((3,), 1, (3,), 3)

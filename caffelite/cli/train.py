@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"  metrics   {metrics_path} (curves: caffelite plot {metrics_path})")
     if args.log:
         print(f"  log       {args.log}")
+    if progress.stopped:
+        print("  the same command with --snapshot auto goes on from here")
     return 0
 
 

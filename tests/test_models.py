@@ -195,6 +195,11 @@ def test_solvers(name: str, expected: dict[str, object]) -> None:
     assert not solver.test_iter  # the whole set is scored
 
 
-def test_every_definition_is_listed_here() -> None:
-    assert sorted(path.name for path in (ROOT / "models").iterdir()) == MODELS
-    assert sorted(path.stem for path in (ROOT / "solvers").iterdir()) == MODELS
+@pytest.mark.parametrize("path", sorted((ROOT / "models").glob("*/*.prototxt")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_net_is_read(path: Path) -> None:
+    assert read_net(path).param.layer
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "solvers").glob("*.prototxt")), ids=lambda path: path.name)
+def test_every_solver_names_a_net(path: Path) -> None:
+    assert (ROOT / read_solver(path).param.net).is_file()

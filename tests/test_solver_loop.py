@@ -143,6 +143,14 @@ def test_a_set_smaller_than_the_batch() -> None:
     assert value_of(heard.named("test")[0][3], "accuracy") == pytest.approx(accuracy, abs=1e-7)
 
 
+def test_outputs_with_a_row_per_record_are_averaged_row_by_row() -> None:
+    heard = Recorder()
+    net = IMAGES + 'layer { name: "prob" type: "Softmax" bottom: "ip" top: "prob" include { phase: TEST } }'
+    make_solver(f"{RATE} test_interval: 1 random_seed: 1", net, listeners=[heard]).test_all()
+    prob = next(output for output in heard.named("test")[0][3] if output.blob == "prob")
+    np.testing.assert_allclose(np.reshape(prob.values, (30, 10)).sum(1), 1, rtol=1e-5)
+
+
 def test_with_test_iter_a_test_goes_on_where_the_last_one_stopped() -> None:
     heard = Recorder()
     solver = make_solver(f"{RATE} test_interval: 1 test_iter: 3 random_seed: 1", IMAGES, listeners=[heard])

@@ -80,6 +80,12 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path)
         make_solver(f'{RATE} snapshot: 5 snapshot_prefix: "{tmp_path}/file/sub/s"', LINEAR)
 
 
+def test_hdf5_without_its_library_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(SnapshotError, match=r"HDF5 files need h5py, which is not installed\n.*BINARYPROTO"):
+        make_solver(f'{RATE} snapshot: 5 snapshot_format: HDF5 snapshot_prefix: "{tmp_path}/s"', LINEAR)
+
+
 # --- whole or not at all -------------------------------------------------------------------------------------------------
 
 

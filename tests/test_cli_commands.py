@@ -176,7 +176,7 @@ def test_check_tells_good_files_from_bad(folder: Path, tmp_path: Path, capsys: p
     out, err = said(capsys, "check", str(gone), str(typo), "net.prototxt", str(blocked), "missing.prototxt", status=2)
     assert f"caffelite: error: {gone}: no_db: no such database" in err
     assert err.count("no such database") == 1  # both phases read it
-    assert f"caffelite: error: {typo}:9:" in err
+    assert f"caffelite: error: {typo}:8:" in err
     assert "num_output" in err
     assert f"{blocked}:3:" in err
     assert "is not a writable folder" in err

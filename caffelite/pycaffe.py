@@ -20,7 +20,7 @@ from caffelite import backends
 from caffelite.backends.contract import Backend
 from caffelite.errors import SpecError
 from caffelite.layer import known_types
-from caffelite.schema import read_net
+from caffelite.schema import pb, read_net, read_solver
 
 TRAIN, TEST = 0, 1
 
@@ -302,6 +302,95 @@ class Net:
         """Zeros every parameter gradient."""
         self._net.zero_grads()
         self._net.arena.settle_grads()
+
+
+class SolverParameters:
+    """The few settings pycaffe shows of a solver."""
+
+    def __init__(self, param: pb.SolverParameter) -> None:
+        self.max_iter, self.display, self.layer_wise_reduce, self.base_lr = param.max_iter, param.display, param.layer_wise_reduce, param.base_lr
+
+
+class Solver:
+    """A solver made from a prototxt; `.net` and `.test_nets` share parameters as in training from the command line."""
+
+    TYPE: str | None = None
+
+    def __init__(self, solver_file: str | Path) -> None:
+        from caffelite.solver.loop import Solver as EngineSolver
+
+        spec = read_solver(solver_file)
+        if self.TYPE:
+            spec.param.type = self.TYPE
+        if spec.param.random_seed < 0 and _settings.seed is not None:
+            spec.param.random_seed = _settings.seed
+        self._solver = EngineSolver(spec, backend=_backend(), observe=True)
+        self.net = Net.of(self._solver.net)
+        self.test_nets = [Net.of(net) for net in self._solver.test_nets]
+        self.param = SolverParameters(spec.param)
+
+    @property
+    def iter(self) -> int:
+        """Updates done."""
+        return self._solver.iter
+
+    @property
+    def lr(self) -> float:
+        """The rate of the next update; reading it can advance multistep, as in Caffe."""
+        return self._solver.lr
+
+    def step(self, iterations: int) -> None:
+        """Runs some iterations, with the tests, displays and snapshots that fall due."""
+        self._solver.step(iterations)
+
+    def solve(self, resume_file: str | Path | None = None) -> None:
+        """Trains up to max_iter, from a saved state if given."""
+        self._solver.solve(resume_file)
+
+    def restore(self, state_file: str | Path) -> None:
+        """Takes up the run saved in a .solverstate file."""
+        self._solver.restore(state_file)
+
+    def snapshot(self) -> None:
+        """Writes the model and the solver's state."""
+        self._solver.snapshot()
+
+    def share_weights(self, net: Net) -> None:
+        """Lets `net` use the train net's parameter values."""
+        net.share_with(self.net)
+
+    def apply_update(self) -> None:
+        """One update from the gradients that are in the net."""
+        self._solver.apply_update()
+
+
+class SGDSolver(Solver):
+    TYPE = "SGD"
+
+
+class NesterovSolver(Solver):
+    TYPE = "Nesterov"
+
+
+class AdaGradSolver(Solver):
+    TYPE = "AdaGrad"
+
+
+class RMSPropSolver(Solver):
+    TYPE = "RMSProp"
+
+
+class AdaDeltaSolver(Solver):
+    TYPE = "AdaDelta"
+
+
+class AdamSolver(Solver):
+    TYPE = "Adam"
+
+
+def get_solver(solver_file: str | Path) -> Solver:
+    """The solver of the type that the file names."""
+    return Solver(solver_file)
 
 
 def _fill(blobs: OrderedDict[str, Blob], name: str, values: Any, allowed: set[str], given: set[str], noun: str, diff: bool = False) -> None:

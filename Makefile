@@ -1,0 +1,55 @@
+# make train   train a small NIN from scratch and draw its curves (DATA=/path/to/tiny-imagenet-200 for images of your own)
+# make test    run the test suite            make check   lint, types and tests
+# make lint    ruff and mypy                 make proto   compile proto/caffelite.proto again
+# make clean   remove what these made; data/ and runs/ stay
+#
+# PYTHON=python3.12 chooses the interpreter, 3.10 or newer. Everything is installed into .venv with pip.
+
+PYTHON ?= python3
+DATA ?=
+TESTS ?= tests
+WORKERS ?= auto
+
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO_VENV := .cache/proto-venv
+
+.PHONY: train test check lint proto clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/installed-run
+	@$(BIN)/python tools/train_demo.py $(if $(DATA),--data "$(DATA)")
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+check: lint test
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	@command -v "$(PYTHON)" >/dev/null || { echo "make: $(PYTHON) was not found; name a Python of 3.10 or newer with PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is older than 3.10; name a newer one with PYTHON=..." >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "make: no virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+# pip runs once, and again when what it installs has changed; a failed run leaves no mark.
+$(VENV)/installed-run: pyproject.toml setup.py | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[plot]"
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml setup.py | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@ $(VENV)/installed-run
+
+# In an environment of its own: the compiler wants an older protobuf than caffelite runs on.
+proto:
+	test -x $(PROTO_VENV)/bin/python || "$(PYTHON)" -m venv $(PROTO_VENV)
+	$(PROTO_VENV)/bin/python -m pip install --quiet "grpcio-tools==1.62.3" "setuptools<81"
+	$(PROTO_VENV)/bin/python tools/generate_proto.py
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find caffelite tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

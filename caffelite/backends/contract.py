@@ -358,9 +358,7 @@ class Backend(Protocol):
         not ignored. spec: layers 9.0, 9.1."""
         ...
 
-    def softmax_loss_backward(
-        self, prob: Array, label: Array, dloss: Array, normalizer: Array, dx: Array, *, axis: int, ignore_label: int | None
-    ) -> None:
+    def softmax_loss_backward(self, prob: Array, label: Array, dloss: Array, normalizer: Array, dx: Array, *, axis: int, ignore_label: int | None) -> None:
         """dx = (prob - onehot(label)) dloss / normalizer, all 0 at ignored positions. dloss has no axes."""
         ...
 
@@ -372,9 +370,7 @@ class Backend(Protocol):
         """dx = sign * dloss (a-b) / N; sign +1 for a, -1 for b."""
         ...
 
-    def accuracy(
-        self, x: Array, label: Array, accuracy: Array, per_class: Array | None, *, top_k: int, axis: int, ignore_label: int | None
-    ) -> None:
+    def accuracy(self, x: Array, label: Array, accuracy: Array, per_class: Array | None, *, top_k: int, axis: int, ignore_label: int | None) -> None:
         """accuracy (no axes) = correct / positions not ignored (0 if none). Correct: fewer than top_k other classes score >= the
         true one (ties count against it; a NaN true score is correct). per_class (classes): correct/total, 0 for absent classes.
         DataError for a label out of range. spec: layers 9.8."""
@@ -423,7 +419,18 @@ class Backend(Protocol):
         ...
 
     def adadelta_update(
-        self, w: Array, g: Array, h: Array, v: Array, segments: Sequence[Segment], *, momentum: float, delta: float, l1: bool, grad_scale: float, write_step: bool
+        self,
+        w: Array,
+        g: Array,
+        h: Array,
+        v: Array,
+        segments: Sequence[Segment],
+        *,
+        momentum: float,
+        delta: float,
+        l1: bool,
+        grad_scale: float,
+        write_step: bool,
     ) -> None:
         """h <- m h + (1-m) g'^2; d = g' sqrt((v+delta)/(h+delta)); v <- m v + (1-m) d^2; D = rate d."""
         ...

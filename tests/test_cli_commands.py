@@ -18,7 +18,9 @@ from PIL import Image
 from caffelite.__main__ import main
 from caffelite.cli.plot import metrics_files, read_run
 from caffelite.cli.specs import is_solver, top_level_names
+from caffelite.cli.train import apply_flags, build_parser
 from caffelite.errors import DataError, SpecError
+from caffelite.schema import solver_from_text
 
 CLASSES, EACH, BATCH = 4, 10, 8
 
@@ -254,6 +256,16 @@ def test_fine_tuning_starts_from_the_weights(folder: Path, tmp_path: Path, capsy
     solver.write_text(SOLVER.replace("snaps/tiny", f"{tmp_path}/new"), encoding="utf-8")
     said(capsys, "train", "--solver", str(solver), "--backend", "numpy", "--iterations", "1", "--weights", "snaps/tiny_iter_12.caffemodel")
     assert records(tmp_path / "new_metrics.jsonl")[1]["outputs"] == last
+
+
+def test_flags_write_into_the_solver(tmp_path: Path) -> None:
+    spec = solver_from_text('net: "n" weights: "old.caffemodel" max_iter: 5 train_state { level: 3 stage: "a" }')
+    parser = build_parser("train")
+    apply_flags(spec, parser.parse(["--solver", "s", "--weights", "b.caffemodel, c.caffemodel", "--iterations", "9", "--level", "2", "--stage", "x,y"]))
+    assert list(spec.param.weights) == ["b.caffemodel", "c.caffemodel"]
+    assert (spec.param.max_iter, spec.param.train_state.level, list(spec.param.train_state.stage)) == (9, 2, ["a", "x", "y"])
+    apply_flags(spec, parser.parse(["--solver", "s", "--snapshot", "s.solverstate"]))
+    assert (list(spec.param.weights), spec.param.max_iter, spec.param.train_state.level) == ([], 9, 2)
 
 
 @pytest.mark.parametrize(

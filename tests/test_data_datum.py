@@ -60,9 +60,10 @@ def test_a_later_field_overrides_the_fast_path(rng: np.random.Generator) -> None
     decoder = DatumDecoder()
     decoder(memoryview(raw(pixels, 1)))
     replaced = raw(pixels, 1) + pb.Datum(data=bytes(16), label=2).SerializeToString()
-    found = decoder(memoryview(replaced))
-    assert found.label == 2
-    assert not found.pixels.any()
+    for _ in range(2):
+        found = decoder(memoryview(replaced))
+        assert found.label == 2
+        assert not found.pixels.any()
 
 
 def test_float_data() -> None:

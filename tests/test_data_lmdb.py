@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_another_process_reads_at_the_same_time_without_a_lock_file(tmp_path: Pa
         code = f"from caffelite.data.lmdb_source import Database; print(Database({str(path)!r}).count)"
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert run.stdout == "2\n"
-    assert not (path / "lock.mdb").exists()
+    assert [file.name for file in path.iterdir()] == ["data.mdb"]
 
 
 def message_of(path: Path) -> str:
@@ -149,6 +150,48 @@ def test_flipped_bits_in_the_tree_never_crash(tmp_path: Path) -> None:
             errors.append(str(error))
     assert errors
     assert all(text.startswith(f"{path}: ") for text in errors)
+
+
+def pages_of_kind(data: bytes, flag: int) -> list[int]:
+    return [page for page in range(2, len(data) // 4096) if struct.unpack_from("<H", data, 4096 * page + 10)[0] == flag]
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "text"),
+    [
+        (2, "page number", 1000, "is not what it should be"),
+        (2, "upper bound", 5000, "is not what it should be"),
+        (2, "lower bound", 14, "is not what it should be"),
+        (2, "first offset", 4090, "points outside itself"),
+        (2, "value size", 60000, "points outside itself"),
+        (2, "key size", 60000, "points outside itself"),
+        (1, "child", 60000, "refers to page"),
+        (1, "key size", 60000, "points outside itself"),
+        (0, "entries", COUNT + 1, f"its header promises {COUNT + 1} records, found {COUNT}"),
+    ],
+)
+def test_every_wrong_field_of_a_page_is_found(tmp_path: Path, kind: int, field: str, value: int, text: str) -> None:
+    path = write_lmdb(tmp_path / "db", [os.urandom(30) for _ in range(COUNT)])
+    data = bytearray((path / "data.mdb").read_bytes())
+    start = 4096 * pages_of_kind(data, kind)[0] if kind else 0
+    node = start + struct.unpack_from("<H", data, start + 18)[0]  # the second one: a branch's first has no key
+    # mdb.c: MDB_page (number 0, flags 10, lower 12, upper 14, offsets 16), MDB_node (size 0 or child 0, key size 6), MDB_meta (entries of the main table)
+    places = {"page number": start, "upper bound": start + 14, "lower bound": start + 12, "first offset": start + 16}
+    places |= {"value size": node, "child": node, "key size": node + 6}
+    for place in (16 + 24 + 48 + 32, 4096 + 16 + 24 + 48 + 32) if field == "entries" else (places[field],):
+        struct.pack_into("<H", data, place, value)
+    (path / "data.mdb").write_bytes(data)
+    assert text in message_of(path)
+
+
+def test_values_on_pages_outside_the_file_are_found(tmp_path: Path) -> None:
+    path = write_lmdb(tmp_path / "db", [os.urandom(9000) for _ in range(5)])
+    data = bytearray((path / "data.mdb").read_bytes())
+    start = 4096 * pages_of_kind(data, 2)[0]
+    node = start + struct.unpack_from("<H", data, start + 16)[0]
+    struct.pack_into("<Q", data, node + 8 + 8, len(data) // 4096 - 1)  # after the node's header and its key of 8 bytes; the value needs three pages
+    (path / "data.mdb").write_bytes(data)
+    assert "refers to values outside the file" in message_of(path)
 
 
 def test_keys_that_do_not_grow_are_refused(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ class Reader:
     def _walk(self, numbers: Sequence[int]) -> Iterator[tuple[bytes, Value]]:
         cursor = self._cursor
         for number in numbers:
-            if number != self._at + 1 or number == 0:
+            if number != self._at + 1:
                 cursor.first()
                 for _ in range(number):
                     cursor.next()

@@ -258,6 +258,15 @@ def test_fine_tuning_starts_from_the_weights(folder: Path, tmp_path: Path, capsy
     assert records(tmp_path / "new_metrics.jsonl")[1]["outputs"] == last
 
 
+def test_auto_keeps_the_solvers_weights_where_there_is_no_snapshot_yet(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = records("snaps/tiny_metrics.jsonl")[-2]["outputs"]
+    solver = tmp_path / "solver.prototxt"
+    text = SOLVER.replace("snaps/tiny", f"{tmp_path}/new") + 'weights: "snaps/tiny_iter_12.caffemodel"'
+    solver.write_text(text, encoding="utf-8")
+    said(capsys, "train", "--solver", str(solver), "--backend", "numpy", "--iterations", "1", "--snapshot", "auto")
+    assert records(tmp_path / "new_metrics.jsonl")[1]["outputs"] == last
+
+
 def test_flags_write_into_the_solver(tmp_path: Path) -> None:
     spec = solver_from_text('net: "n" weights: "old.caffemodel" max_iter: 5 train_state { level: 3 stage: "a" }')
     parser = build_parser("train")

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     apply_flags(spec, args)
     backend = open_backend(args, gpu_mode=gpu_place(spec))
     resume = find_state(spec, args.snapshot)
+    if resume:
+        del spec.param.weights[:]  # found by "auto"
     metrics_path = Path(args.metrics or f"{spec.param.snapshot_prefix}_metrics.jsonl")
     facts = {"solver": args.solver, "backend": backend.name, "precision": args.precision, "version": __version__}
     facts |= {"resumed_from": str(resume)} if resume else {}
@@ -85,7 +87,7 @@ def apply_flags(spec: SolverSpec, args: argparse.Namespace) -> None:
     param = spec.param
     if args.snapshot and args.weights:
         raise SpecError("--snapshot and --weights exclude each other", hint="--snapshot goes on with a run; --weights starts a new one from trained weights")
-    if args.snapshot or args.weights:  # a restored state has its own weights, and the flag's replace the solver's
+    if args.weights or args.snapshot not in (None, "auto"):  # the flag's replace the solver's, and a restored state has its own
         del param.weights[:]
     param.weights.extend(args.weights or [])
     if args.iterations is not None:

@@ -23,7 +23,7 @@ from caffelite.backends.onednn.dnnl import (
     PrimitiveDescriptor,
     Unsupported,
 )
-from caffelite.backends.onednn.plan import PlanningBackend, Run, describe, element_strides, signature, type_of
+from caffelite.backends.onednn.plan import PlanningBackend, Run, describe, element_strides, is_usual, signature, type_of
 
 LOWEST = np.float32(np.finfo(np.float32).min)
 LOWEST_BFLOAT16_BITS = np.int16(-0x80)  # -infinity, which is what -FLT_MAX rounds to
@@ -35,6 +35,13 @@ def steps(image: Ints, pooled: Ints, kernel: Ints, stride: Ints, pad: Ints) -> t
     if any(b >= k or a >= k for a, b, k in zip(after, pad, kernel)):
         raise Unsupported("a window lies outside the image")
     return tuple(stride), tuple(kernel), (0, 0), tuple(pad), after
+
+
+def usual(dnnl: Dnnl, x: Array) -> Descriptor:
+    """x as it lies. Unsupported unless that is the contract's usual way: oneDNN's pooling writes into the gaps of other arrays."""
+    if not is_usual(x):
+        raise Unsupported("not channels last without gaps")
+    return describe(dnnl, x)
 
 
 def pool_descriptor(dnnl: Dnnl, kind: int, algorithm: int, x: Descriptor, y: Descriptor, numbers: tuple[Ints, ...]) -> PrimitiveDescriptor:
@@ -49,7 +56,7 @@ def fits_mask(dnnl: Dnnl, forward: PrimitiveDescriptor, mask: Array) -> None:
 
 def plan_max_forward(dnnl: Dnnl, x: Array, y: Array, mask: Array | None, kernel: Ints, stride: Ints, pad: Ints) -> Run:
     numbers = steps(x.shape[2:], y.shape[2:], kernel, stride, pad)
-    descriptor = pool_descriptor(dnnl, INFERENCE if mask is None else TRAINING, POOL_MAX, describe(dnnl, x), describe(dnnl, y), numbers)
+    descriptor = pool_descriptor(dnnl, INFERENCE if mask is None else TRAINING, POOL_MAX, usual(dnnl, x), usual(dnnl, y), numbers)
     if mask is None:
         return Primitive(dnnl, descriptor, (SRC, DST))
     fits_mask(dnnl, descriptor, mask)
@@ -58,7 +65,7 @@ def plan_max_forward(dnnl: Dnnl, x: Array, y: Array, mask: Array | None, kernel:
 
 def plan_max_backward(dnnl: Dnnl, dy: Array, mask: Array, dx: Array, kernel: Ints, stride: Ints, pad: Ints) -> Run:
     numbers = steps(dx.shape[2:], dy.shape[2:], kernel, stride, pad)
-    made, given = describe(dnnl, dx), describe(dnnl, dy)
+    made, given = usual(dnnl, dx), usual(dnnl, dy)
     hint = pool_descriptor(dnnl, TRAINING, POOL_MAX, made, given, numbers)
     fits_mask(dnnl, hint, mask)
     descriptor = dnnl.primitive_descriptor("pooling_backward", POOL_MAX, made, given, *numbers, hint, dnnl.plain)
@@ -80,14 +87,14 @@ def average_rule(image: Ints, pooled: Ints, kernel: Ints, stride: Ints, pad: Int
 
 def plan_average_forward(dnnl: Dnnl, x: Array, y: Array, kernel: Ints, stride: Ints, pad: Ints) -> Run:
     spatial = (x.shape[2:], y.shape[2:], kernel, stride, pad)
-    descriptor = pool_descriptor(dnnl, INFERENCE, average_rule(*spatial), describe(dnnl, x), describe(dnnl, y), steps(*spatial))
+    descriptor = pool_descriptor(dnnl, INFERENCE, average_rule(*spatial), usual(dnnl, x), usual(dnnl, y), steps(*spatial))
     return Primitive(dnnl, descriptor, (SRC, DST))
 
 
 def plan_average_backward(dnnl: Dnnl, dy: Array, dx: Array, kernel: Ints, stride: Ints, pad: Ints) -> Run:
     spatial = (dx.shape[2:], dy.shape[2:], kernel, stride, pad)
     rule, numbers = average_rule(*spatial), steps(*spatial)
-    made, given = describe(dnnl, dx), describe(dnnl, dy)
+    made, given = usual(dnnl, dx), usual(dnnl, dy)
     hint = pool_descriptor(dnnl, TRAINING, rule, made, given, numbers)
     descriptor = dnnl.primitive_descriptor("pooling_backward", rule, made, given, *numbers, hint, dnnl.plain)
     return Primitive(dnnl, descriptor, (DIFF_DST, DIFF_SRC))

@@ -48,10 +48,12 @@ def pool_descriptor(dnnl: Dnnl, kind: int, algorithm: int, x: Descriptor, y: Des
     return dnnl.primitive_descriptor("pooling_forward", kind, algorithm, x, y, *numbers, dnnl.plain)
 
 
-def fits_mask(dnnl: Dnnl, forward: PrimitiveDescriptor, mask: Array) -> None:
+def fits_mask(dnnl: Dnnl, forward: PrimitiveDescriptor, x: Array, mask: Array) -> None:
     """oneDNN's workspace is the contract's mask: the winner's place in its unclipped window, one byte or one int per output."""
     if not dnnl.equal(dnnl.argument(forward, WORKSPACE), dnnl.strided(mask.shape, element_strides(mask), type_of(mask))):
         raise Unsupported("the workspace is not the mask")
+    if x.dtype == BFLOAT16 and mask.dtype == np.int32:
+        raise Unsupported("oneDNN 3.2 fills one byte of each int in the last channels")
 
 
 def plan_max_forward(dnnl: Dnnl, x: Array, y: Array, mask: Array | None, kernel: Ints, stride: Ints, pad: Ints) -> Run:
@@ -59,7 +61,7 @@ def plan_max_forward(dnnl: Dnnl, x: Array, y: Array, mask: Array | None, kernel:
     descriptor = pool_descriptor(dnnl, INFERENCE if mask is None else TRAINING, POOL_MAX, usual(dnnl, x), usual(dnnl, y), numbers)
     if mask is None:
         return Primitive(dnnl, descriptor, (SRC, DST))
-    fits_mask(dnnl, descriptor, mask)
+    fits_mask(dnnl, descriptor, x, mask)
     return Primitive(dnnl, descriptor, (SRC, DST, WORKSPACE))
 
 
@@ -67,7 +69,7 @@ def plan_max_backward(dnnl: Dnnl, dy: Array, mask: Array, dx: Array, kernel: Int
     numbers = steps(dx.shape[2:], dy.shape[2:], kernel, stride, pad)
     made, given = usual(dnnl, dx), usual(dnnl, dy)
     hint = pool_descriptor(dnnl, TRAINING, POOL_MAX, made, given, numbers)
-    fits_mask(dnnl, hint, mask)
+    fits_mask(dnnl, hint, dx, mask)
     descriptor = dnnl.primitive_descriptor("pooling_backward", POOL_MAX, made, given, *numbers, hint, dnnl.plain)
     return Primitive(dnnl, descriptor, (DIFF_DST, WORKSPACE, DIFF_SRC))
 

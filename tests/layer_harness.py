@@ -36,9 +36,7 @@ def refusal(text: str, shapes: Sequence[tuple[int, ...]] = ((2, 3, 4, 5),), *, t
     at = [(i + 2, line.index("@") + 1) for i, line in enumerate(lines) if "@" in line]
 
     def build() -> None:
-        layer = make_layer(text.replace("@", ""), bottoms=len(shapes), tops=tops, phase=phase)
-        layer.infer_shapes(list(shapes))
-        layer.param_specs(list(shapes))
+        make_layer(text.replace("@", ""), bottoms=len(shapes), tops=tops, phase=phase).infer_shapes(list(shapes))
 
     with pytest.raises(SpecError) as caught:
         build()

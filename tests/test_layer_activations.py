@@ -70,6 +70,29 @@ def test_power(backend: Backend, rng: np.random.Generator, fields: str, want, sl
     close(rig.backward(dy)[0], dy * slope(x))
 
 
+OTHERS = [
+    'type: "BatchNorm"',
+    'type: "Bias"',
+    'type: "Scale"',
+    'type: "LRN"',
+    'type: "Softmax"',
+    'type: "Dropout"',
+    'type: "PReLU"',
+    'type: "Power"',
+    'type: "Flatten"',
+]
+
+
+@pytest.mark.parametrize("phase", [pb.TRAIN, pb.TEST])
+@pytest.mark.parametrize("text", [*FORMULAS, *OTHERS])
+def test_no_gradient_is_written_unasked(backend: Backend, rng: np.random.Generator, text: str, phase: int) -> None:
+    x = clear_of_zero(rng, 2, 3, 4, 5)
+    params = [rng.uniform(0.5, 1, spec.shape) for spec in make_layer(text, phase=phase).param_specs([x.shape])]
+    rig = Rig(backend, text, [x], params, phase=phase)
+    dy = rng.standard_normal(rig.forward()[0].shape)
+    assert np.isnan(rig.backward(dy, down=[False])[0]).all()
+
+
 # --- PReLU ---------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ def per_channel(v: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4, 5), (2, 3, 7)])
+@pytest.mark.parametrize("shape", [(2, 3), (5, 3), (2, 3, 4, 5), (2, 3, 7)])
 def test_batch_norm_of_a_batch(backend: Backend, rng: np.random.Generator, shape: tuple[int, ...], in_place: bool) -> None:
     x, dy, axes = rng.normal(2, 3, shape), rng.standard_normal(shape), tuple(i for i in range(len(shape)) if i != 1)
     old = [rng.standard_normal(3), rng.uniform(1, 2, 3), np.array([4.0])]
@@ -69,6 +69,8 @@ def test_batch_norm_parameters_and_refusals(rng: np.random.Generator) -> None:
     assert "lr_mult is 1 for a statistic" in refusal(text + "param { lr_mult: 0 } param {\n@lr_mult: 1 }")
     assert "moving_average_fraction is 1.5" in refusal(text + "batch_norm_param { @moving_average_fraction: 1.5 }")
     assert "eps is -1" in refusal(text + "batch_norm_param { @eps: -1 }")
+    for fields in ("moving_average_fraction: 0", "moving_average_fraction: 1 eps: 0"):
+        make_layer(f'type: "BatchNorm" batch_norm_param {{ {fields} }}')
     with pytest.raises(Exception, match="BatchNorm needs a bottom with at least 2 axes"):
         make_layer(text).infer_shapes([(4,)])
     rig_text = 'type: "BatchNorm" batch_norm_param { use_global_stats: false }'

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from caffelite.errors import SpecError
-from caffelite.fillers import fill
+from caffelite.fillers import check_filler, fill
 from caffelite.schema import parse_text, pb
 
 Array = np.ndarray
@@ -142,3 +142,8 @@ def test_refusals(text: str, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(SpecError) as caught:
         _fill(text, shape)
     assert message in caught.value.message
+    filler = pb.FillerParameter()
+    parse_text(text, filler)
+    with pytest.raises(SpecError) as checked:
+        check_filler(filler, shape, SpecError)
+    assert checked.value.message == caught.value.message

@@ -32,7 +32,7 @@ def test_array_to_blob_replaces_what_was_there() -> None:
     assert blob == pb.BlobProto(shape=pb.BlobShape(), data=[7])
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (0, 3), (2, 3, 5), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (0, 3), (32,), (4096,), (2, 3, 5), (1, 2, 3, 4, 5)])
 def test_round_trip(shape: tuple[int, ...]) -> None:
     array = np.asarray(np.random.default_rng(0).standard_normal(shape), np.float32)
     blob = pb.BlobProto()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from caffelite.blob import Shape
 from caffelite.errors import SpecError
+from caffelite.fillers import check_filler
 from caffelite.layer import BOTTOM, SIGN, TOP, Layer, ParamSpec, create_layer, layer_class
 from caffelite.schema import NetSpec, SourceMap, pb
 from caffelite.splits import LayerEntry, insert_splits
@@ -228,6 +229,8 @@ def _node_params(node: Node) -> list[ParamInfo]:
         )
     infos = []
     for i, spec in enumerate(specs):
+        if i >= len(layer.param.blobs):
+            check_filler(spec.filler, spec.shape, layer.fail)
         entry = given[i] if i < len(given) else pb.ParamSpec()
         lr = entry.lr_mult if spec.learned else 0.0
         info = ParamInfo(node, i, spec, entry.name, lr, entry.decay_mult, entry.HasField("lr_mult"), entry.HasField("decay_mult"))

@@ -239,3 +239,11 @@ def test_nothing_else_is_fused(after: str) -> None:
     built = graph(INPUT + conv("conv", "x") + after)
     fuse(built)
     assert not any(n.forward_fused for n in built.nodes)
+
+
+def test_fillers_are_checked_before_anything_is_allocated() -> None:
+    text = (
+        INPUT
+        + 'layer { name: "c" type: "Convolution" bottom: "x" top: "c" convolution_param { num_output: 1 kernel_size: 1 weight_filler { type: "xaver" } } }'
+    )
+    assert "layer 'c': unknown filler type 'xaver': did you mean 'xavier'?" in fails(text)

@@ -111,7 +111,10 @@ layer {
 
 
 def test_v1_net() -> None:
-    assert net_from_text(V1).param == _net(V1_NOW)
+    spec = net_from_text(V1)
+    assert spec.param == _net(V1_NOW)
+    assert {name for name, _ in spec.where.children} == {"name", "layer"}
+    assert {name for name, _ in spec.where.child("layer").child("data_param").children} == {"source"}
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,11 @@ def test_dropout_passes_everything_in_test(backend: Backend, rng: np.random.Gene
     close(rig.backward(dy)[0], dy)
 
 
+def test_dropout_of_nothing(backend: Backend, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((3, 5))
+    close(Rig(backend, 'type: "Dropout" dropout_param { dropout_ratio: 0 }', [x]).forward()[0], x)
+
+
 @pytest.mark.parametrize("ratio", ["1", "-0.1", "1.5", "nan"])
 def test_dropout_refuses_ratios_outside_0_to_1(ratio: str) -> None:
     assert "dropout_ratio is" in refusal(f'type: "Dropout"\ndropout_param {{ @dropout_ratio: {ratio} }}')

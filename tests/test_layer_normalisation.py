@@ -190,9 +190,13 @@ def test_scale_gradient_is_summed_over_passes_and_skipped_on_demand(backend: Bac
     for param in rig.layer.params:
         param.accumulate = True
     rig.layer.params[1].learn = False
-    rig.backward(dy)
+    rig.backward(dy, poison=False)
     close(rig.gradients()[0], 2 * (dy * x).sum(axis=(0, 2, 3)))
     close(rig.gradients()[1], dy.sum(axis=(0, 2, 3)))
+    rig.layer.params[0].learn, rig.layer.params[1].learn = False, True
+    rig.backward(dy)
+    close(rig.gradients()[0], 2 * (dy * x).sum(axis=(0, 2, 3)))
+    close(rig.gradients()[1], 2 * dy.sum(axis=(0, 2, 3)))
 
 
 @pytest.mark.parametrize("text", ['type: "Scale" scale_param { bias_term: true }', 'type: "Scale" scale_param { axis: 0 num_axes: 2 bias_term: true }'])

@@ -378,7 +378,7 @@ def test_time_needs_a_model_or_a_solver(capsys: pytest.CaptureFixture[str]) -> N
 def test_plot_reads_and_draws_the_curves(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = read_run(Path("snaps/tiny_metrics.jsonl"))
     assert {panel: [(c.label, len(c.points)) for c in curves] for panel, curves in run.panels.items()} == {
-        "loss": [("test loss", 3), ("train loss", 5)],
+        "loss": [("train loss", 5), ("test loss", 3)],
         "score": [("test accuracy", 3)],
         "rate": [("learning rate", 4)],
     }

@@ -91,6 +91,8 @@ def read_run(path: Path) -> Run:
                 curves[label, kind] = Curve(label, kind)
                 run.panels[panel].append(curves[label, kind])
             curves[label, kind].points.append((float(record["iteration"]), float(value)))
+    for panel_curves in run.panels.values():  # so that a kind of curve has the same colour in every picture
+        panel_curves.sort(key=lambda curve: (curve.kind != "train", curve.label))
     if not curves:
         raise DataError(f"{path}: no training or test record in this file", hint="the run may have ended before its first display or test")
     return run
@@ -149,7 +151,7 @@ def _panel(axis: Any, name: str, runs: Sequence[Run]) -> None:
             # One run: a colour for each curve. Several: a colour for each run, as they are what is compared.
             colour = COLOURS[(number if len(runs) > 1 else index + (2 if name == "score" else 0)) % len(COLOURS)]
             points = sorted(curve.points)
-            style: dict[str, Any] = {"linestyle": "-", "linewidth": 1.3}
+            style: dict[str, Any] = {"linestyle": "-", "linewidth": 1.3, "drawstyle": "steps-post" if name == "rate" else "default"}
             if curve.kind == "test":
                 every = -(-len(points) // MOST_MARKERS)
                 style = {"linestyle": "--", "linewidth": 1.6, "marker": MARKERS[number % len(MARKERS)], "markevery": every}

@@ -121,6 +121,16 @@ def test_a_killed_conversion_leaves_no_database_and_the_next_one_cleans_up(tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["db", "db.labels.txt", "src"]
 
 
+def test_a_kill_while_the_database_is_put_in_place_leaves_a_whole_one(tmp_path: Path) -> None:
+    images(tmp_path / "src", 3)
+    before = "import os, pathlib; pathlib.Path.unlink = lambda self, missing_ok=False: os.kill(os.getpid(), 9)"  # the step after the rename
+    run = run_convert(tmp_path / "src", tmp_path / "db", before)
+    assert run.returncode == -signal.SIGKILL
+    assert count_of(tmp_path / "db") == 3
+    convert_dataset("imagefolder", tmp_path / "src", tmp_path / "db", force=True)
+    assert sorted(path.name for path in (tmp_path / "db").iterdir()) == ["data.mdb", "lock.mdb"]
+
+
 def test_partial_folders_in_use_or_of_others_are_left_alone(tmp_path: Path) -> None:
     images(tmp_path / "src", 2)
     (tmp_path / "db.partial-1").mkdir()

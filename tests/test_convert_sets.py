@@ -15,7 +15,7 @@ from data_samples import Pixels, save_image
 
 from caffelite.data.convert import convert_dataset
 from caffelite.data.lmdb_source import Database
-from caffelite.errors import DataError
+from caffelite.errors import DataError, SpecError
 from caffelite.schema import pb
 
 
@@ -113,3 +113,10 @@ def test_missing_and_cut_files(tmp_path: Path) -> None:
     (tmp_path / "test_batch.bin").write_bytes(bytes(3072))
     with pytest.raises(DataError, match="3072 bytes are no whole number of records of 3073"):
         convert_dataset("cifar10", tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [{"resize": (8, 8)}, {"gray": True}, {"encoded": True}, {"encode_type": "png"}])
+def test_options_that_only_files_have(tmp_path: Path, options: dict[str, Any]) -> None:
+    (tmp_path / "test_batch.bin").write_bytes(bytes(3073))
+    with pytest.raises(SpecError, match="do not go with cifar10 files"):
+        convert_dataset("cifar10", tmp_path, tmp_path / "out", **options)

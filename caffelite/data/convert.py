@@ -19,7 +19,7 @@ from caffelite.data.decoding import Decoder, Failure, Settings, raw_datum
 from caffelite.data.importers import Part, Plan
 from caffelite.data.lmdb_source import LONGEST_KEY, Database, Writer
 from caffelite.errors import DataError, SpecError, Where
-from caffelite.files import sync_directory
+from caffelite.files import sync_directory, write_atomically
 
 KINDS = ("imagefolder", "list", "tiny-imagenet", "mnist", "cifar10")
 ENCODINGS = ("png", "jpg")
@@ -95,7 +95,9 @@ def convert_dataset(
     targets = [_target(Path(dst), part) for part in plan.parts]
     for target in targets:
         _refuse_existing(target, force)
-    workers = threads or len(os.sched_getaffinity(0))
+    if any(part.pixels is not None for part in plan.parts) and (resize or encoded or encode_type or (gray and kind != "mnist")):
+        raise SpecError(f"resize, gray and encoded do not go with {kind} files", hint="they are stored as they are; resize or convert the images first")
+    workers = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     job = _Job(settings, workers, np.random.default_rng(seed) if shuffle else None, allow_bad, force, progress, sum(_size(part) for part in plan.parts))
     try:
         for part, target in zip(plan.parts, targets):
@@ -148,7 +150,7 @@ def _refuse_existing(target: Path, force: bool) -> None:
 
 
 def _is_database(target: Path) -> bool:
-    return target.is_dir() and set(os.listdir(target)) <= {"data.mdb", "lock.mdb"}
+    return target.is_dir() and set(os.listdir(target)) <= {"data.mdb", "lock.mdb", _OWNER}
 
 
 def _size(part: Part) -> int:
@@ -159,11 +161,12 @@ def _write_names(destination: Path, plan: Plan, beside: bool) -> None:
     """labels.txt and words.txt; for a single database beside it, named after it."""
     for what, lines in (("labels.txt", plan.classes), ("words.txt", plan.words)):
         if lines:
-            path = destination.with_name(f"{destination.name}.{what}") if beside else destination / what
-            try:
-                path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-            except OSError as error:
-                raise DataError(f"cannot be written: {error.strerror or error}", where=Where(str(path))) from error
+            _write_lines(destination.with_name(f"{destination.name}.{what}") if beside else destination / what, lines)
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    content = "".join(f"{line}\n" for line in lines).encode()
+    write_atomically(path, lambda file: file.write(content))
 
 
 class _Job:
@@ -269,8 +272,7 @@ def _beside(target: Path, force: bool) -> Iterator[Path]:
 
 
 def _put_in_place(partial: Path, target: Path, force: bool) -> None:
-    (partial / _OWNER).unlink()
-    for name in os.listdir(partial):
+    for name in ("data.mdb", "lock.mdb"):
         with open(partial / name, "rb") as file:
             os.fsync(file.fileno())
     sync_directory(partial)
@@ -279,6 +281,7 @@ def _put_in_place(partial: Path, target: Path, force: bool) -> None:
     if target.is_dir() and os.listdir(target):
         target.rename(old)
     partial.rename(target)
+    (target / _OWNER).unlink()
     sync_directory(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -21,6 +21,7 @@ def decode_image(data: bytes | memoryview, channels: int | None = None, size: tu
 
     channels: 3 converts to colour, 1 to gray, None keeps what is stored (1, 3 or 4). size: (height, width) to resize to, bilinear.
     Pillow's bilinear filter averages over the covered area when it shrinks; OpenCV's (Caffe's tool) takes the four nearest pixels.
+    A photo's EXIF rotation is not applied, as in Caffe's time; newer OpenCV applies it.
     DataError when it is no image, is cut short, or has more than 8 bits a channel.
     """
     from PIL import Image

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from caffelite.backends.contract import Array
-from caffelite.backends.onednn.dnnl import DIFF_DST, DIFF_SRC, DST, INFERENCE, SOFTMAX_ACCURATE, SRC, TRAINING, Dnnl, Primitive
+from caffelite.backends.onednn.dnnl import DIFF_DST, DIFF_SRC, DST, FLOAT32, INFERENCE, SOFTMAX_ACCURATE, SRC, TRAINING, Dnnl, Primitive, Unsupported
 from caffelite.backends.onednn.plan import PlanningBackend, Run, describe, signature
 
 
 def plan_forward(dnnl: Dnnl, x: Array, y: Array, axis: int) -> Run:
+    if y.dtype != FLOAT32:
+        raise Unsupported("bfloat16 tops would hold exp(x) rounded before the division")
     descriptor = dnnl.primitive_descriptor("softmax_forward", INFERENCE, SOFTMAX_ACCURATE, describe(dnnl, x), describe(dnnl, y), axis, dnnl.plain)
     return Primitive(dnnl, descriptor, (SRC, DST))
 

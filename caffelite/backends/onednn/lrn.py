@@ -42,8 +42,6 @@ def forward_descriptor(dnnl: Dnnl, shape: Ints, dtype: np.dtype[np.generic], num
     # oneDNN 3.2 crashes for size 1, and errs in backward for size 7 and up, or in bfloat16, with channels beyond a multiple of 16.
     if numbers.size not in (3, 5) or shape[1] % 16:
         raise Unsupported("not a case that oneDNN computes right")
-    if numbers.size == 1:
-        raise Unsupported("oneDNN crashes on a window of one channel")
     usual = tuple(s // dtype.itemsize for s in strides_of(shape, dtype.itemsize))
     x = dnnl.strided(shape, usual, TYPES[dtype])
     return dnnl.primitive_descriptor("lrn_forward", TRAINING if train else INFERENCE, LRN_ACROSS, x, x, *numbers, dnnl.plain), x

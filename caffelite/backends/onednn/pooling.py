@@ -10,6 +10,7 @@ from caffelite.backends.onednn.dnnl import (
     DIFF_DST,
     DIFF_SRC,
     DST,
+    F32,
     INFERENCE,
     POOL_AVE_EXCLUDE,
     POOL_AVE_INCLUDE,
@@ -23,8 +24,9 @@ from caffelite.backends.onednn.dnnl import (
     PrimitiveDescriptor,
     Unsupported,
 )
-from caffelite.backends.onednn.plan import PlanningBackend, Run, describe, element_strides, is_usual, signature, type_of
+from caffelite.backends.onednn.plan import Drain, Feed, PlanningBackend, Run, describe, element_strides, is_usual, signature, type_of
 
+WIDE_BYTES = 1 << 22  # float32 copy of a piece, about what stays in the last-level cache
 LOWEST = np.float32(np.finfo(np.float32).min)
 LOWEST_BFLOAT16_BITS = np.int16(-0x80)  # -infinity, which is what -FLT_MAX rounds to
 
@@ -42,6 +44,12 @@ def usual(dnnl: Dnnl, x: Array) -> Descriptor:
     if not is_usual(x):
         raise Unsupported("not channels last without gaps")
     return describe(dnnl, x)
+
+
+def wide(dnnl: Dnnl, x: Array) -> Descriptor:
+    """As usual(), in float32."""
+    usual(dnnl, x)
+    return dnnl.strided(x.shape, element_strides(x), F32)
 
 
 def pool_descriptor(dnnl: Dnnl, kind: int, algorithm: int, x: Descriptor, y: Descriptor, numbers: tuple[Ints, ...]) -> PrimitiveDescriptor:
@@ -65,13 +73,39 @@ def plan_max_forward(dnnl: Dnnl, x: Array, y: Array, mask: Array | None, kernel:
     return Primitive(dnnl, descriptor, (SRC, DST, WORKSPACE))
 
 
+class Pieces:
+    """Backward over a few images at a time, where overlapping windows add up in bfloat16: oneDNN would round after every window,
+    so it works on a float32 copy that stays in the cache. Everything else goes through as it is, all images at once."""
+
+    def __init__(self, dnnl: Dnnl, dy: Array, dx: Array, kernel: Ints, stride: Ints) -> None:
+        widened = dx.dtype == BFLOAT16 and any(k > s for k, s in zip(kernel, stride))
+        self.images = len(dx)
+        if widened:
+            fitting = max(1, WIDE_BYTES // (4 * dx[0].size))
+            self.images = max(n for n in range(1, len(dx) + 1) if len(dx) % n == 0 and n <= fitting)
+        self.rounds = len(dx) // self.images
+        parts = [usual(dnnl, z[: self.images]) for z in (dy, dx)]
+        self.given, self.made = [wide(dnnl, z[: self.images]) for z in (dy, dx)] if widened else parts
+        self._steps = dy.strides[0] * self.images, dx.strides[0] * self.images
+        self._feed, self._drain = Feed(dnnl, parts[0], self.given, "input"), Drain(dnnl, self.made, parts[1], "output")
+
+    def __call__(self, run: Primitive, dy: int, dx: int, *others: tuple[int, int]) -> None:
+        """Runs on (dy, dx, others...) piece by piece; others are (address, bytes from one piece to the next)."""
+        for i in range(self.rounds):
+            given, made = dy + i * self._steps[0], dx + i * self._steps[1]
+            run(self._feed(given), self._drain.target(made), *(address + i * step for address, step in others))
+            self._drain.finish(made)
+
+
 def plan_max_backward(dnnl: Dnnl, dy: Array, mask: Array, dx: Array, kernel: Ints, stride: Ints, pad: Ints) -> Run:
     numbers = steps(dx.shape[2:], dy.shape[2:], kernel, stride, pad)
-    made, given = usual(dnnl, dx), usual(dnnl, dy)
-    hint = pool_descriptor(dnnl, TRAINING, POOL_MAX, made, given, numbers)
-    fits_mask(dnnl, hint, dx, mask)
-    descriptor = dnnl.primitive_descriptor("pooling_backward", POOL_MAX, made, given, *numbers, hint, dnnl.plain)
-    return Primitive(dnnl, descriptor, (DIFF_DST, WORKSPACE, DIFF_SRC))
+    pieces = Pieces(dnnl, dy, dx, kernel, stride)
+    hint = pool_descriptor(dnnl, TRAINING, POOL_MAX, pieces.made, pieces.given, numbers)
+    fits_mask(dnnl, hint, dx, mask[: pieces.images])
+    descriptor = dnnl.primitive_descriptor("pooling_backward", POOL_MAX, pieces.made, pieces.given, *numbers, hint, dnnl.plain)
+    run = Primitive(dnnl, descriptor, (DIFF_DST, DIFF_SRC, WORKSPACE))
+    step = mask.strides[0] * pieces.images
+    return lambda dy, mask, dx: pieces(run, dy, dx, (mask, step))
 
 
 def average_rule(image: Ints, pooled: Ints, kernel: Ints, stride: Ints, pad: Ints) -> int:
@@ -96,10 +130,11 @@ def plan_average_forward(dnnl: Dnnl, x: Array, y: Array, kernel: Ints, stride: I
 def plan_average_backward(dnnl: Dnnl, dy: Array, dx: Array, kernel: Ints, stride: Ints, pad: Ints) -> Run:
     spatial = (dx.shape[2:], dy.shape[2:], kernel, stride, pad)
     rule, numbers = average_rule(*spatial), steps(*spatial)
-    made, given = usual(dnnl, dx), usual(dnnl, dy)
-    hint = pool_descriptor(dnnl, TRAINING, rule, made, given, numbers)
-    descriptor = dnnl.primitive_descriptor("pooling_backward", rule, made, given, *numbers, hint, dnnl.plain)
-    return Primitive(dnnl, descriptor, (DIFF_DST, DIFF_SRC))
+    pieces = Pieces(dnnl, dy, dx, kernel, stride)
+    hint = pool_descriptor(dnnl, TRAINING, rule, pieces.made, pieces.given, numbers)
+    descriptor = dnnl.primitive_descriptor("pooling_backward", rule, pieces.made, pieces.given, *numbers, hint, dnnl.plain)
+    run = Primitive(dnnl, descriptor, (DIFF_DST, DIFF_SRC))
+    return lambda dy, dx: pieces(run, dy, dx)
 
 
 def has_winnerless(y: Array) -> bool:

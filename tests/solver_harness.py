@@ -41,8 +41,10 @@ IMAGES = """
 """
 
 
-def make_solver(text: str, net: str, backend: Backend | None = None, **options: Any) -> Solver:
-    """A solver over an inline net; "LMDB" in it stands for the golden database."""
+def make_solver(text: str, net: str, backend: Backend | None = None, *, seeded: bool = True, **options: Any) -> Solver:
+    """A solver over an inline net; "LMDB" in it stands for the golden database. seeded: give it a random_seed if it has none."""
+    if seeded and "random_seed" not in text:
+        text += "\nrandom_seed: 2"
     net = net.replace('"LMDB"', f'"{GOLDEN / "lmdb"}"')
     return Solver(solver_from_text(f"net_param {{ {net} }}\n{text}", "s.prototxt"), backend=backend or backends.get("numpy"), **options)
 

@@ -1,0 +1,400 @@
+"""What is special to the oneDNN backend: finding the library, the plan cache, when NumPy takes over, and agreement with NumPy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from caffelite import backends
+from caffelite.backends.contract import DropoutKey, strides_of
+from caffelite.errors import BackendError
+
+
+class Conv(NamedTuple):
+    """A convolution layer: input channels and size, outputs, kernel, stride, pad, groups."""
+
+    name: str
+    channels: int
+    size: int
+    outputs: int
+    kernel: int
+    stride: int
+    pad: int
+    group: int
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        return {"stride": (self.stride,) * 2, "pad": (self.pad,) * 2, "dilation": (1, 1), "group": self.group}
+
+
+# NIN with 48x48 crops and AlexNet with 227x227 crops.
+LAYERS = [
+    Conv("nin-conv1", 3, 48, 192, 5, 1, 2, 1),
+    Conv("nin-cccp1", 192, 48, 160, 1, 1, 0, 1),
+    Conv("nin-cccp2", 160, 48, 96, 1, 1, 0, 1),
+    Conv("nin-conv2", 96, 24, 192, 5, 1, 2, 1),
+    Conv("nin-cccp3", 192, 24, 192, 1, 1, 0, 1),
+    Conv("nin-conv3", 192, 12, 192, 3, 1, 1, 1),
+    Conv("nin-cccp6", 192, 12, 200, 1, 1, 0, 1),
+    Conv("alexnet-conv1", 3, 227, 96, 11, 4, 0, 1),
+    Conv("alexnet-conv2", 96, 27, 256, 5, 1, 2, 2),
+    Conv("alexnet-conv3", 256, 13, 384, 3, 1, 1, 1),
+    Conv("alexnet-conv4", 384, 13, 384, 3, 1, 1, 2),
+    Conv("alexnet-conv5", 384, 13, 256, 3, 1, 1, 2),
+]
+
+
+@pytest.fixture(scope="module")
+def onednn() -> Any:
+    """The backend; it must load where its wheel exists, and is skipped on other machines."""
+    try:
+        return backends.get("onednn")
+    except BackendError as error:
+        if sys.platform == "linux" and platform.machine() == "x86_64":
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def no_numpy(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """no_numpy(op) counts the calls of NumPy's implementation of an op."""
+
+    def watch(op: str) -> list[str]:
+        calls: list[str] = []
+        owner = next(cls for cls in backends.get("numpy").__class__.__mro__ if op in vars(cls))
+        plain = vars(owner)[op]
+
+        def counted(*args: Any, **options: Any) -> Any:
+            calls.append(op)
+            return plain(*args, **options)
+
+        monkeypatch.setattr(owner, op, counted)
+        return calls
+
+    return watch
+
+
+def random(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0, scale: float = 1.0) -> np.ndarray:
+    """A blob of normal values."""
+    numpy = backends.get("numpy")
+    x = numpy.empty(shape, dtype)
+    numpy.from_host(np.random.default_rng(seed).standard_normal(shape, np.float32) * scale, x)
+    return x
+
+
+def like(x: np.ndarray) -> np.ndarray:
+    return np.full_like(x, 7)
+
+
+def difference(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest difference by the largest value."""
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+# --- the library ---------------------------------------------------------------------------------------------------------
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a new interpreter: a process loads the library once."""
+    kept = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, timeout=120)
+
+
+def test_a_named_library_that_is_missing_says_what_to_do(tmp_path: Any) -> None:
+    missing = tmp_path / "libdnnl.so.3"
+    code = (
+        "from caffelite import backends\nfrom caffelite.errors import BackendError\ntry:\n    backends.get('onednn')\nexcept BackendError as e:\n    print(e)"
+    )
+    done = python(code, CAFFELITE_DNNL=str(missing))
+    assert "libdnnl.so.3 cannot be loaded" in done.stdout, done.stderr
+    assert str(missing) in done.stdout
+    assert "pip install onednn-cpu-gomp" in done.stdout
+    assert "CAFFELITE_DNNL" in done.stdout
+
+
+def test_auto_is_numpy_where_the_library_is_missing(tmp_path: Any) -> None:
+    done = python("from caffelite import backends; print(backends.get('auto').name)", CAFFELITE_DNNL=str(tmp_path / "none.so"))
+    assert done.stdout.strip() == "numpy", done.stderr
+
+
+def test_a_library_that_is_not_onednn_is_refused() -> None:
+    import _ctypes
+
+    code = (
+        "from caffelite import backends\nfrom caffelite.errors import BackendError\ntry:\n    backends.get('onednn')\nexcept BackendError as e:\n    print(e)"
+    )
+    done = python(code, CAFFELITE_DNNL=_ctypes.__file__)
+    assert "is not a oneDNN library" in done.stdout, done.stderr
+
+
+def test_the_variable_names_the_library(onednn: Any) -> None:
+    found = onednn.dnnl.lib._name
+    done = python("from caffelite import backends; print(backends.get('onednn').dnnl.lib._name)", CAFFELITE_DNNL=found)
+    assert done.stdout.strip() == found, done.stderr
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_threads_come_from_the_environment_or_the_argument(onednn: Any, count: int) -> None:
+    code = f"""
+from caffelite import backends
+from caffelite.backends.onednn import library
+print(backends.get("onednn").threads, library.thread_count(), backends.get("onednn", threads={count + 1}).threads, library.thread_count())
+"""
+    done = python(code, OMP_NUM_THREADS=str(count))
+    assert done.stdout.split() == [str(n) for n in (count, count, count + 1, count + 1)], done.stderr
+
+
+def test_no_threads_are_refused(onednn: Any) -> None:
+    with pytest.raises(BackendError, match="at least 1, found 0"):
+        backends.get("onednn", threads=0)
+
+
+def test_bfloat16_is_fast_or_said_to_be_slow(onednn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn.dnnl, "instruction_set", lambda: 0x67)  # AVX-512 with VNNI
+    assert "no bfloat16 instructions" in onednn.supports("bfloat16")
+    monkeypatch.setattr(onednn.dnnl, "instruction_set", lambda: 0xE7)
+    assert onednn.supports("bfloat16") is None
+    assert onednn.supports("float32") is None
+    with pytest.raises(BackendError, match="tf32"):
+        onednn.supports("tf32")
+
+
+# --- agreement with NumPy ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_the_layers_of_nin_and_alexnet_agree_with_numpy(onednn: Any, reference: Any, no_numpy: Any, layer: Conv, dtype: str) -> None:
+    """Both add up to 5000 terms in float32 in another order; bfloat16 results are rounded once more, by half of 2^-8 each."""
+    out = (layer.size + 2 * layer.pad - layer.kernel) // layer.stride + 1
+    x, dy = random((2, layer.channels, layer.size, layer.size), dtype), random((2, layer.outputs, out, out), dtype, 1)
+    w = random((layer.outputs, layer.channels // layer.group, layer.kernel, layer.kernel), dtype, 2, 0.05)
+    b, dw, db = random((layer.outputs,), seed=3), random(w.shape, seed=4), random((layer.outputs,), seed=5)
+    rounding = 1e-5 if dtype == "float32" else 2.0**-8
+    results = []
+    for backend in (reference, onednn):
+        calls = [no_numpy(f"convolution_{part}") for part in ("forward", "backward_data", "backward_weights")]
+        y, dx, gradient, bias = like(dy), like(x), dw.copy(order="K"), db.copy()
+        backend.convolution_forward(x, w, b, y, relu=True, **layer.numbers)
+        backend.convolution_backward_data(dy, w, dx, **layer.numbers)
+        backend.convolution_backward_weights(x, dy, gradient, bias, accumulate_w=True, accumulate_b=True, **layer.numbers)
+        results.append((y, dx, gradient, bias))
+        assert sum(map(len, calls)) == (3 if backend is reference else 0)
+    for got, want, limit in zip(results[1], results[0], (rounding, rounding, 2e-5, 2e-5)):
+        assert difference(got, want) < limit
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_inner_product_agrees_with_numpy(onednn: Any, reference: Any, no_numpy: Any, dtype: str, transpose: bool) -> None:
+    x, dy, w = random((3, 257), dtype), random((3, 131), dtype, 1), random((257, 131) if transpose else (131, 257), dtype, 2)
+    b, dw, db = random((131,), dtype, 3), random(w.shape, seed=4), random((131,), seed=5)
+    results = []
+    for backend in (reference, onednn):
+        calls = [no_numpy(f"inner_product_{part}") for part in ("forward", "backward_data", "backward_weights")]
+        y, dx, gradient, bias = like(dy), like(x), dw.copy(), db.copy()
+        backend.inner_product_forward(x, w, b, y, transpose=transpose, relu=True)
+        backend.inner_product_backward_data(dy, w, dx, transpose=transpose)
+        backend.inner_product_backward_weights(x, dy, gradient, bias, transpose=transpose, accumulate_w=True, accumulate_b=True)
+        results.append((y, dx, gradient, bias))
+        assert sum(map(len, calls)) == (3 if backend is reference else 0)
+    for got, want in zip(*results):
+        assert difference(got, want) < (2e-6 if got.dtype == np.float32 else 2.0**-8)
+
+
+def test_float32_data_meet_bfloat16_tops(onednn: Any, reference: Any) -> None:
+    """The data blob stays float32 when a net computes in bfloat16: it is rounded on the way in."""
+    layer = LAYERS[0]
+    x, w, b = random((2, 3, 48, 48)), random((192, 3, 5, 5), "bfloat16", 1, 0.1), random((192,), seed=2)
+    rounded = random((2, 3, 48, 48), "bfloat16")
+    y, want, dy = random((2, 192, 48, 48), "bfloat16"), random((2, 192, 48, 48), "bfloat16"), random((2, 192, 48, 48), "bfloat16", 5)
+    onednn.convolution_forward(x, w, b, y, **layer.numbers)
+    onednn.convolution_forward(rounded, w, b, want, **layer.numbers)
+    assert np.array_equal(y.view(np.int16), want.view(np.int16))
+    dw, wanted = random((192, 3, 5, 5)), random((192, 3, 5, 5))
+    for source, backend, target in ((x, onednn, dw), (rounded, reference, wanted)):
+        backend.convolution_backward_weights(source, dy, target, None, accumulate_w=False, accumulate_b=False, **layer.numbers)
+    assert difference(dw, wanted) < 2e-5
+
+
+def test_a_diverged_net_is_not_hidden_by_relu(onednn: Any) -> None:
+    x, w = random((1, 16, 4, 4)), random((16, 16, 1, 1), seed=1)
+    x[0, 3, 2, 1] = np.nan
+    y = like(x)
+    onednn.convolution_forward(x, w, None, y, stride=(1, 1), pad=(0, 0), dilation=(1, 1), group=1, relu=True)
+    assert np.isnan(y[0, :, 2, 1]).all()
+    assert np.isfinite(y).sum() == 16 * 15
+    flat, top = x.reshape(1, -1), np.empty((1, 3), np.float32)
+    onednn.inner_product_forward(flat, random((3, 256)), None, top, transpose=False, relu=True)
+    assert np.isnan(top).all()
+
+
+# --- when NumPy takes over -----------------------------------------------------------------------------------------------
+
+
+def pool_case(size: int, kernel: int, stride: int, pad: int, outputs: int, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    return random((2, 16, size, size), dtype), random((2, 16, outputs, outputs), dtype), {"kernel": (kernel,) * 2, "stride": (stride,) * 2, "pad": (pad,) * 2}
+
+
+@pytest.mark.parametrize(
+    ("case", "plain"),
+    [
+        ((24, 3, 2, 0, 12), 0),  # the last window is cut by the image: its area is what lies inside
+        ((13, 3, 1, 1, 13), 0),  # zero padding counts, no window reaches beyond it
+        ((24, 3, 2, 1, 13), 1),  # the last window reaches beyond the padding, where cells do not count
+        ((4, 1, 2, 0, 3), 1),  # the last window is empty
+    ],
+)
+def test_average_pooling_uses_numpy_where_the_divisors_differ(onednn: Any, reference: Any, no_numpy: Any, case: tuple[int, ...], plain: int) -> None:
+    x, y, numbers = pool_case(*case)
+    want, calls = like(y), no_numpy("ave_pool_forward")
+    onednn.ave_pool_forward(x, y, **numbers)
+    assert len(calls) == plain
+    reference.ave_pool_forward(x, want, **numbers)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_max_window_without_a_winner_is_numpys(onednn: Any, reference: Any, no_numpy: Any, dtype: str) -> None:
+    x, y, numbers = pool_case(8, 2, 2, 0, 4, dtype)
+    calls, mask = no_numpy("max_pool_forward"), np.zeros((2, 4, 4, 16), np.uint8).transpose(0, 3, 1, 2)
+    onednn.max_pool_forward(x, y, mask, **numbers)
+    assert not calls
+    x[1, 5, 2:4, 4:6] = np.nan
+    onednn.max_pool_forward(x, y, mask, **numbers)
+    assert len(calls) == 1
+    assert mask[1, 5, 1, 2] == 255
+    assert (mask == 255).sum() == 1
+
+
+def test_first_maximum_wins_and_nan_never(onednn: Any, reference: Any, no_numpy: Any) -> None:
+    x, y, numbers = pool_case(9, 3, 2, 1, 5)
+    x[...] = np.random.default_rng(3).integers(0, 3, x.shape)
+    x[0, 0, 1, 1] = np.nan
+    masks = [np.zeros((2, 5, 5, 16), np.uint8).transpose(0, 3, 1, 2) for _ in range(2)]
+    want = like(y)
+    reference.max_pool_forward(x, want, masks[1], **numbers)
+    calls = no_numpy("max_pool_forward")
+    onednn.max_pool_forward(x, y, masks[0], **numbers)
+    assert not calls
+    assert np.array_equal(y, want)
+    assert np.array_equal(*masks)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "beta", "plain"), [(96, 5, 0.75, 0), (256, 3, 0.75, 0), (96, 1, 0.75, 2), (96, 7, 0.75, 2), (17, 5, 0.75, 2), (96, 5, 0.5, 2)]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lrn_uses_numpy_where_onednn_errs(onednn: Any, reference: Any, no_numpy: Any, channels: int, size: int, beta: float, plain: int, dtype: str) -> None:
+    """oneDNN 3.2 crashes for size 1, errs for size 7 or odd channels, and is slow for other beta."""
+    x, dy = random((2, channels, 5, 3), dtype), random((2, channels, 5, 3), dtype, 1)
+    numbers = {"size": size, "alpha": 0.5, "beta": beta, "k": 1.0}
+    calls = [no_numpy(op) for op in ("lrn_forward", "lrn_backward")]
+    work = onednn.allocate(onednn.lrn_workspace(x.shape, dtype, **numbers))
+    y, dx = like(x), like(x)
+    onednn.lrn_forward(x, y, work, **numbers)
+    onednn.lrn_backward(x, y, dy, dx, work, **numbers)
+    assert sum(map(len, calls)) == plain
+    want, want_dx = like(x), like(x)
+    reference.lrn_forward(x, want, None, **numbers)
+    reference.lrn_backward(x, y, dy, want_dx, work, **numbers)
+    assert difference(y, want) < (1e-6 if dtype == "float32" else 2.0**-8)
+    assert difference(dx, want_dx) < (1e-6 if dtype == "float32" else 2.0**-6)
+
+
+def test_float64_is_numpys(onednn: Any, no_numpy: Any) -> None:
+    x, y = np.ones((4, 8)), np.zeros((4, 3))
+    calls = no_numpy("inner_product_forward")
+    onednn.inner_product_forward(x, np.ones((3, 8)), None, y, transpose=False)
+    assert len(calls) == 1
+    assert (y == 8).all()
+
+
+# --- memory, cache, determinism --------------------------------------------------------------------------------------------
+
+
+def training_ops(onednn: Any, x: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """A layer of each kind, forward and backward; yields every result."""
+    w, b = random((32, 16, 3, 3), seed=1), random((32,), seed=2)
+    numbers = {"stride": (1, 1), "pad": (1, 1), "dilation": (1, 1), "group": 1}
+    y, dx, dw, db = random((4, 32, 9, 9)), like(x), like(w), like(b)
+    onednn.convolution_forward(x, w, b, y, relu=True, **numbers)
+    onednn.convolution_backward_data(y, w, dx, **numbers)
+    onednn.convolution_backward_weights(x, y, dw, db, accumulate_w=True, accumulate_b=True, **numbers)
+    pooled, mask = random((4, 32, 4, 4)), np.zeros((4, 4, 4, 32), np.uint8).transpose(0, 3, 1, 2)
+    window = {"kernel": (3, 3), "stride": (2, 2), "pad": (0, 0)}
+    onednn.max_pool_forward(y, pooled, mask, **window)
+    kept = np.zeros_like(mask)
+    onednn.dropout_forward(pooled, pooled, kept, ratio=0.5, key=DropoutKey(1, 2, seed))
+    yield from (y, dx, dw, db, pooled, kept)
+
+
+def test_results_do_not_change_from_run_to_run(onednn: Any) -> None:
+    x = random((4, 16, 9, 9))
+    first = [z.copy() for z in training_ops(onednn, x, 0)]
+    for _ in range(5):
+        assert all(np.array_equal(a, b) for a, b in zip(first, training_ops(onednn, x, 0)))
+
+
+def test_a_thousand_calls_take_no_more_memory_and_no_more_plans(onednn: Any) -> None:
+    x = random((4, 16, 9, 9))
+    list(training_ops(onednn, x, 0))
+    plans, scratch, before = len(onednn._plans), onednn.dnnl.scratch.nbytes, resident()
+    for i in range(1000):
+        list(training_ops(onednn, x, i))
+    assert len(onednn._plans) == plans
+    assert onednn.dnnl.scratch.nbytes == scratch
+    assert resident() - before < 4 << 20  # a leak of one memory object a call would be more
+
+
+def resident() -> int:
+    """Bytes of memory this process holds."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_plans_of_old_shapes_are_let_go(onednn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from caffelite.backends.onednn import plan
+
+    fresh = backends.get("onednn")
+    monkeypatch.setattr(plan, "CACHE_LIMIT", 8)
+    for rows in range(1, 30):
+        x = random((rows, 64))
+        y = like(x)
+        fresh.relu_forward(x, y, slope=0.0)  # type: ignore[attr-defined]
+        assert np.array_equal(y, np.maximum(x, 0))
+    assert len(fresh._plans) <= 8  # type: ignore[attr-defined]
+
+
+def test_dropout_masks_do_not_depend_on_the_pieces_they_are_drawn_in(reference: Any) -> None:
+    """Two and a half pieces and an odd rest, drawn by two threads and by NumPy in one go."""
+    several = backends.get("onednn", threads=2)
+    x = random((5, 131, 1171))
+    masks = [np.zeros(x.shape, np.uint8) for _ in range(2)]
+    for backend, mask in zip((reference, several), masks):
+        y = like(x)
+        backend.dropout_forward(x, y, mask, ratio=0.3, key=DropoutKey(2**63 + 5, 77, 2**40 + 1))
+        np.testing.assert_allclose(y, x * mask / np.float32(0.7), rtol=1e-6)
+    assert np.array_equal(*masks)
+    assert abs(masks[0].mean() - 0.7) < 0.01
+
+
+def test_usual_strides_are_told_apart(onednn: Any) -> None:
+    from caffelite.backends.onednn.plan import is_dense, is_usual
+
+    x = random((2, 3, 4, 5))
+    assert x.strides == strides_of(x.shape, 4)
+    assert is_usual(x)
+    assert is_dense(x)
+    assert not is_usual(np.zeros((2, 3, 4, 5), np.float32))
+    assert is_dense(np.zeros((2, 3, 4, 5), np.float32))
+    assert not is_dense(x[:, :, :, ::2])
+    assert is_usual(np.zeros((2, 3, 1, 1), np.float32)[:, :, ::-1])  # the stride of an axis of one element does not matter

@@ -196,6 +196,14 @@ def test_telling_solvers_from_nets(tmp_path: Path) -> None:
     assert [is_solver(str(tmp_path / name)) for name in ("s", "n", "none")] == [True, False, False]
 
 
+def test_nets_and_solvers_in_each_others_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "error: net.prototxt: this is a net, expected a solver\n" in said(capsys, "train", "--solver", "net.prototxt", status=2)[1]
+    assert "error: net.prototxt: this is a net, expected a solver\n" in said(capsys, "time", "--solver", "net.prototxt", status=2)[1]
+    for command in (["time"], ["test", "--weights", "w"]):
+        assert "error: solver.prototxt: this is a solver, expected a net\n" in said(capsys, *command, "--model", "solver.prototxt", status=2)[1]
+    assert "no such file" in said(capsys, "train", "--solver", "none.prototxt", status=2)[1]
+
+
 # --- train -----------------------------------------------------------------------------------------------------------
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from caffelite.errors import Where
-from caffelite.schema import SolverSpec, pb
+from caffelite.errors import SpecError, Where
+from caffelite.schema import NetSpec, SolverSpec, pb, read_net, read_solver
 
 PIECE = re.compile(r"""#[^\n]*|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|[{}<>]|[A-Za-z_]\w*(?=\s*[:{<])""")
 ENOUGH = 2**20  # characters to look at; a file that has shown nothing by then is no solver
@@ -14,13 +14,38 @@ ENOUGH = 2**20  # characters to look at; a file that has shown nothing by then i
 
 def is_solver(path: str) -> bool:
     """Whether a prototxt has more of a solver's fields than of a net's at its top level. False for what cannot be read."""
+    return _leaning(path) > 0
+
+
+def load_solver(path: str) -> SolverSpec:
+    """read_solver for a flag's value: a net given in its place is called one."""
+    try:
+        return read_solver(path)
+    except SpecError as error:
+        if _leaning(path) >= 0:
+            raise
+        raise SpecError("this is a net, expected a solver", where=Where(path), hint='a solver has base_lr, max_iter and net: "FILE"; see solvers/') from error
+
+
+def load_net(path: str) -> NetSpec:
+    """read_net for a flag's value: a solver given in its place is called one."""
+    try:
+        return read_net(path)
+    except SpecError as error:
+        if _leaning(path) <= 0:
+            raise
+        raise SpecError("this is a solver, expected a net", where=Where(path), hint="a net has layers; give the file that the solver's net: names") from error
+
+
+def _leaning(path: str) -> int:
+    """How many more of a solver's own fields than of a net's a prototxt has at its top level; 0 for what cannot be read."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             names = set(top_level_names(file.read(ENOUGH)))
     except OSError:
-        return False
+        return 0
     solver, net = set(pb.SolverParameter.DESCRIPTOR.fields_by_name), set(pb.NetParameter.DESCRIPTOR.fields_by_name)
-    return len(names & (solver - net)) > len(names & (net - solver))
+    return len(names & (solver - net)) - len(names & (net - solver))
 
 
 def top_level_names(text: str) -> Iterator[str]:

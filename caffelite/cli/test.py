@@ -10,8 +10,9 @@ from typing import Any
 from caffelite.cli.caffe_log import output_lines
 from caffelite.cli.chance import net_chances
 from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, number, open_backend, whole_number
+from caffelite.cli.specs import load_net
 from caffelite.net import Net
-from caffelite.schema import pb, read_net
+from caffelite.schema import pb
 from caffelite.solver.listeners import Output
 from caffelite.solver.scoring import Scorer, outputs_of
 
@@ -34,7 +35,7 @@ def build_parser(prog: str) -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     backend = open_backend(args)
-    net = Net(read_net(args.model), phase=pb.TEST, backend=backend, level=args.level, stages=args.stage, precision=args.precision)
+    net = Net(load_net(args.model), phase=pb.TEST, backend=backend, level=args.level, stages=args.stage, precision=args.precision)
     scorer: Scorer | None = None
     try:
         net.copy_from(args.weights)

@@ -12,10 +12,10 @@ from typing import Any
 
 from caffelite.backends.contract import Backend
 from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, open_backend, table, whole_number
-from caffelite.cli.specs import gpu_place
+from caffelite.cli.specs import gpu_place, load_net, load_solver
 from caffelite.errors import SpecError
 from caffelite.net import Net, Step
-from caffelite.schema import pb, read_net, read_solver
+from caffelite.schema import pb
 
 HEAD = ("layer", "type", "forward ms", "GFLOP/s", "backward ms", "GFLOP/s")
 WARM_UP_STEPS = 3
@@ -72,7 +72,7 @@ class LayerTimes:
 def time_layers(args: argparse.Namespace) -> dict[str, Any]:
     """Median milliseconds of each layer, and of whole passes."""
     backend, phase = open_backend(args), pb.Phase.Value(args.phase)
-    net = Net(read_net(args.model), phase=phase, backend=backend, level=args.level, stages=args.stage, precision=args.precision)
+    net = Net(load_net(args.model), phase=phase, backend=backend, level=args.level, stages=args.stage, precision=args.precision)
     try:
         _time_round(net, [LayerTimes(step) for step in net.steps], backend)
         initial_loss = net.loss()
@@ -157,7 +157,7 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     """Median milliseconds of one training step: forward, backward (iter_size times) and update, input included."""
     from caffelite.solver.loop import Solver
 
-    spec = read_solver(args.solver)
+    spec = load_solver(args.solver)
     if args.phase != "TRAIN":
         raise SpecError("--phase TEST does not go with --solver: a training step is in phase TRAIN")
     backend = open_backend(args, gpu_mode=gpu_place(spec))

@@ -13,9 +13,9 @@ from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, com
 from caffelite.cli.live import duration
 from caffelite.cli.metrics import MetricsWriter
 from caffelite.cli.progress import ProgressLine
-from caffelite.cli.specs import gpu_place
+from caffelite.cli.specs import gpu_place, load_solver
 from caffelite.errors import SpecError
-from caffelite.schema import SolverSpec, read_solver
+from caffelite.schema import SolverSpec
 from caffelite.solver.listeners import Listener
 from caffelite.solver.loop import Solver
 from caffelite.solver.signals import EFFECTS
@@ -45,7 +45,7 @@ def build_parser(prog: str) -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    spec = read_solver(args.solver)
+    spec = load_solver(args.solver)
     apply_flags(spec, args)
     backend = open_backend(args, gpu_mode=gpu_place(spec))
     resume = find_state(spec, args.snapshot)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from arrays import DTYPES, assert_close, last, numeric_gradient
 
-SHAPE = (2, 11, 5, 7)
+SHAPES = [(2, 11, 5, 7), (2, 32, 3, 5)]  # fast paths want multiples of 16 channels
 ACROSS = [
     {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 1.0},  # AlexNet's
     {"size": 3, "alpha": 2.0, "beta": 0.5, "k": 2.0},
     {"size": 1, "alpha": 1.0, "beta": 1.0, "k": 0.5},
+    {"size": 7, "alpha": 1.0, "beta": 0.75, "k": 1.0},
     {"size": 25, "alpha": 0.5, "beta": 0.75, "k": 1.0},  # wider than the channels
 ]
 WITHIN = [{"size": 3, "alpha": 5e-5, "beta": 0.75}, {"size": 5, "alpha": 2.0, "beta": 0.5}, {"size": 1, "alpha": 1.0, "beta": 1.0}]
@@ -39,11 +40,12 @@ def backward(x: np.ndarray, y: np.ndarray, dy: np.ndarray, scale: np.ndarray, ne
 
 @pytest.mark.parametrize("layout", ["contract", "gaps"])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("o", ACROSS, ids=lambda o: f"size{o['size']}")
-def test_across_channels(backend, make, rng, o: dict, dtype: str, layout: str) -> None:
-    x, dy = (make(rng.standard_normal(SHAPE), dtype, layout) for _ in range(2))
-    y, dx = make.empty(SHAPE, dtype, layout), make.empty(SHAPE, dtype, layout)
-    work = make.empty((backend.lrn_workspace(SHAPE, dtype, **o),), "uint8")
+def test_across_channels(backend, make, rng, o: dict, shape, dtype: str, layout: str) -> None:
+    x, dy = (make(rng.standard_normal(shape), dtype, layout) for _ in range(2))
+    y, dx = make.empty(shape, dtype, layout), make.empty(shape, dtype, layout)
+    work = make.empty((backend.lrn_workspace(shape, dtype, **o),), "uint8")
     backend.lrn_forward(x, y, work, **o)
     factor = o["alpha"] / o["size"]
     want, scale = forward(make.host(x), across_sum, factor, o["k"], o["size"], o["beta"])
@@ -52,18 +54,19 @@ def test_across_channels(backend, make, rng, o: dict, dtype: str, layout: str) -
     # Backward reads y as it was rounded; with bfloat16 the window's terms may differ by their own last place each.
     want_dx = backward(make.host(x), make.host(y), make.host(dy), scale, across_sum, factor, o["size"], o["beta"])
     assert_close(make.host(dx), want_dx, dtype, slack=1 if dtype == "float32" else 3)
-    alone = make.empty(SHAPE, dtype, layout)
+    alone = make.empty(shape, dtype, layout)
     backend.lrn_forward(x, alone, None, **o)
     np.testing.assert_array_equal(make.host(alone), make.host(y))
 
 
 @pytest.mark.parametrize("layout", ["contract", "gaps"])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("o", WITHIN, ids=lambda o: f"size{o['size']}")
-def test_within_a_channel(backend, make, rng, o: dict, dtype: str, layout: str) -> None:
-    x, dy = (make(rng.standard_normal(SHAPE), dtype, layout) for _ in range(2))
-    y, dx = make.empty(SHAPE, dtype, layout), make.empty(SHAPE, dtype, layout)
-    work = make.empty((backend.lrn_within_workspace(SHAPE, dtype, **o),), "uint8")
+def test_within_a_channel(backend, make, rng, o: dict, shape, dtype: str, layout: str) -> None:
+    x, dy = (make(rng.standard_normal(shape), dtype, layout) for _ in range(2))
+    y, dx = make.empty(shape, dtype, layout), make.empty(shape, dtype, layout)
+    work = make.empty((backend.lrn_within_workspace(shape, dtype, **o),), "uint8")
     backend.lrn_within_forward(x, y, work, **o)
     factor = o["alpha"] / o["size"] ** 2
     want, scale = forward(make.host(x), within_sum, factor, 1.0, o["size"], o["beta"])
@@ -71,7 +74,7 @@ def test_within_a_channel(backend, make, rng, o: dict, dtype: str, layout: str) 
     backend.lrn_within_backward(x, y, dy, dx, work, **o)
     want_dx = backward(make.host(x), make.host(y), make.host(dy), scale, within_sum, factor, o["size"], o["beta"])
     assert_close(make.host(dx), want_dx, dtype, slack=1 if dtype == "float32" else 3)
-    alone = make.empty(SHAPE, dtype, layout)
+    alone = make.empty(shape, dtype, layout)
     backend.lrn_within_forward(x, alone, None, **o)
     np.testing.assert_array_equal(make.host(alone), make.host(y))
 

@@ -92,12 +92,13 @@ def stored_mask(mask: np.ndarray, kernel: tuple[int, int]) -> np.ndarray:
 
 @pytest.mark.parametrize("layout", ["contract", "gaps"])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [5, 16])  # fast paths want multiples of 16
 @pytest.mark.parametrize("name", CASES)
-def test_max(backend, make, rng, name: str, dtype: str, layout: str) -> None:
+def test_max(backend, make, rng, name: str, channels: int, dtype: str, layout: str) -> None:
     c = CASES[name]
-    x = make(rng.integers(-4, 4, (2, 5, *c.size)), dtype, layout)  # few values, so many ties
+    x = make(rng.integers(-4, 4, (2, channels, *c.size)), dtype, layout)  # few values, so many ties
     mask_dtype = pool_mask_dtype(c.kernel)
-    y, mask = make.empty((2, 5, *c.out), dtype, layout), make.empty((2, 5, *c.out), mask_dtype, layout)
+    y, mask = make.empty((2, channels, *c.out), dtype, layout), make.empty((2, channels, *c.out), mask_dtype, layout)
     backend.max_pool_forward(x, y, mask, **c.options)
     want, winner = max_forward(c, make.host(x), LOWEST[dtype])
     np.testing.assert_array_equal(make.host(y), want)
@@ -141,10 +142,11 @@ def test_an_infinite_gradient_goes_to_the_winner_alone(backend, make, dtype: str
 
 @pytest.mark.parametrize("layout", ["contract", "gaps"])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [5, 16])
 @pytest.mark.parametrize("name", CASES)
-def test_average(backend, make, rng, name: str, dtype: str, layout: str) -> None:
+def test_average(backend, make, rng, name: str, channels: int, dtype: str, layout: str) -> None:
     c = CASES[name]
-    x, y = make(rng.standard_normal((2, 5, *c.size)), dtype, layout), make.empty((2, 5, *c.out), dtype, layout)
+    x, y = make(rng.standard_normal((2, channels, *c.size)), dtype, layout), make.empty((2, channels, *c.out), dtype, layout)
     backend.ave_pool_forward(x, y, **c.options)
     values, want = make.host(x), np.zeros(y.shape)
     dy, dx = make(rng.standard_normal(y.shape), dtype, layout), make.empty(x.shape, dtype, layout)

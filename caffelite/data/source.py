@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,11 @@ class BatchSource:
         """The open database. DataError when it is missing, damaged, empty or of another kind."""
         if self._database is None:
             _check_backend(self.param, self._fail)
-            self._database = Database(self.param.source)
-            if self._database.count == 0:
+            database = Database(self.param.source)
+            if database.count == 0:
+                database.close()
                 raise DataError("the database holds no records", where=Where(self.param.source), hint="convert the images again")
+            self._database = database
         return self._database
 
     @property
@@ -62,17 +65,16 @@ class BatchSource:
     def item_shape(self) -> tuple[int, int, int]:
         """(C,H,W) of a transformed image, from the first record. Errors as for `database`; SpecError when the transform does not fit it."""
         if self._item_shape is None:
-            reader = self.database.reader()
-            try:
-                key, value = next(reader.read([0], ordered=True))
-                try:
-                    shape = DatumDecoder(self.transformer.channels)(value).pixels.shape
-                except DataError as error:
-                    raise placed(error, self.param.source, key) from error
-            finally:
-                reader.close()
-            self._item_shape = self.transformer.output_shape(shape)
+            self._item_shape = self.transformer.output_shape(self._first_shape())
         return self._item_shape
+
+    def _first_shape(self) -> tuple[int, ...]:
+        with closing(self.database.reader()) as reader:
+            key, value = next(reader.read([0], ordered=True))
+            try:
+                return DatumDecoder(self.transformer.channels)(value).pixels.shape
+            except DataError as error:
+                raise placed(error, self.param.source, key) from error
 
     # --- where it is ---------------------------------------------------------------------------------------------------
 

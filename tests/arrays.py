@@ -67,19 +67,17 @@ class Maker:
         return values.astype(array.dtype) if isinstance(array, np.ndarray) else type(array)(values.astype(array.dtype))
 
 
-def assert_close(got: Any, want: Any, dtype: str = "float32", slack: float = 1.0, rounded: int = 1) -> None:
+def assert_close(got: Any, want: Any, dtype: str = "float32", slack: float = 1.0) -> None:
     """Compares with float64 values.
 
     float32: 1e-5 of each value (sums of up to some thousand terms in any order) and 3e-6 of the largest. bfloat16: 2^-8 of each value,
     one unit in the last place: results are rounded once, inputs are taken as they are stored; and 2^-12 of the largest, for terms that cancel.
-    slack widens all of that. rounded: how often a bfloat16 sum may be rounded on its way, each time by 2^-9 of the largest at most.
+    slack widens both.
     """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     finite = np.abs(want[np.isfinite(want)])
     relative, absolute = (1e-5, 3e-6) if dtype == "float32" else (2.0**-8, 2.0**-12)
-    if dtype == "bfloat16" and rounded > 1:
-        absolute = rounded * 2.0**-9
     np.testing.assert_allclose(got, want, rtol=slack * relative, atol=slack * absolute * finite.max(initial=0))
 
 

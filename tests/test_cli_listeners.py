@@ -248,6 +248,19 @@ def test_numbers_as_cpp_streams_print_them() -> None:
     assert prefix("net.cpp", "W", datetime(2026, 1, 2, 3, 4, 5, 6)).startswith("W0102 03:04:05.000006 ")
 
 
+def test_a_new_run_starts_a_new_log_and_a_resumed_one_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    for text, append in (("first", False), ("second", False), ("third", True)):
+        with closing(CaffeLog(path, append=append)) as log:
+            log.line(text)
+    assert [line.split("] ")[1] for line in path.read_text(encoding="utf-8").splitlines()] == ["second", "third"]
+    assert "first" in (tmp_path / "run.log.old").read_text(encoding="utf-8")
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    CaffeLog(link).close()
+    assert link.is_symlink()
+
+
 def test_a_log_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(CaffeliteError, match=r"cannot write log .*folder: Is a directory"):

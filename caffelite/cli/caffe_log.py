@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caffelite.cli.common import number
-from caffelite.cli.lines import LineFile
+from caffelite.cli.lines import LineFile, set_aside
 from caffelite.schema import pb, to_text
 from caffelite.solver.listeners import Listener, Output
 
@@ -30,9 +30,11 @@ def prefix(source: str, severity: str = "I", now: datetime | None = None) -> str
 
 
 class CaffeLog(Listener):
-    """Writes a run to `path` as Caffe logs it."""
+    """Writes a run to `path` as Caffe logs it. append: go on in an existing log; else one is kept as NAME.old, as parsers expect one run."""
 
-    def __init__(self, path: Path, clock: Callable[[], datetime] = datetime.now) -> None:
+    def __init__(self, path: Path, *, append: bool = False, clock: Callable[[], datetime] = datetime.now) -> None:
+        if not append:
+            set_aside(path)
         self._file = LineFile(path, "log")
         self._clock = clock
         self._early: list[tuple[str, str, str]] | None = []  # told while the nets are built; written when they can be shown

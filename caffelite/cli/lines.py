@@ -35,3 +35,17 @@ class LineFile:
         """Closes the file."""
         with contextlib.suppress(OSError):  # a full disk again: write has said so
             self._file.close()
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether there is an ordinary file of that name; /dev/stdout, which leads to one when redirected, is none."""
+    return path.is_file() and not path.is_symlink()
+
+
+def set_aside(path: Path) -> None:
+    """Renames an existing file NAME to NAME.old, so that a new run does not mix with an old one."""
+    if is_plain_file(path):
+        try:
+            path.replace(path.with_name(path.name + ".old"))
+        except OSError as error:
+            raise CaffeliteError(f"cannot rename {path}: {error.strerror or error}", hint="choose another place, or remove it") from error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from caffelite.cli.chance import chances
 from caffelite.cli.common import json_text
-from caffelite.cli.lines import LineFile
+from caffelite.cli.lines import LineFile, is_plain_file, set_aside
 from caffelite.cli.progress import Pace, images_per_iteration
 from caffelite.files import write_atomically
 from caffelite.solver.listeners import Listener, Output
@@ -39,11 +39,10 @@ class MetricsWriter(Listener):
 
     def on_start(self, solver: Solver) -> None:
         self._iteration, self._batch = solver.iter, images_per_iteration(solver)
-        if self.path.exists():
-            if solver.iter:
-                write_atomically(self.path, lambda file: file.write(kept_records(self.path, solver.iter).encode()))
-            else:
-                self.path.replace(self.path.with_name(self.path.name + ".old"))
+        if not solver.iter:
+            set_aside(self.path)
+        elif is_plain_file(self.path):
+            write_atomically(self.path, lambda file: file.write(kept_records(self.path, solver.iter).encode()))
         self._file = LineFile(self.path, "metrics")
         self._started = self.clock()
         self.chances = chances(solver)

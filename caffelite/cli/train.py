@@ -34,7 +34,9 @@ def build_parser(prog: str) -> Parser:
     start.add_argument("--weights", type=comma_list, metavar="FILES", help="start from these .caffemodel files (several with commas), by layer name")
     start.add_argument("--snapshot", metavar="FILE", help="go on from a .solverstate; auto: from the newest whole one, or anew if there is none")
     start.add_argument("--iterations", type=whole_number(1), metavar="N", help="train until this iteration instead of the solver's max_iter")
-    parser.add_argument("--log", metavar="FILE", help="also write a log in Caffe's line shapes (appended to)")
+    parser.add_argument(
+        "--log", metavar="FILE", help="also write a log in Caffe's line shapes; a resumed run goes on in it, a new one keeps an older log as FILE.old"
+    )
     parser.add_argument("--metrics", metavar="FILE", help="where to write the metrics instead of beside the snapshots")
     effect = one_of(*EFFECTS)
     parser.add_argument("--sigint-effect", type=effect, default="stop", metavar="E", help="on SIGINT or SIGTERM: stop (default), snapshot or none")
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     facts = {"solver": args.solver, "backend": backend.name, "precision": args.precision, "version": __version__}
     facts |= {"resumed_from": str(resume)} if resume else {}
     progress, metrics = ProgressLine(sys.stdout), MetricsWriter(metrics_path, facts)
-    log = [CaffeLog(Path(args.log))] if args.log else []
+    log = [CaffeLog(Path(args.log), append=resume is not None)] if args.log else []
     for file in log:
         file.line("Use CPU.", "caffe.cpp")
     listeners: list[Listener] = [progress, metrics, *log]

@@ -11,11 +11,13 @@ __version__ = "0.1.0"
 TRAIN, TEST = 0, 1
 
 _PYCAFFE = frozenset(
-    "Net Blob Layer set_mode_cpu set_mode_gpu set_device set_random_seed layer_type_list get_solver "
-    "SGDSolver NesterovSolver AdaGradSolver RMSPropSolver AdaDeltaSolver AdamSolver".split()
+    (
+        *("Net", "Blob", "Layer", "get_solver", "SGDSolver", "NesterovSolver", "AdaGradSolver", "RMSPropSolver", "AdaDeltaSolver", "AdamSolver"),
+        *("set_mode_cpu", "set_mode_gpu", "set_device", "set_random_seed", "layer_type_list"),
+    )
 )
 
-__all__ = ["TEST", "TRAIN", *sorted(_PYCAFFE)]  # noqa: PLE0604
+__all__ = ["TEST", "TRAIN", *sorted(_PYCAFFE)]
 
 
 def __getattr__(name: str) -> Any:

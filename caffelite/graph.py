@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from caffelite.blob import Shape
 from caffelite.errors import SpecError
@@ -230,13 +231,17 @@ def _node_params(node: Node) -> list[ParamInfo]:
     infos = []
     for i, spec in enumerate(specs):
         if i >= len(layer.param.blobs):
-            check_filler(spec.filler, spec.shape, layer.fail)
+            check_filler(spec.filler, spec.shape, partial(_fail_at, layer, spec.path))
         entry = given[i] if i < len(given) else pb.ParamSpec()
         lr = entry.lr_mult if spec.learned else 0.0
         info = ParamInfo(node, i, spec, entry.name, lr, entry.decay_mult, entry.HasField("lr_mult"), entry.HasField("decay_mult"))
         info.owner = info
         infos.append(info)
     return infos
+
+
+def _fail_at(layer: Layer, path: tuple[str, ...], message: str) -> SpecError:
+    return layer.fail(message, *path)
 
 
 def _link_parameters(graph: Graph) -> None:

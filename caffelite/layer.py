@@ -25,6 +25,7 @@ class ParamSpec:
     shape: Shape
     filler: pb.FillerParameter
     learned: bool = True  # False: a statistic (BatchNorm), never given a gradient or a learning rate
+    path: tuple[str, ...] = ()  # where the filler stands in the layer's message, for errors
 
 
 @dataclass(frozen=True)

@@ -110,4 +110,4 @@ def initial_values(info: ParamInfo, seed: int) -> np.ndarray:
         return values.reshape(info.spec.shape)
     # The last counter word keeps these draws apart from dropout's, which leave it 0.
     rng = np.random.Generator(np.random.Philox(key=[seed, layer.stream], counter=[0, 0, 0, info.index + 1]))
-    return fill(info.spec.filler, info.spec.shape, rng, layer.fail)
+    return fill(info.spec.filler, info.spec.shape, rng, lambda message: layer.fail(message, *info.spec.path))

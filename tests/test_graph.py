@@ -22,7 +22,7 @@ def fails(text: str, **state) -> str:
 
 
 def conv(name: str, bottom: str, extra: str = "", outputs: int = 3) -> str:
-    return f'layer {{ name: "{name}" type: "Convolution" bottom: "{bottom}" top: "{name}" {extra} convolution_param {{ num_output: {outputs} kernel_size: 1 }} }}\n'
+    return layer("Convolution", name, bottom, name, f"{extra} convolution_param {{ num_output: {outputs} kernel_size: 1 }}")
 
 
 def layer(kind: str, name: str, bottom: str, top: str, extra: str = "") -> str:
@@ -246,4 +246,4 @@ def test_fillers_are_checked_before_anything_is_allocated() -> None:
         INPUT
         + 'layer { name: "c" type: "Convolution" bottom: "x" top: "c" convolution_param { num_output: 1 kernel_size: 1 weight_filler { type: "xaver" } } }'
     )
-    assert "layer 'c': unknown filler type 'xaver': did you mean 'xavier'?" in fails(text)
+    assert "net.prototxt:3:114: layer 'c': unknown filler type 'xaver': did you mean 'xavier'?" in fails(text)

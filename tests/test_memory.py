@@ -55,8 +55,8 @@ def test_regions_alive_together_never_overlap(numpy_backend, phase: int) -> None
 
 def test_reuse_needs_less_than_half_of_a_deep_chain(numpy_backend) -> None:
     head, chain = NET.split('layer { name: "n2"')[0], ""
-    for i in range(2, 12):
-        chain += f'layer {{ name: "k{i}" type: "Convolution" bottom: "{"c2" if i == 2 else f"k{i - 1}"}" top: "k{i}" convolution_param {{ num_output: 8 kernel_size: 1 }} }}\n'
+    for i, below in enumerate(["c2", *(f"k{i}" for i in range(9))]):
+        chain += f'layer {{ name: "k{i}" type: "Convolution" bottom: "{below}" top: "k{i}" convolution_param {{ num_output: 8 kernel_size: 1 }} }}\n'
     planned = plan(numpy_backend, head + chain, phase=pb.TEST)
     assert planned.peak_bytes < planned.total_bytes / 2
 

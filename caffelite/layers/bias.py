@@ -37,7 +37,7 @@ class Bias(Elementwise):
         return super().infer_shapes(bottoms)
 
     def param_specs(self, bottoms: Sequence[Shape]) -> list[ParamSpec]:
-        return [ParamSpec(self._run(bottoms)[1], self.filler)] if self.learned else []
+        return [ParamSpec(self._run(bottoms)[1], self.filler, path=("bias_param", "filler"))] if self.learned else []
 
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
         return {} if self.learned else {"db": BufferSpec(bottoms[1], "float32", kept=False)}  # gradients of biases are float32

@@ -117,8 +117,8 @@ class Convolution(Layer):
     def param_specs(self, bottoms: Sequence[Shape]) -> list[ParamSpec]:
         geometry = self._geometry(bottoms[0])
         kernel = geometry.kernel if self._has_spatial(bottoms[0]) else ()
-        specs = [ParamSpec((self.num_output, geometry.bottom[1] // self.group, *kernel), self.options.weight_filler)]
-        return specs + ([ParamSpec((self.num_output,), self.options.bias_filler)] if self.bias_term else [])
+        specs = [ParamSpec((self.num_output, geometry.bottom[1] // self.group, *kernel), self.options.weight_filler, path=(FIELD, "weight_filler"))]
+        return specs + ([ParamSpec((self.num_output,), self.options.bias_filler, path=(FIELD, "bias_filler"))] if self.bias_term else [])
 
     def _has_spatial(self, shape: Shape) -> bool:
         return axis_index(self, self.options.axis, len(shape), FIELD, "axis") + 1 < len(shape)

@@ -50,7 +50,9 @@ class InnerProduct(Layer):
     def param_specs(self, bottoms: Sequence[Shape]) -> list[ParamSpec]:
         columns = self._rows(bottoms[0])[0][1]
         shape = (columns, self.num_output) if self.transpose else (self.num_output, columns)
-        return [ParamSpec(shape, self.options.weight_filler)] + ([ParamSpec((self.num_output,), self.options.bias_filler)] if self.bias_term else [])
+        weight = ParamSpec(shape, self.options.weight_filler, path=(FIELD, "weight_filler"))
+        bias = ParamSpec((self.num_output,), self.options.bias_filler, path=(FIELD, "bias_filler"))
+        return [weight, bias] if self.bias_term else [weight]
 
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
         x, y = self._rows(bottoms[0])

@@ -33,7 +33,7 @@ class PReLU(Elementwise):
         return super().infer_shapes(bottoms)
 
     def param_specs(self, bottoms: Sequence[Shape]) -> list[ParamSpec]:
-        return [ParamSpec(() if self.shared else (bottoms[0][1],), self.filler)]
+        return [ParamSpec(() if self.shared else (bottoms[0][1],), self.filler, path=("prelu_param", "filler"))]
 
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
         return {"x": BufferSpec(bottoms[0], dtypes[0])} if self.in_place_here else {}

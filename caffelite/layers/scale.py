@@ -40,8 +40,8 @@ class Scale(Elementwise):
 
     def param_specs(self, bottoms: Sequence[Shape]) -> list[ParamSpec]:
         _, shape = self._run(bottoms)
-        factor = [ParamSpec(shape, self.filler)] if self.learned else []
-        return factor + ([ParamSpec(shape, self.bias_filler)] if self.bias_term else [])
+        factor = [ParamSpec(shape, self.filler, path=("scale_param", "filler"))] if self.learned else []
+        return factor + ([ParamSpec(shape, self.bias_filler, path=("scale_param", "bias_filler"))] if self.bias_term else [])
 
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
         specs = {"x": BufferSpec(bottoms[0], dtypes[0])} if self.in_place_here else {}

@@ -356,6 +356,17 @@ def test_scoring_agrees_with_the_training_run(folder: Path, capsys: pytest.Captu
     assert lines[7] == f"loss = {lines[5][6:]} (* 1 = {lines[5][6:]} loss)"
 
 
+def test_a_net_without_a_database_needs_iterations(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deploy = tmp_path / "deploy.prototxt"
+    start = 'layer { name: "in" type: "Input" top: "data" input_param { shape { dim: 8 dim: 3 dim: 12 dim: 12 } } }'
+    deploy.write_text(start + NET[NET.index('layer { name: "conv"') : NET.index('layer { name: "loss"')], encoding="utf-8")
+    test = ("test", "--model", str(deploy), "--backend", "numpy", "--weights", "snaps/tiny_iter_12.caffemodel")
+    _, err = said(capsys, *test, status=2)
+    assert "reads no database, so its records cannot be counted\n  give --iterations: the number of batches to score" in err
+    found = json.loads(said(capsys, *test, "--iterations", "1", "--json")[0])
+    assert (len(found["outputs"]["ip"]), found["records"]) == (8 * 7, 0)
+
+
 def test_time_of_layers_and_steps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(said(capsys, "time", *MODEL, "--iterations", "2", "--json")[0])
     assert [layer["name"] for layer in found["layers"]] == ["data", "conv", "relu", "drop", "ip", "loss"]

@@ -11,6 +11,7 @@ from caffelite.cli.caffe_log import output_lines
 from caffelite.cli.chance import net_chances
 from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, number, open_backend, whole_number
 from caffelite.cli.specs import load_net
+from caffelite.errors import SpecError
 from caffelite.net import Net
 from caffelite.schema import pb
 from caffelite.solver.listeners import Output
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     scorer: Scorer | None = None
     try:
         net.copy_from(args.weights)
-        scorer = Scorer(net, args.iterations, _Batches() if args.verbose and not args.json else None)
+        scorer = _scorer(net, args)
         if not args.json:
             print(f"Running for {scorer.batches} iterations.")
         started = time.perf_counter()
@@ -65,6 +66,14 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json_text(result) if args.json else "\n".join(_lines(result, scores.outputs)))
     return 0
+
+
+def _scorer(net: Net, args: argparse.Namespace) -> Scorer:
+    try:
+        return Scorer(net, args.iterations, _Batches() if args.verbose and not args.json else None)
+    except SpecError as error:
+        error.hint = "give --iterations: the number of batches to score"  # the scorer speaks of a solver's test_iter
+        raise
 
 
 class _Batches:

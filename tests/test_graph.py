@@ -246,4 +246,4 @@ def test_fillers_are_checked_before_anything_is_allocated() -> None:
         INPUT
         + 'layer { name: "c" type: "Convolution" bottom: "x" top: "c" convolution_param { num_output: 1 kernel_size: 1 weight_filler { type: "xaver" } } }'
     )
-    assert "net.prototxt:3:114: layer 'c': unknown filler type 'xaver': did you mean 'xavier'?" in fails(text)
+    assert "net.prototxt:2:109: layer 'c': unknown filler type 'xaver': did you mean 'xavier'?" in fails(text)

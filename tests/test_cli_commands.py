@@ -1,4 +1,4 @@
-"""The commands on a small data set of PNGs, from conversion to training, scoring and plotting."""
+"""The commands on a small data set of PNGs, from conversion to training and scoring."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ import pytest
 from PIL import Image
 
 from caffelite.__main__ import main
-from caffelite.cli.plot import metrics_files, read_run
 from caffelite.cli.specs import is_solver, top_level_names
 from caffelite.cli.train import apply_flags, build_parser
-from caffelite.errors import DataError, SpecError
 from caffelite.schema import solver_from_text
 
 CLASSES, EACH, BATCH = 4, 10, 8
@@ -201,7 +199,6 @@ def test_nets_and_solvers_in_each_others_place(folder: Path, capsys: pytest.Capt
     assert "error: net.prototxt: this is a net, expected a solver\n" in said(capsys, "time", "--solver", "net.prototxt", status=2)[1]
     for command in (["time"], ["test", "--weights", "w"]):
         assert "error: solver.prototxt: this is a solver, expected a net\n" in said(capsys, *command, "--model", "solver.prototxt", status=2)[1]
-    assert "no such file" in said(capsys, "train", "--solver", "none.prototxt", status=2)[1]
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -389,39 +386,6 @@ def test_time_of_layers_and_steps(folder: Path, capsys: pytest.CaptureFixture[st
 def test_time_needs_a_model_or_a_solver(capsys: pytest.CaptureFixture[str]) -> None:
     assert "one of the arguments --model --solver is required" in said(capsys, "time", status=2)[1]
     assert "not allowed with argument --model" in said(capsys, "time", "--model", "a", "--solver", "b", status=2)[1]
-
-
-# --- plot, device-query ----------------------------------------------------------------------------------------------
-
-
-def test_plot_reads_and_draws_the_curves(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = read_run(Path("snaps/tiny_metrics.jsonl"))
-    assert {panel: [(c.label, len(c.points)) for c in curves] for panel, curves in run.panels.items()} == {
-        "loss": [("train loss", 5), ("test loss", 3)],
-        "score": [("test accuracy", 3)],
-        "rate": [("learning rate", 4)],
-    }
-    assert (run.name, run.chance) == ("tiny", 0.25)
-    assert metrics_files("snaps") == metrics_files("snaps/tiny") == metrics_files("snaps/tiny_metrics.jsonl") == [Path("snaps/tiny_metrics.jsonl")]
-    picture = tmp_path / "new" / "curves.png"
-    out, _ = said(capsys, "plot", "snaps/tiny", "snaps", "--out", str(picture))
-    assert out == f"curves of tiny, tiny: {picture}\n"
-    with Image.open(picture) as image:
-        colours = {colour for _, colour in image.convert("RGB").getcolors(maxcolors=2**20) or []}
-    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
-
-
-def test_plot_without_curves_or_matplotlib(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no such run\n  give a metrics file, a snapshot prefix" in said(capsys, "plot", "nosuch", status=2)[1]
-    assert "no *_metrics.jsonl in this folder" in said(capsys, "plot", str(tmp_path), status=2)[1]
-    (tmp_path / "x_metrics.jsonl").write_text('{"event": "start"}\n[1]\ngarbage\n{"event": "train"}\n', encoding="utf-8")
-    assert "no training or test record" in said(capsys, "plot", str(tmp_path), status=1)[1]
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "plot needs matplotlib, which is not installed\n  pip install 'caffelite[plot]'" in said(capsys, "plot", "snaps", status=1)[1]
-    with pytest.raises(DataError):
-        read_run(tmp_path / "x_metrics.jsonl")
-    with pytest.raises(SpecError):
-        metrics_files("nosuch")
 
 
 def test_device_query(capsys: pytest.CaptureFixture[str]) -> None:

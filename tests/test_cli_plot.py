@@ -1,0 +1,86 @@
+"""caffelite plot: reading metrics, and the picture drawn from them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from caffelite.__main__ import main
+from caffelite.cli.plot import COLOURS, metrics_files, read_run
+
+RECORDS: list[dict[str, Any]] = [
+    {"event": "start", "iteration": 0, "chance": 0.25},
+    {"event": "test", "iteration": 0, "net": 0, "outputs": {"accuracy": 0.25, "loss": 1.5}},
+    {"event": "train", "iteration": 0, "loss": 1.5, "lr": 0.1, "outputs": {"loss": 1.5, "top1": 0.2}},
+    {"event": "train", "iteration": 5, "loss": 1.0, "lr": 0.01, "outputs": {"loss": 1.1, "top1": 0.4}},
+    {"event": "test", "iteration": 10, "net": 0, "outputs": {"accuracy": 0.75, "loss": None}},
+    {"event": "test", "iteration": 10, "net": 1, "outputs": {"accuracy": 0.5, "per_class": [0.1, 0.2]}},
+    {"event": "train", "iteration": 10, "loss": 0.5},
+]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the metrics of a run "one", its last line cut short, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    Path("snaps").mkdir()
+    Path("snaps/one_metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS) + '{"event": "tr', encoding="utf-8")
+    return tmp_path
+
+
+def colours(picture: Path) -> set[str]:
+    with Image.open(picture) as image:
+        found = image.convert("RGB").getcolors(maxcolors=2**20) or []
+    return {"#{:02X}{:02X}{:02X}".format(*colour) for _, colour in found} & set(COLOURS[:-1])  # the last is black, as text is
+
+
+def test_the_curves_of_a_run(runs: Path) -> None:
+    run = read_run(Path("snaps/one_metrics.jsonl"))
+    assert (run.name, run.chance) == ("one", 0.25)
+    assert {panel: {c.label: c.points for c in curves} for panel, curves in run.panels.items()} == {
+        "loss": {"train loss": [(0, 1.5), (5, 1.0), (10, 0.5)], "test loss": [(0, 1.5)]},
+        "score": {"train top1": [(0, 0.2), (5, 0.4)], "test accuracy": [(0, 0.25), (10, 0.75)], "test accuracy (net 1)": [(10, 0.5)]},
+        "rate": {"learning rate": [(0, 0.1), (5, 0.01)]},
+    }
+    assert [c.kind for c in run.panels["loss"]] == ["train", "test"]  # so that colours do not depend on what came first
+
+
+def test_what_names_a_run(runs: Path) -> None:
+    assert metrics_files("snaps") == metrics_files("snaps/one") == metrics_files("snaps/one_metrics.jsonl") == [Path("snaps/one_metrics.jsonl")]
+
+
+def test_one_run_has_a_colour_a_curve(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plot", "snaps/one"]) == 0
+    assert capsys.readouterr().out == "curves of one: snaps/one_curves.png\n"
+    assert colours(Path("snaps/one_curves.png")) == set(COLOURS[:5])  # two losses, three scores; the rate shares the first
+
+
+def test_several_runs_have_a_colour_each(runs: Path) -> None:
+    assert main(["plot", "snaps/one", "snaps", "--out", "new/both.png", "--title", "twice"]) == 0
+    assert colours(Path("new/both.png")) == set(COLOURS[:2])
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("nosuch", 2, "no such run\n  give a metrics file, a snapshot prefix"),
+        ("empty", 2, "no *_metrics.jsonl in this folder"),
+        ("nothing", 1, "nothing_metrics.jsonl: no training or test record in this file"),
+    ],
+)
+def test_runs_without_curves(runs: Path, name: str, status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    Path("nothing_metrics.jsonl").write_text('{"event": "start"}\n[1]\ngarbage\n{"event": "train"}\n', encoding="utf-8")
+    assert main(["plot", name]) == status
+    assert message in capsys.readouterr().err
+
+
+def test_without_matplotlib(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["plot", "snaps"]) == 1
+    assert "plot needs matplotlib, which is not installed\n  pip install 'caffelite[plot]'" in capsys.readouterr().err

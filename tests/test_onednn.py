@@ -398,3 +398,31 @@ def test_usual_strides_are_told_apart(onednn: Any) -> None:
     assert is_dense(np.zeros((2, 3, 4, 5), np.float32))
     assert not is_dense(x[:, :, :, ::2])
     assert is_usual(np.zeros((2, 3, 1, 1), np.float32)[:, :, ::-1])  # the stride of an axis of one element does not matter
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("slope", [0.0, 0.25])
+def test_relu_runs_on_onednn_and_keeps_nan(onednn: Any, no_numpy: Any, slope: float, dtype: str) -> None:
+    calls = [no_numpy("relu_forward"), no_numpy("relu_backward")]
+    x = random((2, 3, 5, 7), dtype)
+    x[0, 0, 0] = [np.nan, np.inf, 0, -1, 1, -0.0, -2]
+    y, dx, flat = like(x), like(x), x.astype(np.float64)
+    onednn.relu_forward(x, y, slope=slope)
+    want = np.where(flat > 0, flat, slope * np.minimum(flat, 0))
+    np.testing.assert_allclose(y.astype(np.float64), want, rtol=2.0**-8)
+    onednn.relu_backward(y, np.ones_like(x), dx, slope=slope)
+    number = ~np.isnan(want)
+    assert np.array_equal(dx.astype(np.float64)[number], np.where(want > 0, 1.0, slope)[number])
+    assert not any(calls)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_normalising_runs_on_onednn(onednn: Any, no_numpy: Any, dtype: str) -> None:
+    calls = no_numpy("batch_norm_forward")
+    x, mean, variance = random((3, 17, 5, 4), dtype), random((17,), seed=1), np.abs(random((17,), seed=2)) + np.float32(0.1)
+    y = like(x)
+    onednn.batch_norm_forward(x, mean, variance, y, eps=0.01)
+    column = (slice(None), None, None)
+    want = (x.astype(np.float64) - mean[column]) / np.sqrt(variance.astype(np.float64)[column] + 0.01)
+    assert difference(y, want) < (1e-6 if dtype == "float32" else 2.0**-8)
+    assert not calls

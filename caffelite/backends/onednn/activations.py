@@ -7,16 +7,37 @@ from math import prod
 import numpy as np
 
 from caffelite.backends.contract import Array
-from caffelite.backends.onednn.dnnl import DIFF_DST, DIFF_SRC, DST, F32, FLOAT32, RELU_FROM_DST, SRC, TRAINING, WEIGHTS, Dnnl, Primitive, Unsupported
+from caffelite.backends.onednn.dnnl import (
+    ATTR_SCALES,
+    BINARY_MAX,
+    DIFF_DST,
+    DIFF_SRC,
+    DST,
+    F32,
+    FLOAT32,
+    RELU,
+    RELU_FROM_DST,
+    SRC,
+    SRC1,
+    TRAINING,
+    WEIGHTS,
+    Dnnl,
+    Primitive,
+    Unsupported,
+)
 from caffelite.backends.onednn.plan import PlanningBackend, Run, describe_flat, is_usual, signature, type_of
 
 
 def plan_relu_forward(dnnl: Dnnl, x: Array, y: Array, slope: float) -> Run:
-    """As a PReLU with one slope: oneDNN's ReLU turns NaN into 0."""
+    """Without slope as max(0*x, x), which keeps NaN where oneDNN's ReLU gives 0; -infinity stays, too."""
     source, target = describe_flat(dnnl, x, y)
-    slopes = np.full(16, slope, np.float32)
-    descriptor = dnnl.primitive_descriptor("prelu_forward", TRAINING, source, dnnl.strided((1,), (1,), F32), target, dnnl.plain)
-    return Primitive(dnnl, descriptor, (SRC, DST), {WEIGHTS: slopes})
+    if slope:
+        eltwise = dnnl.primitive_descriptor("eltwise_forward", TRAINING, RELU, source, target, slope, 0.0, dnnl.plain)
+        return Primitive(dnnl, eltwise, (SRC, DST))
+    attributes = dnnl.attributes(scales=(SRC,))
+    binary = dnnl.primitive_descriptor("binary", BINARY_MAX, source, source, target, attributes)
+    run = Primitive(dnnl, binary, (SRC, SRC1, DST), {ATTR_SCALES | SRC: np.zeros(16, np.float32)})
+    return lambda x, y: run(x, x, y)
 
 
 def plan_relu_backward(dnnl: Dnnl, y: Array, dy: Array, dx: Array, slope: float) -> Run:

@@ -26,7 +26,7 @@ from caffelite.backends.onednn.dnnl import (
 )
 from caffelite.backends.onednn.plan import Drain, Feed, PlanningBackend, Run, describe, element_strides, is_usual, signature, type_of
 
-WIDE_BYTES = 1 << 22  # float32 copy of a piece, about what stays in the last-level cache
+WIDE_BYTES = 1 << 24  # float32 copy of a piece: stays in the last-level cache, and few pieces mean few waits for other threads
 LOWEST = np.float32(np.finfo(np.float32).min)
 LOWEST_BFLOAT16_BITS = np.int16(-0x80)  # -infinity, which is what -FLT_MAX rounds to
 

@@ -20,8 +20,9 @@ PROTO_VENV := .cache/proto-venv
 train: $(VENV)/installed-run
 	@$(BIN)/python tools/train_demo.py $(if $(DATA),--data "$(DATA)")
 
+# Test workers share the processors: their idle threads had better sleep than spin.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 check: lint test
 

@@ -426,3 +426,24 @@ def test_normalising_runs_on_onednn(onednn: Any, no_numpy: Any, dtype: str) -> N
     want = (x.astype(np.float64) - mean[column]) / np.sqrt(variance.astype(np.float64)[column] + 0.01)
     assert difference(y, want) < (1e-6 if dtype == "float32" else 2.0**-8)
     assert not calls
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_pieces_of_a_batch_add_up(onednn: Any, reference: Any, monkeypatch: pytest.MonkeyPatch, add: bool) -> None:
+    """Work that goes a few images at a time, here 2 of 6: first-layer weight gradients, and bfloat16 gradients of pooling."""
+    from caffelite.backends.onednn import convolution_weights, pooling
+
+    layer = Conv("first", 3, 24, 32, 5, 1, 2, 1)
+    x, dy = random((6, 3, 24, 24)), random((6, 32, 24, 24), seed=1)
+    wide_dx, wide_dy = random((6, 16, 9, 9), "bfloat16"), random((6, 16, 4, 4), "bfloat16", 2)
+    mask = np.random.default_rng(3).integers(0, 9, (6, 4, 4, 16), np.uint8).transpose(0, 3, 1, 2)
+    monkeypatch.setattr(convolution_weights, "PIECE_BYTES", 2 * 4 * dy[0].size)
+    monkeypatch.setattr(pooling, "WIDE_BYTES", 2 * 4 * wide_dx[0].size)
+    results = []
+    for backend in (reference, backends.get("onednn", threads=onednn.threads)):
+        dw, db, dx = random((32, 3, 5, 5), seed=4), random((32,), seed=5), like(wide_dx)
+        backend.convolution_backward_weights(x, dy, dw, db, accumulate_w=add, accumulate_b=add, **layer.numbers)
+        backend.max_pool_backward(wide_dy, mask, dx, kernel=(3, 3), stride=(2, 2), pad=(0, 0))
+        results.append((dw, db, dx))
+    for got, want, limit in zip(results[1], results[0], (1e-5, 1e-5, 1e-9)):
+        assert difference(got, want) <= limit

@@ -125,7 +125,7 @@ def test_close_ends_the_thread_and_reading_can_go_on(tmp_path: Path) -> None:
     source = source_of(path)
     batches(source, 1)
     source.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("data ")]
+    assert not [thread for thread in threading.enumerate() if thread.name == f"data {path}"]
     assert batches(source, 1)[1].tolist() == [4, 5, 6, 7]
     source.close()
 

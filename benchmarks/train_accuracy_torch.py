@@ -19,7 +19,7 @@ from torch_nets import nin, optimizer
 
 CROP = 48
 MEAN = torch.tensor([123.0, 117.0, 104.0]).view(1, 3, 1, 1)  # red, green, blue, as in the model file
-SCALE = 0.0171
+SCALE = 0.0078125
 
 
 def decode(path: Path) -> torch.Tensor:

@@ -36,7 +36,7 @@ class Updates(Base):
             h += step
             step[...] = h
 
-        self._update(rule, w, g, (h,), segments, l1, grad_scale)
+        self._update(rule, w, g, (h,), segments, l1=l1, grad_scale=grad_scale, write_step=write_step)
 
     def nesterov_update(
         self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, momentum: float, l1: bool, grad_scale: float, write_step: bool
@@ -48,7 +48,7 @@ class Updates(Base):
             np.multiply(h, 1 + momentum, out=step)
             step -= scratch
 
-        self._update(rule, w, g, (h,), segments, l1, grad_scale)
+        self._update(rule, w, g, (h,), segments, l1=l1, grad_scale=grad_scale, write_step=write_step)
 
     def adagrad_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, delta: float, l1: bool, grad_scale: float, write_step: bool) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
@@ -56,7 +56,7 @@ class Updates(Base):
             h += scratch
             _divide_by_root(step, h, delta, rate, scratch)
 
-        self._update(rule, w, g, (h,), segments, l1, grad_scale)
+        self._update(rule, w, g, (h,), segments, l1=l1, grad_scale=grad_scale, write_step=write_step)
 
     def rmsprop_update(
         self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, rms_decay: float, delta: float, l1: bool, grad_scale: float, write_step: bool
@@ -65,7 +65,7 @@ class Updates(Base):
             _average_square(h, step, rms_decay, scratch)
             _divide_by_root(step, h, delta, rate, scratch)
 
-        self._update(rule, w, g, (h,), segments, l1, grad_scale)
+        self._update(rule, w, g, (h,), segments, l1=l1, grad_scale=grad_scale, write_step=write_step)
 
     def adadelta_update(
         self,
@@ -90,7 +90,7 @@ class Updates(Base):
             _average_square(v, step, momentum, scratch)
             step *= rate
 
-        self._update(rule, w, g, (h, v), segments, l1, grad_scale)
+        self._update(rule, w, g, (h, v), segments, l1=l1, grad_scale=grad_scale, write_step=write_step)
 
     def adam_update(
         self,
@@ -118,18 +118,20 @@ class Updates(Base):
             step[...] = h
             _divide_by_root(step, v, delta, rate * correction, scratch)
 
-        self._update(rule, w, g, (h, v), segments, l1, grad_scale)
+        self._update(rule, w, g, (h, v), segments, l1=l1, grad_scale=grad_scale, write_step=write_step)
 
-    def _update(self, rule: Rule, w: Array, g: Array, states: Sequence[Array], segments: Sequence[Segment], l1: bool, grad_scale: float) -> None:
-        """Runs a rule over all segments; D is left in g, where it is computed."""
+    def _update(
+        self, rule: Rule, w: Array, g: Array, states: Sequence[Array], segments: Sequence[Segment], *, l1: bool, grad_scale: float, write_step: bool
+    ) -> None:
+        """Runs a rule over all segments. D is computed in g where it is asked for, else in the cache, which spares g's way back to memory."""
         pieces = [(s, s.start + a, s.start + b) for s in segments for a, b in chunks(s.stop - s.start)]
 
         def run(piece: tuple[Segment, int, int]) -> None:
             segment, start, stop = piece
-            weights, step = w[start:stop], g[start:stop]
+            weights, gradient = w[start:stop], g[start:stop]
             scratch = np.empty_like(weights)
-            if grad_scale != 1:
-                step *= grad_scale
+            step = gradient if write_step else np.empty_like(weights)
+            np.multiply(gradient, grad_scale, out=step)
             if segment.decay:
                 np.multiply(np.sign(weights) if l1 else weights, segment.decay, out=scratch)
                 step += scratch

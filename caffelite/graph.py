@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 
 from caffelite.blob import Shape
 from caffelite.errors import SpecError
 from caffelite.fillers import check_filler
-from caffelite.layer import BOTTOM, SIGN, TOP, Layer, ParamSpec, create_layer, layer_class
+from caffelite.layer import Layer, ParamSpec, create_layer, layer_class
+from caffelite.legality import check_legality
 from caffelite.schema import NetSpec, SourceMap, pb
 from caffelite.splits import LayerEntry, insert_splits
 
@@ -112,13 +114,16 @@ def build_graph(spec: NetSpec, *, phase: int, level: int = 0, stages: Sequence[s
         _append_node(graph, param, where, compute)
     _link_parameters(graph)
     consumed = {id(b) for node in graph.nodes for i, b in enumerate(node.bottoms) if not node.in_place(i)}
-    graph.outputs = sorted((n for n, b in graph.blobs.items() if id(b) not in consumed and n != AUTOMATIC), key=lambda n: n.encode())
+    graph.outputs = sorted((n for n, b in graph.blobs.items() if id(b) not in consumed and not n.startswith(AUTOMATIC)), key=lambda n: n.encode())
     graph.inputs = [t.name for node in graph.nodes if node.layer.type == "Input" for t in node.tops]
     _mark_backward(graph, force=spec.param.force_backward)
-    _check_in_place(graph)
-    for name in [*graph.outputs, AUTOMATIC]:
-        if name in graph.blobs:
-            graph.blobs[name].data_root.persistent = True
+    check_legality(graph)
+    for name in graph.outputs:
+        graph.blobs[name].data_root.persistent = True
+    for node in graph.nodes:
+        for top, weight in zip(node.tops, node.loss_weights):
+            if weight:  # the loss is added up after the whole pass
+                top.data_root.persistent = True
     return graph
 
 
@@ -155,7 +160,7 @@ def _met(rule: pb.NetStateRule, state: pb.NetState) -> bool:
 def _check_names(entries: Sequence[LayerEntry]) -> None:
     seen: dict[str, SourceMap] = {}
     for param, where in entries:
-        if param.name and param.name in seen:
+        if param.name in seen:
             first = seen[param.name].at("name")
             raise SpecError(
                 f"a second layer named '{param.name}' in the same phase{f'; the first is at {first}' if first else ''}",
@@ -172,7 +177,8 @@ AUTOMATIC = "(automatic)"  # Caffe's name for the top of a loss layer that names
 
 def _append_node(graph: Graph, param: pb.LayerParameter, where: SourceMap, compute: str) -> None:
     if layer_class(param, where).is_loss and not param.top:
-        param.top.append(AUTOMATIC)
+        count = sum(name.startswith(AUTOMATIC) for name in graph.blobs)
+        param.top.append(f"{AUTOMATIC}_{count}" if count else AUTOMATIC)
     layer = create_layer(param, param.phase, where)
     node = Node(layer, where, [graph.blobs[name] for name in param.bottom])
     if len(param.propagate_down) not in (0, len(param.bottom)):
@@ -195,7 +201,7 @@ def _append_node(graph: Graph, param: pb.LayerParameter, where: SourceMap, compu
 
 def _top_blob(graph: Graph, node: Node, j: int, name: str, shape: Shape, dtype: str) -> BlobInfo:
     layer = node.layer
-    if name in graph.blobs and name != AUTOMATIC:
+    if name in graph.blobs:
         blob = graph.blobs[name]
         if j >= len(node.bottoms) or node.bottoms[j] is not blob:
             raise layer.fail(
@@ -274,20 +280,13 @@ def _check_shared_shape(info: ParamInfo, owner: ParamInfo) -> None:
     mine, theirs = info.spec.shape, owner.spec.shape
     if mine == theirs:
         return
-    if not permissive or _count(mine) != _count(theirs):
+    if not permissive or prod(mine) != prod(theirs):
         raise info.node.layer.fail(
             f"shares parameter '{info.share_name}' with layer '{owner.node.name}', but the shapes are {mine} and {theirs}",
             "param",
             info.index,
             hint="equal counts are needed" if permissive else "equal shapes are needed; with share_mode: PERMISSIVE equal counts are enough",
         )
-
-
-def _count(shape: Shape) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 # --- backward ------------------------------------------------------------------------------------------------------
@@ -309,10 +308,8 @@ def _mark_backward(graph: Graph, *, force: bool) -> None:
             cls = type(node.layer)
             reachable = [cls.differentiable is None or i in cls.differentiable for i in range(len(node.bottoms))]
             node.needs_backward = not cls.is_source and (any(reachable) or bool(node.params)) and cls.differentiable != ()
-            node.propagate_down = [r and (flag or i not in cls.no_force) for i, (flag, r) in enumerate(zip(node.propagate_down, reachable))]
+            node.propagate_down = [flag or (r and i not in cls.no_force) for i, (flag, r) in enumerate(zip(node.propagate_down, reachable))]
             node.learn = [p.spec.learned for p in node.params]
-    for node in graph.nodes:
-        _check_differentiable(node)
 
 
 def _prune(graph: Graph) -> None:
@@ -330,41 +327,6 @@ def _prune(graph: Graph) -> None:
                 node.propagate_down[i] = False
             if not node.propagate_down[i]:
                 skip.add(bottom.name)
-
-
-def _check_differentiable(node: Node) -> None:
-    allowed = type(node.layer).differentiable
-    if not node.needs_backward or allowed is None:
-        return
-    for i, flag in enumerate(node.propagate_down):
-        if flag and i not in allowed:
-            raise node.layer.fail(
-                f"{node.layer.type} has no gradient for its bottom '{node.bottoms[i].name}'",
-                "bottom",
-                i,
-                hint=f"add propagate_down: false for bottom {i}, or feed it from a layer without parameters",
-            )
-
-
-def _check_in_place(graph: Graph) -> None:
-    """Refuses what Caffe accepts silently and computes wrong: see design.md, layer contracts."""
-    for node in graph.nodes:
-        for i, blob in enumerate(node.tops):
-            if not node.in_place(i):
-                continue
-            layer = node.layer
-            if not layer.in_place and (node.needs_backward or not layer.in_place_forward):
-                raise layer.fail(f"{layer.type} cannot work in place: it would compute wrong results", "top", i, hint="give the top a name of its own")
-            for earlier in blob.writers[: blob.writers.index(node)]:
-                reads = earlier.layer.backward_reads() if earlier.needs_backward else frozenset()
-                if TOP in reads or (SIGN in reads and not layer.keeps_sign):
-                    raise layer.fail(
-                        f"overwrites '{blob.name}', which layer '{earlier.name}' ({earlier.layer.type}) needs for its gradient",
-                        "top",
-                        i,
-                        hint="give this layer's top a name of its own",
-                    )
-            assert not (node.needs_backward and BOTTOM in layer.backward_reads()), f"{layer.type} in place must keep what its backward reads"
 
 
 def fuse(graph: Graph) -> None:

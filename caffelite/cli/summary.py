@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
 from math import prod
 from typing import Any
 
 from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, megabytes, open_backend, table
 from caffelite.cli.specs import is_solver
+from caffelite.errors import DataError
 from caffelite.graph import Graph, Node, build_graph, fuse
+from caffelite.layer import Layer
+from caffelite.layers.data import DataLayer
 from caffelite.memory import ITEM_BYTES, plan_memory
 from caffelite.schema import pb, read_net, read_solver
 from caffelite.solver.config import NetChoice, check_solver, test_choices, train_choice
@@ -20,10 +24,15 @@ def build_parser(prog: str) -> Parser:
     parser = Parser(
         prog,
         "Shows a net's layers, shapes, parameters, multiply-adds and memory without running it.\n"
-        "A solver file shows its training net and its test nets, whatever --phase says.",
+        "A solver file shows its training net and its test nets, whatever --phase says.\n\n"
+        "The size of the images comes from the databases. Where one cannot be read, images of crop_size and of as many channels as\n"
+        "mean_value has entries (else three) are assumed, which is said.",
         f"{prog} models/nin/train_val.prototxt --phase TEST",
     )
     parser.add_argument("file", metavar="NET|SOLVER", help="a net or a solver, as prototxt")
+    parser.add_argument(
+        "--image", type=image_size, metavar="CxHxW", help="take the images of Data layers to be of this size, 3x64x64 say; no database is opened"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     add_state_flags(parser, phase=True)
     add_machine_flags(parser)
@@ -52,10 +61,43 @@ def nets_of(args: argparse.Namespace) -> list[NetChoice]:
     return [train, *test_choices(spec, train)]
 
 
+def image_size(text: str) -> tuple[int, int, int]:
+    """An argparse type for "3x64x48": (channels, height, width)."""
+    match = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)[xX]([1-9]\d*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"'{text}' is not CHANNELSxHEIGHTxWIDTH, 3x64x64 say")
+    return int(match[1]), int(match[2]), int(match[3])
+
+
+class Images:
+    """Gives Data layers the size of their images where there is no database to ask. notes: what was assumed, for whom."""
+
+    def __init__(self, given: tuple[int, int, int] | None) -> None:
+        self.given = given
+        self.notes: list[str] = []
+
+    def __call__(self, layer: Layer) -> None:
+        if not isinstance(layer, DataLayer):
+            return
+        if self.given:
+            layer.source.assume(self.given)
+            return
+        try:
+            _ = layer.source.item_shape
+        except DataError as error:
+            size, values = layer.param.transform_param.crop_size, len(layer.param.transform_param.mean_value)
+            if not size:
+                error.hint = "say how large its images are, as in --image 3x64x64; or make the database with `caffelite convert`"
+                raise
+            assumed = layer.source.assume((values if values > 1 else 3, size, size))
+            self.notes.append(f"layer '{layer.name}': {error.message}; images of {'x'.join(map(str, assumed))} are assumed (--image CxHxW gives another size)")
+
+
 def summarise(choice: NetChoice, args: argparse.Namespace) -> dict[str, Any]:
     """Everything the summary of one net says, as plain data; memory in bytes."""
     compute = "bfloat16" if args.precision == "bfloat16" else "float32"
-    graph = build_graph(choice.spec, phase=choice.phase, level=choice.level, stages=choice.stages, compute=compute)
+    images = Images(args.image)
+    graph = build_graph(choice.spec, phase=choice.phase, level=choice.level, stages=choice.stages, compute=compute, prepare=images)
     try:
         fuse(graph)
         training = choice.phase == pb.TRAIN and graph.has_backward
@@ -67,6 +109,7 @@ def summarise(choice: NetChoice, args: argparse.Namespace) -> dict[str, Any]:
             "file": graph.file,
             "phase": pb.Phase.Name(choice.phase),
             "precision": args.precision,
+            "notes": images.notes,
             "layers": layers,
             "inputs": graph.inputs,
             "outputs": graph.outputs,
@@ -118,8 +161,9 @@ def _lines(summary: dict[str, Any]) -> list[str]:
             )
         )
     training, batch = summary["phase"] == "TRAIN", summary["batch"]
-    lines = [f"{summary['net'] or 'unnamed net'} ({summary['file']}), phase {summary['phase']}, {summary['precision']}, batch {batch}", ""]
-    lines += [*table(rows, left=3), ""]
+    lines = [f"{summary['net'] or 'unnamed net'} ({summary['file']}), phase {summary['phase']}, {summary['precision']}, batch {batch}"]
+    lines += [f"note: {note}" for note in summary["notes"]]
+    lines += ["", *table(rows, left=3), ""]
     lines.append(f"parameters     {summary['parameters']:,} ({megabytes(summary['parameter_bytes'])}" + (", as much again for gradients)" if training else ")"))
     lines.append(f"multiply-adds  {summary['multiply_adds']:,} in one forward pass, {summary['multiply_adds'] // max(batch, 1):,} for one item")
     what = "activations and their gradients" if training else "activations"

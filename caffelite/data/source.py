@@ -46,15 +46,18 @@ class BatchSource:
 
     @property
     def database(self) -> Database:
-        """The open database. DataError when it is missing, damaged, empty or of another kind."""
+        """The open database. DataError, placed at the layer's `source`, when it is missing, damaged, empty or of another kind."""
         if self._database is None:
-            _check_backend(self.param, self._fail)
-            database = Database(self.param.source)
-            if database.count == 0:
-                database.close()
-                raise DataError("the database holds no records", where=Where(self.param.source), hint="convert the images again")
-            self._database = database
+            try:
+                self._database = _opened(self.param, self._fail)
+            except DataError as error:
+                raise self._at_source(error) from error
         return self._database
+
+    def _at_source(self, error: DataError) -> DataError:
+        """An error of the database, with the layer and the place in the net that name it."""
+        place = self._fail(error.message, "data_param", "source")
+        return DataError(f"{error.where}: {error.message}", where=place.where, layer=place.layer, hint=error.hint)
 
     @property
     def count(self) -> int:
@@ -68,13 +71,20 @@ class BatchSource:
             self._item_shape = self.transformer.output_shape(self._first_shape())
         return self._item_shape
 
+    def assume(self, image: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Takes the images to be (C,H,W) `image` without opening the database, for those who want shapes alone; returns item_shape.
+
+        SpecError when crop_size is larger."""
+        self._item_shape = self.transformer.cropped((self.transformer.channels or image[0], *image[1:]))
+        return self._item_shape
+
     def _first_shape(self) -> tuple[int, ...]:
         with closing(self.database.reader()) as reader:
             key, value = next(reader.read([0], ordered=True))
             try:
                 return DatumDecoder(self.transformer.channels)(value).pixels.shape
             except DataError as error:
-                raise placed(error, self.param.source, key) from error
+                raise self._at_source(placed(error, self.param.source, key)) from error
 
     # --- where it is ---------------------------------------------------------------------------------------------------
 
@@ -215,6 +225,16 @@ def _check_fields(data: pb.DataParameter, fail: Fail) -> None:
         raise fail("rand_skip has no effect on a Data layer", "data_param", "rand_skip", hint="remove it; shuffle: true reads in a new random order each epoch")
     if data.force_encoded_color:
         raise fail("force_encoded_color has no effect", "data_param", "force_encoded_color", hint="use force_color: true in transform_param")
+
+
+def _opened(data: pb.DataParameter, fail: Fail) -> Database:
+    """The database, with a record at least. DataError, placed at the database, when there is none."""
+    _check_backend(data, fail)
+    database = Database(data.source)
+    if database.count == 0:
+        database.close()
+        raise DataError("the database holds no records", where=Where(data.source), hint="convert the images again")
+    return database
 
 
 def _check_backend(data: pb.DataParameter, fail: Fail) -> None:

@@ -40,12 +40,17 @@ class Transformer:
 
     def output_shape(self, item: tuple[int, ...]) -> tuple[int, int, int]:
         """The (C,H,W) that items of shape `item` become; reads the mean. SpecError when crop or mean do not fit such items."""
+        shape = self.cropped(item)
+        self._load_mean(*item)
+        return shape
+
+    def cropped(self, item: tuple[int, ...]) -> tuple[int, int, int]:
+        """The same without a look at the mean. SpecError when the crop does not fit."""
         channels, height, width = item
         if self.crop > min(height, width):
             raise self._fail(
                 f"crop_size is {self.crop}, but the images are {height}x{width}", "transform_param", "crop_size", hint=f"use at most {min(height, width)}"
             )
-        self._load_mean(channels, height, width)
         return (channels, self.crop or height, self.crop or width)
 
     def _load_mean(self, channels: int, height: int, width: int) -> None:

@@ -5,7 +5,7 @@ Everything here works on names and shapes; no array is made. Rules: spec net-and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -102,8 +102,19 @@ class Graph:
         return any(node.needs_backward for node in self.nodes)
 
 
-def build_graph(spec: NetSpec, *, phase: int, level: int = 0, stages: Sequence[str] = (), compute: str = "float32") -> Graph:
-    """The graph of `spec` in the state {phase, level, stages}; `compute` is the activation dtype. Raises SpecError."""
+def build_graph(
+    spec: NetSpec,
+    *,
+    phase: int,
+    level: int = 0,
+    stages: Sequence[str] = (),
+    compute: str = "float32",
+    prepare: Callable[[Layer], object] = lambda layer: None,
+) -> Graph:
+    """The graph of `spec` in the state {phase, level, stages}. Raises SpecError, and DataError for a database that cannot be read.
+
+    compute: the activation dtype. prepare: called with each layer before it is asked for shapes.
+    """
     state = pb.NetState(phase=phase, level=level, stage=[*spec.param.state.stage, *stages])  # type: ignore[arg-type]
     entries = insert_splits(select_layers(spec, state))
     if not entries:
@@ -111,7 +122,7 @@ def build_graph(spec: NetSpec, *, phase: int, level: int = 0, stages: Sequence[s
     _check_names(entries)
     graph = Graph(spec.param.name, phase, [], {}, [], [], spec.file)
     for param, where in entries:
-        _append_node(graph, param, where, compute)
+        _append_node(graph, param, where, compute, prepare)
     _link_parameters(graph)
     consumed = {id(b) for node in graph.nodes for i, b in enumerate(node.bottoms) if not node.in_place(i)}
     graph.outputs = sorted((n for n, b in graph.blobs.items() if id(b) not in consumed and not n.startswith(AUTOMATIC)), key=lambda n: n.encode())
@@ -175,11 +186,12 @@ def _check_names(entries: Sequence[LayerEntry]) -> None:
 AUTOMATIC = "(automatic)"  # Caffe's name for the top of a loss layer that names none
 
 
-def _append_node(graph: Graph, param: pb.LayerParameter, where: SourceMap, compute: str) -> None:
+def _append_node(graph: Graph, param: pb.LayerParameter, where: SourceMap, compute: str, prepare: Callable[[Layer], object]) -> None:
     if layer_class(param, where).is_loss and not param.top:
         count = sum(name.startswith(AUTOMATIC) for name in graph.blobs)
         param.top.append(f"{AUTOMATIC}_{count}" if count else AUTOMATIC)
     layer = create_layer(param, param.phase, where)
+    prepare(layer)
     node = Node(layer, where, [graph.blobs[name] for name in param.bottom])
     if len(param.propagate_down) not in (0, len(param.bottom)):
         raise layer.fail(

@@ -27,7 +27,6 @@ class Region:
     first: int
     last: int
     persistent: bool = False
-    zero: bool = False  # must hold zeros before the first pass (a diff nobody writes)
     offset: int = 0
 
     @property
@@ -120,8 +119,8 @@ def _diff_regions(graph: Graph, steps: dict[int, int], end: int) -> Iterable[Reg
             continue
         times = [end - 1 - steps[id(node)] for node in [*writers, *givers]]
         unwritten = not givers
-        keep = weighted or unwritten or blob.persistent
-        yield Region(("diff", blob.name), blob.shape, blob.dtype, min(times, default=0), max(times, default=end), keep, zero=unwritten)
+        keep = weighted or unwritten or blob.persistent  # what nobody writes stays zero, as all memory starts
+        yield Region(("diff", blob.name), blob.shape, blob.dtype, min(times, default=0), max(times, default=end), keep)
 
 
 def _gives(node: Node, blob: BlobInfo) -> bool:

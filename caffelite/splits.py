@@ -67,7 +67,7 @@ def _rewire(entries: Sequence[LayerEntry], reads: dict[Place, Place], uses: Coun
                 weight = param.loss_weight[j] if j < len(param.loss_weight) else 0.0
                 result.append((_split_layer(top, param, j, uses[i, j], weight), where))
                 if weight:
-                    del param.loss_weight[:]
+                    param.loss_weight[j] = 0.0  # and not cleared: a loss layer without any would count as 1 again
                     taken[i, j] = 1  # the weight sits on the Split's first top
     return result
 

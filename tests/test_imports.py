@@ -17,7 +17,7 @@ LEVELS = [
     {"files", "schema", "backends.contract"},
     {"fillers", "splits", "data", "hdf5"},
     {"layer"},
-    {"layers"},
+    {"layers", "legality"},
     {"graph"},
     {"memory", "params", "weights"},
     {"net"},

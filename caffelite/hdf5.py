@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from caffelite.net import Net
 
 
+MOST_BLOBS = 1000  # of one layer; no type has more than a few
+
+
 def h5py_module() -> Any:
     """h5py, or a SnapshotError that says how to get it."""
     try:
@@ -37,21 +40,30 @@ def open_hdf5(path: str | Path) -> Any:
 
 
 def read_model(path: str | Path) -> pb.NetParameter:
-    """The groups data/LAYER/INDEX (and diff/LAYER/INDEX) of an HDF5 model as a NetParameter."""
-    message = pb.NetParameter()
+    """The groups data/LAYER/INDEX (and diff/LAYER/INDEX) of an HDF5 model as a NetParameter. SnapshotError for any other file."""
+    groups, message = h5py_module().Group, pb.NetParameter()
     with open_hdf5(path) as file:
-        if "data" not in file:
-            raise SnapshotError(f"{path} has no group 'data': it is not a Caffe model", hint="a .solverstate.h5 goes to --snapshot, not to --weights")
-        for name, group in file["data"].items():
-            layer = message.layer.add(name=name)
-            for index in range(1 + max((int(key) for key in group), default=-1)):
-                if str(index) not in group:
-                    layer.blobs.add()  # a shared parameter, saved with its owner
-                    continue
-                diffs = file["diff"][name] if "diff" in file and name in file["diff"] else {}
-                diff = np.asarray(diffs[str(index)], np.float32) if str(index) in diffs else None
-                array_to_blob(np.asarray(group[str(index)], np.float32), layer.blobs.add(), diff)
+        try:
+            data, diffs = file.get("data"), file.get("diff", {})
+            if not isinstance(data, groups) or not all(isinstance(group, groups) for group in data.values()):
+                hint = "images belong to a data layer, a .solverstate.h5 to --snapshot"
+                raise SnapshotError(f"{path} has no group 'data' with a group for each layer: it is not a Caffe model", hint=hint)
+            for name, group in data.items():
+                _read_layer(message.layer.add(name=name), group, diffs.get(name, {}))
+        except (AttributeError, KeyError, OSError, ValueError, TypeError, RuntimeError) as error:
+            raise SnapshotError(f"{path} cannot be read as a Caffe model: {error}", hint="the file is damaged, or another program's") from error
     return message
+
+
+def _read_layer(layer: pb.LayerParameter, group: Any, diffs: Any) -> None:
+    last = max((int(key) for key in group), default=-1)
+    if last >= MOST_BLOBS:
+        raise ValueError(f"layer '{layer.name}' has a blob number {last}")
+    for index in map(str, range(last + 1)):
+        blob = layer.blobs.add()
+        if index in group:  # else a shared parameter, saved with its owner
+            diff = np.asarray(diffs[index], np.float32) if index in diffs else None
+            array_to_blob(np.asarray(group[index], np.float32), blob, diff)
 
 
 def write_model(net: Net, path: Path, diff: bool = False) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from caffelite.backends.contract import Array, Backend
 from caffelite.blob import Blob, Param, Shape
-from caffelite.errors import CaffeliteError, SnapshotError
+from caffelite.errors import CaffeliteError, SpecError
 from caffelite.graph import Graph, Node, ParamInfo, build_graph, fuse
 from caffelite.layer import Layer, RunContext
+from caffelite.layers.shapes import c_order
 from caffelite.memory import MemoryPlan, plan_memory
 from caffelite.params import ParamArena, initial_values
 from caffelite.schema import NetSpec, pb
@@ -27,7 +28,18 @@ class Step:
     layer: Layer
     bottoms: list[Blob]
     tops: list[Blob]
-    backward_buffers: dict[str, Array]  # what self.buffers holds during backward, where that differs
+    backward_buffers: dict[str, Array] = field(default_factory=dict)  # what layer.buffers is during backward
+    repeats: bool = False  # a parameter blob serves twice in this layer
+
+
+@dataclass
+class Hooks:
+    """Functions called with a layer's number around its forward and its backward step."""
+
+    before_forward: list[Callable[[int], object]] = field(default_factory=list)
+    after_forward: list[Callable[[int], object]] = field(default_factory=list)
+    before_backward: list[Callable[[int], object]] = field(default_factory=list)
+    after_backward: list[Callable[[int], object]] = field(default_factory=list)
 
 
 class Net:
@@ -35,8 +47,8 @@ class Net:
 
     spec: the net as read. backend: where it runs. precision: "float32", "tf32" or "bfloat16". observe: every blob keeps memory of
     its own and no layer is fused, so that any blob can be read and written between calls (pycaffe). seed: of fillers and of
-    every random layer. share: a net whose parameters (by layer name) this one uses as its own; workspace: a net whose
-    arena of passing values this one may use too, when the two never run at the same time.
+    every random layer. share: a net whose parameter values (by layer name) this one uses as its own; workspace: a net whose
+    arena of passing values this one may use too, when the two never run at the same time. `hooks`: see Hooks.
     """
 
     def __init__(
@@ -56,6 +68,7 @@ class Net:
         self.spec, self.phase, self.backend, self.precision, self.observe, self.seed = spec, phase, backend, precision, observe, seed
         self.compute = "bfloat16" if precision == "bfloat16" else "float32"
         self.context = RunContext(seed)
+        self.hooks = Hooks()
         self.graph: Graph = build_graph(spec, phase=phase, level=level, stages=stages, compute=self.compute)
         self.has_backward = self.graph.has_backward and (observe or phase == pb.TRAIN)
         if not observe:
@@ -66,7 +79,7 @@ class Net:
         self.inputs, self.outputs = self.graph.inputs, self.graph.outputs
         self.data_layers = [layer for layer in self.layers if hasattr(layer, "source")]
         self.blobs = {name: Blob(name, info.shape, info.dtype) for name, info in self.graph.blobs.items()}
-        self.steps = [Step(n, n.layer, [self.blobs[b.name] for b in n.bottoms], [self.blobs[t.name] for t in n.tops], {}) for n in self.graph.nodes]
+        self.steps = [Step(n, n.layer, [self.blobs[b.name] for b in n.bottoms], [self.blobs[t.name] for t in n.tops]) for n in self.graph.nodes]
         self._start_positions: dict[str, int] = {}
         try:
             self._make_params(share)
@@ -78,27 +91,30 @@ class Net:
     # --- set-up --------------------------------------------------------------------------------------------------------
 
     def _make_params(self, share: Net | None) -> None:
-        borrowed = share.params if share else {}
-        for node in self.graph.nodes:
-            if node.name in borrowed and node.params:
-                _check_borrowed(node, borrowed[node.name])
+        # A net that runs backward needs gradients of its own, so it makes all its parameters and shares values alone.
+        lender = None if self.has_backward else share
+        borrowed = lender.params if lender else {}
         own = [info for info in self.graph.owners if info.node.name not in borrowed]
         self.arena = ParamArena(self.backend, own, compute=self.compute, gradients=self.has_backward)
-        self._shared_arena = share.arena if share else None
+        self._arenas: list[ParamArena] = [self.arena, *(lender._arenas if lender else [])]
         for info in own:
             self.backend.from_host(initial_values(info, self.seed), self.arena.find(info).master)
-        for node in self.graph.nodes:
-            node.layer.context = self.context
-            if node.name in borrowed:
-                node.layer.params = borrowed[node.name]
+        for step in self.steps:
+            node, layer = step.node, step.layer
+            layer.context = self.context
+            if node.params and node.name in borrowed:
+                _check_borrowed(node, borrowed[node.name])
+                layer.params = borrowed[node.name]
             else:
-                node.layer.params = [self._param_of(info, share) for info in node.params]
+                layer.params = [self._param_of(info, borrowed) for info in node.params]
+            step.repeats = len({id(info.owner) for info in node.params}) < len(node.params)
         self.params: dict[str, list[Param]] = {node.name: node.layer.params for node in self.graph.nodes if node.params}
+        if share and not lender:
+            self.share_with(share)
 
-    def _param_of(self, info: ParamInfo, share: Net | None) -> Param:
+    def _param_of(self, info: ParamInfo, borrowed: dict[str, list[Param]]) -> Param:
         owner = info.owner
-        borrowed = share.params.get(owner.node.name) if share else None
-        param = borrowed[owner.index] if borrowed else self.arena.find(owner)
+        param = borrowed[owner.node.name][owner.index] if owner.node.name in borrowed else self.arena.find(owner)
         return param if param.shape == info.spec.shape else _other_shape(param, info)
 
     def _place(self, workspace: Net | None) -> None:
@@ -110,11 +126,10 @@ class Net:
             blob = self.blobs[name]
             blob.data = self._array(("data", info.data_root.name), info.shape)
             blob.diff = self._array(("diff", name), info.shape)
-        for step in self.steps:
-            self._bind_buffers(step)
-            for top, weight in zip(step.tops, step.node.loss_weights):
-                if weight and top.diff is not None:
-                    self.backend.fill(top.diff, weight)
+        self._bind_buffers()
+        for blob, weight in self.weighted_tops():
+            if blob.diff is not None:
+                self.backend.fill(blob.diff, weight)
 
     def _array(self, key: tuple[str, ...], shape: Shape | None = None) -> Array:
         region = self.memory.by_key.get(key)
@@ -123,57 +138,78 @@ class Net:
         buffer = self.persistent_buffer if region.persistent else self.shared_buffer
         return self.backend.view(buffer, region.offset, region.shape if shape is None else shape, region.dtype)
 
-    def _bind_buffers(self, step: Step) -> None:
-        for region in self.memory.regions:
-            part, owner, *rest = region.key
-            if owner == step.node.name and rest and part == "buffer":
-                step.layer.buffers[rest[0]] = self._array(region.key)
-            elif owner == step.node.name and rest:
-                step.backward_buffers[rest[0]] = self._array(region.key)
+    def _bind_buffers(self) -> None:
+        forward: dict[str, dict[str, Array]] = {name: {} for name in self.layer_names}
+        backward: dict[str, dict[str, Array]] = {name: {} for name in self.layer_names}
+        for part, owner, *name in self.memory.by_key:
+            if name:
+                (forward if part == "buffer" else backward)[owner][name[0]] = self._array((part, owner, *name))
+        for step in self.steps:
+            step.layer.buffers = forward[step.layer.name]
+            step.backward_buffers = {**step.layer.buffers, **backward[step.layer.name]}
 
-    def reshape(self, shapes: dict[str, Shape]) -> None:
-        """Gives net inputs new shapes and everything after them what follows from it; only for observe=True.
+    # --- input shapes; only for observe=True ------------------------------------------------------------------------------
 
-        Blobs of unchanged shape keep their contents. SpecError when a parameter would change its shape.
+    def resize_input(self, name: str, shape: Shape) -> None:
+        """Gives a net input another shape, filled with zeros; `reshape` brings the rest of the net after it. SpecError for any other blob."""
+        if name not in self.inputs:
+            hint = f"inputs: {', '.join(self.inputs) or 'none'}"
+            raise SpecError("only a net input can be reshaped: other shapes follow from the inputs", blob=name, hint=hint)
+        if any(size < 1 for size in shape):
+            raise SpecError(f"shape {shape} has a size below 1", blob=name, hint="give sizes of 1 or more")
+        blob = self.blobs[name]
+        if shape != blob.shape:
+            blob.shape, blob.data = shape, self.backend.empty(shape, blob.dtype)
+            blob.diff = None if blob.diff is None else self.backend.empty(shape, blob.dtype)
+
+    def reshape(self) -> None:
+        """Gives all blobs the shapes that follow from the inputs' ones; a blob of unchanged shape keeps its contents.
+
+        SpecError when a layer cannot take its new bottoms, or a parameter would change its shape; everything but the inputs then stays as it was.
         """
-        old = {name: (blob.shape, blob.data) for name, blob in self.blobs.items()}
-        for node in self.graph.nodes:
-            if node.layer.is_source:
-                new = [shapes.get(top.name, top.shape) for top in node.tops]
-            else:
-                new = node.layer.infer_shapes([b.shape for b in node.bottoms])
-                specs = [spec.shape for spec in node.layer.param_specs([b.shape for b in node.bottoms])]
-                if specs != [info.spec.shape for info in node.params]:
-                    raise node.layer.fail(f"its parameters would change shape to {specs}", hint="make a new net for these input shapes")
-            for top, shape in zip(node.tops, new):
-                top.shape = self.blobs[top.name].shape = tuple(shape)
-        if all(blob.shape == old[name][0] for name, blob in self.blobs.items()):
+        if all(self.blobs[name].shape == self.graph.blobs[name].shape for name in self.inputs):
             return
+        try:
+            shapes = self._shapes_from({name: self.blobs[name].shape for name in self.inputs})
+        except SpecError:
+            self._shapes_from({})  # a layer may note something of the shapes it is asked about
+            raise
+        old = {name: blob.data for name, blob in self.blobs.items() if blob.shape == shapes[name]}
+        for name, shape in shapes.items():
+            self.graph.blobs[name].shape = self.blobs[name].shape = shape
         self._place(None)
-        for name, blob in self.blobs.items():
-            if blob.shape == old[name][0]:
-                self.backend.copy(old[name][1], blob.data)
+        for name, data in old.items():
+            self.backend.copy(data, self.blobs[name].data)
+
+    def _shapes_from(self, inputs: dict[str, Shape]) -> dict[str, Shape]:
+        """The shape of every blob, given those of the inputs (as they are, for those left out)."""
+        shapes: dict[str, Shape] = {}
+        for node in self.graph.nodes:
+            bottoms = [shapes[b.name] for b in node.bottoms]
+            tops = [inputs.get(t.name, t.shape) for t in node.tops] if node.layer.is_source else node.layer.infer_shapes(bottoms)
+            specs = [spec.shape for spec in node.layer.param_specs(bottoms)]
+            if specs != [info.spec.shape for info in node.params]:
+                raise node.layer.fail(f"its parameters would change shape to {specs}", hint="make a new net for these input shapes")
+            shapes.update((top.name, tuple(shape)) for top, shape in zip(node.tops, tops))
+        return shapes
 
     # --- running -------------------------------------------------------------------------------------------------------
 
     def forward(self, start: int = 0, end: int | None = None) -> None:
-        """Runs layers start..end-1 forward (all by default)."""
-        self._refresh()
+        """Runs layers start..end-1 forward (all by default). A DataError gains the layer's name."""
+        if self.observe:
+            self.reshape()
+        self.refresh()
         if start == 0:
             self._start_positions = {layer.name: layer.source.position for layer in self.data_layers}
-        for step in self.steps[start:end]:
+        for index in range(start, len(self.steps) if end is None else end):
+            step = self.steps[index]
+            for hook in self.hooks.before_forward:
+                hook(index)
             if not step.node.forward_fused:
                 self.forward_step(step)
-
-    def forward_range(self, first: int, last: int, hook: Callable[[str, bool], None] | None = None) -> None:
-        """Runs layers first..last (both included); hook(layer name, done) is called before and after each."""
-        if hook is None:
-            return self.forward(first, last + 1)
-        self._refresh()
-        for step in self.steps[first : last + 1]:
-            hook(step.layer.name, False)
-            self.forward_step(step)
-            hook(step.layer.name, True)
+            for hook in self.hooks.after_forward:
+                hook(index)
 
     def forward_step(self, step: Step) -> None:
         """Runs one layer forward; an error gains the layer's name."""
@@ -184,33 +220,28 @@ class Net:
             raise
 
     def backward(self, start: int | None = None, end: int = 0) -> None:
-        """Runs backward from layer `start` (the last by default) down to layer `end`, skipping layers that need none."""
-        first = len(self.steps) - 1 if start is None else start
-        for step in reversed(self.steps[end : first + 1]):
-            if step.node.needs_backward:
-                self.backward_step(step)
-
-    def backward_range(self, first: int, last: int, hook: Callable[[str, bool], None] | None = None) -> None:
-        """Runs backward from layer `first` down to `last` (both included); hook as in forward_range."""
-        if hook is None:
-            return self.backward(first, last)
-        for step in reversed(self.steps[last : first + 1]):
-            if step.node.needs_backward:
-                hook(step.layer.name, False)
-                self.backward_step(step)
-                hook(step.layer.name, True)
+        """Runs backward from layer `start` (the last by default) down to layer `end`, both included, skipping layers that need none."""
+        for index in range(len(self.steps) - 1 if start is None else start, end - 1, -1):
+            for hook in self.hooks.before_backward:
+                hook(index)
+            if self.steps[index].node.needs_backward:
+                self.backward_step(self.steps[index])
+            for hook in self.hooks.after_backward:
+                hook(index)
 
     def backward_step(self, step: Step) -> None:
         """Runs one layer backward."""
         layer = step.layer
-        kept = layer.buffers
-        if step.backward_buffers:
-            layer.buffers = {**kept, **step.backward_buffers}
+        if step.repeats:
+            self.arena.settle_grads()  # its first share of the gradient must not be overwritten by the second
         for param, learn in zip(layer.params, step.node.learn):
             param.learn = learn
             param.accumulate = (param.owner or param).accumulate
-        layer.backward(self.backend, step.tops, step.node.propagate_down, step.bottoms)
-        layer.buffers = kept
+        forward_buffers, layer.buffers = layer.buffers, step.backward_buffers
+        try:
+            layer.backward(self.backend, step.tops, step.node.propagate_down, step.bottoms)
+        finally:
+            layer.buffers = forward_buffers
         for param in layer.params:
             if param.learn:
                 (param.owner or param).accumulate = param.accumulate = True
@@ -221,12 +252,13 @@ class Net:
 
     def parameters_changed(self) -> None:
         """To be called after master values changed: the compute-type copies are made anew at the next forward."""
-        self.arena.dirty = True
+        for arena in self._arenas:
+            arena.dirty = True
 
-    def _refresh(self) -> None:
-        for arena in (self.arena, self._shared_arena):
-            if arena is not None:
-                arena.refresh()
+    def refresh(self) -> None:
+        """Brings the compute-type copies of all parameters up to date; forward does so by itself."""
+        for arena in self._arenas:
+            arena.refresh()
 
     def loss(self) -> float:
         """The weighted sum of all loss tops of the last forward."""
@@ -275,24 +307,33 @@ class Net:
 
     # --- weights -------------------------------------------------------------------------------------------------------
 
-    def copy_from(self, source: str | Path | pb.NetParameter) -> None:
-        """Copies weights by layer name from a .caffemodel or HDF5 file, a comma-separated list of them, or a message."""
+    def copy_from(self, source: str | Path | pb.NetParameter) -> list[str]:
+        """Copies weights by layer name; returns the names of the source's layers that this net does not have.
+
+        source: a .caffemodel or HDF5 file; a text may name several, separated by commas, later ones overwriting; or a message.
+        SnapshotError when one cannot be read or does not fit: nothing of that one is copied then.
+        """
         if isinstance(source, pb.NetParameter):
-            copy_weights(source, self, "the given message")
+            sources = [("the given message", source)]
         else:
-            for path in (part.strip() for part in str(source).split(",")):
-                copy_weights(read_weights(path), self, path)
+            paths = [source] if isinstance(source, Path) else [part.strip() for part in source.split(",")]
+            sources = [(str(path), read_weights(path)) for path in paths]
+        ignored = [layer for name, message in sources for layer in copy_weights(message, self, name)]
         self.parameters_changed()
+        return ignored
 
     def share_with(self, other: Net) -> None:
-        """Uses `other`'s parameter values from now on, layer by layer by name; layers it does not have keep their own."""
-        for node in self.graph.nodes:
-            if node.params and node.name in other.params:
-                theirs = other.params[node.name]
-                _check_borrowed(node, theirs)
-                for mine, param in zip(node.layer.params, theirs):
-                    mine.master, mine.data = param.master, param.data
-        self._shared_arena = other.arena
+        """Uses `other`'s parameter values from now on, layer by layer by name; layers it does not have keep their own.
+
+        SpecError, and nothing shared, when the shapes of a layer's parameters differ.
+        """
+        common = [node for node in self.graph.nodes if node.params and node.name in other.params]
+        for node in common:
+            _check_borrowed(node, other.params[node.name])
+        for node in common:
+            for mine, theirs in zip(node.layer.params, other.params[node.name]):
+                mine.master, mine.data, mine.dtype = theirs.master, theirs.data, theirs.dtype
+        self._arenas += [arena for arena in other._arenas if arena not in self._arenas]
 
     def to_proto(self, diff: bool = False) -> pb.NetParameter:
         """The running net with its weights (and diffs), as Caffe's .caffemodel holds it."""
@@ -311,19 +352,17 @@ class Net:
 def _check_borrowed(node: Node, params: Sequence[Param]) -> None:
     mine, theirs = [info.spec.shape for info in node.params], [param.shape for param in params]
     if mine != theirs:
-        raise SnapshotError(f"shares the parameters of the layer of the same name, but shapes differ: {mine} here, {theirs} there", layer=node.name)
+        raise node.layer.fail(
+            f"shares its parameters with the layer of the same name in another net, but shapes differ: {mine} here, {theirs} there",
+            hint="give it another name to train it by itself, or make the layers equal",
+        )
 
 
 def _other_shape(param: Param, info: ParamInfo) -> Param:
     """A view of a shared parameter in another shape of the same count (share_mode: PERMISSIVE)."""
-    if not (_c_order(param.shape) and _c_order(info.spec.shape)):
+    if not (c_order(param.shape) and c_order(info.spec.shape)):
         raise info.node.layer.fail(
             f"cannot use parameter '{param.name}' of shape {param.shape} as {info.spec.shape}", "param", info.index, hint="give both layers one shape"
         )
     data, diff, master = (a if a is None else a.reshape(info.spec.shape) for a in (param.data, param.diff, param.master))
     return Param(param.name, info.spec.shape, param.dtype, data, diff, param.lr_mult, param.decay_mult, master=master, owner=param)
-
-
-def _c_order(shape: Shape) -> bool:
-    """Whether a blob of this shape lies in memory in C order (see strides_of)."""
-    return len(shape) != 4 or shape[1] == 1 or shape[2] * shape[3] == 1

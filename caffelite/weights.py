@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from caffelite.blob import Shape
+from caffelite.blob import Param, Shape
 from caffelite.errors import SnapshotError
 from caffelite.files import write_atomically
-from caffelite.schema import array_to_blob, blob_to_array, legacy_shape, message_bytes, pb, read_caffemodel
+from caffelite.graph import AUTOMATIC
+from caffelite.schema import array_to_blob, blob_shape, blob_to_array, legacy_shape, message_bytes, pb, read_caffemodel
 
 if TYPE_CHECKING:
-    from caffelite.net import Net
+    from caffelite.net import Net, Step
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -43,53 +43,61 @@ def write_weights(net: Net, path: Path, diff: bool = False) -> None:
 
         write_model(net, path, diff)
     else:
-        write_atomically(path, lambda file: file.write(message_bytes(net_to_proto(net, diff))))
+        write_binary(net, path, diff)
+
+
+def write_binary(net: Net, path: Path, diff: bool = False) -> None:
+    """Writes a net's weights atomically as a .caffemodel."""
+    write_atomically(path, lambda file: file.write(message_bytes(net_to_proto(net, diff))))
 
 
 def copy_weights(source: pb.NetParameter, net: Net, name: str) -> list[str]:
     """Copies each source layer's blobs into the first layer of the same name; returns the source layers that found none.
 
-    SnapshotError when the numbers of blobs or their shapes differ. `name` says where the source came from.
+    SnapshotError, and nothing copied, when the numbers of blobs or their shapes differ. `name` says where the source came from.
     """
-    targets: dict[str, Any] = {}
+    targets: dict[str, Step] = {}
     for step in net.steps:
         targets.setdefault(step.layer.name, step)
-    ignored: list[str] = []
-    for layer in source.layer:
-        if layer.name not in targets:
-            ignored.append(layer.name)
-            continue
-        step = targets[layer.name]
-        params, blobs = step.layer.params, list(layer.blobs)
-        shared = [info.owner is not info for info in step.node.params]
-        while len(blobs) < len(params) and shared[len(blobs)]:  # HDF5 files leave shared parameters out
-            blobs.append(pb.BlobProto())
-        if len(blobs) != len(params):
-            raise SnapshotError(
-                f"{name} has {len(layer.blobs)} parameter blob(s) for this layer, the net has {len(params)}",
-                layer=layer.name,
-                hint="rename the layer to leave it out of the copy",
-            )
-        for index, (blob, param) in enumerate(zip(blobs, params)):
-            if shared[index] and not blob.ByteSize():
-                continue
-            net.backend.from_host(_fitted(blob, param.shape, layer.name, index, name), param.master)
-            if param.diff is not None and (blob.diff or blob.double_diff):
-                net.backend.from_host(blob_to_array(blob, diff=True).reshape(param.shape), param.diff)
-    return ignored
+    copies = [pair for layer in source.layer if layer.name in targets for pair in _matched(layer, targets[layer.name], name)]
+    for blob, param in copies:
+        net.backend.from_host(blob_to_array(blob).reshape(param.shape), param.master)
+        if param.diff is not None and (blob.diff or blob.double_diff):
+            net.backend.from_host(blob_to_array(blob, diff=True).reshape(param.shape), param.diff)
+    return [layer.name for layer in source.layer if layer.name not in targets]
 
 
-def _fitted(blob: pb.BlobProto, shape: Shape, layer: str, index: int, name: str) -> np.ndarray:
-    values = blob_to_array(blob)
-    legacy = legacy_shape(blob) and len(shape) <= 4
-    fits = values.shape == ((1,) * (4 - len(shape)) + shape if legacy else shape)
-    if not fits:
+def _matched(layer: pb.LayerParameter, step: Step, name: str) -> list[tuple[pb.BlobProto, Param]]:
+    """The layer's blobs, each with the parameter that it fits."""
+    params, blobs = step.layer.params, list(layer.blobs)
+    shared = [info.owner is not info for info in step.node.params]
+    while len(blobs) < len(params) and shared[len(blobs)]:  # HDF5 files leave shared parameters to their owners
+        blobs.append(pb.BlobProto())
+    if len(blobs) != len(params):
         raise SnapshotError(
-            f"{name} has shape {values.shape} for parameter {index}, the net has {shape}",
+            f"{name} has {len(layer.blobs)} parameter blob(s) for this layer, the net has {len(params)}",
+            layer=layer.name,
+            hint="rename the layer to leave it out of the copy",
+        )
+    pairs = []
+    for index, (blob, param) in enumerate(zip(blobs, params)):
+        if blob.ByteSize() or not shared[index]:
+            _check_fit(blob, param.shape, index, layer.name, name)
+            pairs.append((blob, param))
+    return pairs
+
+
+def _check_fit(blob: pb.BlobProto, shape: Shape, index: int, layer: str, name: str) -> None:
+    legacy = legacy_shape(blob) and len(shape) <= 4
+    if blob_shape(blob) != ((1,) * (4 - len(shape)) + shape if legacy else shape):
+        raise SnapshotError(
+            f"{name} has shape {blob_shape(blob)} for parameter {index}, the net has {shape}",
             layer=layer,
             hint="to train this layer from its filler instead, give it another name",
         )
-    return values.reshape(shape)
+    for count in (len(blob.double_data) or len(blob.data), len(blob.double_diff) or len(blob.diff) or prod(shape)):
+        if count != prod(shape):
+            raise SnapshotError(f"{name} holds {count} values for parameter {index} of shape {shape}", layer=layer, hint="the file is damaged")
 
 
 def net_to_proto(net: Net, diff: bool = False) -> pb.NetParameter:
@@ -98,8 +106,9 @@ def net_to_proto(net: Net, diff: bool = False) -> pb.NetParameter:
     for step in net.steps:
         layer = message.layer.add()
         layer.CopyFrom(step.layer.param)
-        del layer.blobs[:], layer.loss_weight[:]
-        if any(step.node.loss_weights):
+        del layer.blobs[:], layer.loss_weight[:], layer.top[:]
+        layer.top.extend(top for top in step.layer.param.top if not top.startswith(AUTOMATIC))
+        if any(step.node.loss_weights) or step.layer.is_loss:
             layer.loss_weight.extend(step.node.loss_weights)
         for info in step.node.params:
             if not info.spec.learned and info.index >= len(layer.param):

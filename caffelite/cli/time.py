@@ -101,7 +101,7 @@ def time_layers(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _time_round(net: Net, layers: list[LayerTimes], backend: Backend) -> None:
-    net.forward(0, 0)  # brings the weights' bfloat16 copies up to date, outside every layer's time
+    net.refresh()  # brings the weights' bfloat16 copies up to date, outside every layer's time
     net.zero_grads()
     for layer in layers:
         fused = layer.step.node.forward_fused

@@ -30,6 +30,12 @@ class Listener:
     def on_message(self, text: str, source: str, severity: str = "I") -> None:
         """A line in Caffe's words: `source` is the file that its prefix names ("solver.cpp"), `severity` one of I, W, E."""
 
+    def on_iteration_start(self, iteration: int) -> None:
+        """`iteration` updates are done and the next one begins: gradients are cleared, tests that were due are over."""
+
+    def on_gradients(self, iteration: int) -> None:
+        """The gradients of the update after `iteration` are complete. They, in `solver.net`, may still be changed."""
+
     def on_iteration(self, iteration: int, loss: float) -> None:
         """An update was applied; `iteration` updates are done. loss: smoothed over average_loss, from before the update."""
 

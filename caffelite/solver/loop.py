@@ -129,7 +129,8 @@ class Solver:
         for net in (self.net, *self.test_nets):
             for path in (part.strip() for part in paths.split(",")):
                 self.tell(f"Finetuning from {path}", "solver.cpp")
-                net.copy_from(path)
+                for layer in net.copy_from(Path(path)):
+                    self.tell(f"Ignoring source layer {layer}", "net.cpp")
 
     def close(self) -> None:
         """Ends the data layers' threads and closes their files."""
@@ -219,11 +220,14 @@ class Solver:
                 self.test_all()
                 if self._stopping:
                     return
+            self._event("on_iteration_start", self.iter)
             display = p.display > 0 and self.iter % p.display == 0
             smoothed = self._window.add(self._forward_backward(debug=display and p.debug_info), self.iter - start)
             rate = self.rates.rate(self.iter)
             if display:
                 self._display(smoothed, rate)
+            self.net.arena.settle_grads()
+            self._event("on_gradients", self.iter)
             self._update(rate)
             for listener in self.listeners:
                 listener.on_iteration(self.iter, smoothed)

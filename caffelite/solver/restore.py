@@ -33,7 +33,7 @@ def restore(solver: Solver, path: Path) -> None:
     arrays = _fitted_history(state, solver.net.arena, len(solver.history), path)
     model = model_of(state, path) if state.learned_net else None
     if model is not None:
-        solver.net.copy_from(str(model))
+        solver.net.copy_from(model)
     flat = [part for history in solver.history for part in history.parts]
     for values, part in zip(arrays, flat):
         solver.net.backend.from_host(values, part)

@@ -68,7 +68,8 @@ class Scorer:
             yield self.net, size if self.whole else 1.0
         if self._tail_size:
             self._tail = self._tail or _with_batch(self.net, self._tail_size)
-            self.net.forward(0, 0)  # brings the parameters, which the tail borrows, up to date even if there is no full batch
+            self._tail.share_with(self.net)  # whose parameters, like its seed, may have been changed since
+            self._tail.context.seed = self.net.context.seed
             _seek(self._tail, self.records - self._tail_size)
             yield self._tail, self._tail_size
 

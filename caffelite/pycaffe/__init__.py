@@ -1,0 +1,35 @@
+"""pycaffe's names over caffelite's engine: `import caffelite as caffe` (spec net-and-solver 13)."""
+
+from caffelite.pycaffe.net import Blob, Layer, Net
+from caffelite.pycaffe.settings import TEST, TRAIN, layer_type_list, set_device, set_mode_cpu, set_mode_gpu, set_random_seed
+from caffelite.pycaffe.solvers import (
+    AdaDeltaSolver,
+    AdaGradSolver,
+    AdamSolver,
+    NesterovSolver,
+    RMSPropSolver,
+    SGDSolver,
+    Solver,
+    get_solver,
+)
+
+__all__ = [
+    "TEST",
+    "TRAIN",
+    "AdaDeltaSolver",
+    "AdaGradSolver",
+    "AdamSolver",
+    "Blob",
+    "Layer",
+    "NesterovSolver",
+    "Net",
+    "RMSPropSolver",
+    "SGDSolver",
+    "Solver",
+    "get_solver",
+    "layer_type_list",
+    "set_device",
+    "set_mode_cpu",
+    "set_mode_gpu",
+    "set_random_seed",
+]

@@ -1,0 +1,58 @@
+"""What set_mode_cpu, set_mode_gpu and set_random_seed choose for the nets made after them."""
+
+from __future__ import annotations
+
+import os
+
+from caffelite import backends
+from caffelite.backends.contract import Backend
+from caffelite.layer import known_types
+
+TRAIN, TEST = 0, 1
+
+
+class _Settings:
+    """The choices in force."""
+
+    def __init__(self) -> None:
+        self.gpu = False
+        self.seed: int | None = None
+
+
+settings = _Settings()
+
+
+def set_mode_cpu() -> None:
+    """Nets made from now on run on a CPU backend (CAFFELITE_BACKEND or the fastest that loads)."""
+    settings.gpu = False
+
+
+def set_mode_gpu() -> None:
+    """Nets made from now on run on a GPU; BackendError where there is no GPU backend."""
+    backends.get("cuda")
+    settings.gpu = True
+
+
+def set_device(device: int) -> None:
+    """Chooses the GPU for set_mode_gpu; BackendError where there is no GPU backend."""
+    backends.get("cuda")
+
+
+def set_random_seed(seed: int) -> None:
+    """Seeds fillers and random layers of the nets made from now on."""
+    settings.seed = seed
+
+
+def layer_type_list() -> list[str]:
+    """All layer types by Caffe's names."""
+    return known_types()
+
+
+def new_backend() -> Backend:
+    """The backend of the next net."""
+    return backends.get("cuda" if settings.gpu else os.environ.get("CAFFELITE_BACKEND", "auto"))
+
+
+def new_seed() -> int:
+    """The seed of the next net."""
+    return int.from_bytes(os.urandom(4), "little") if settings.seed is None else settings.seed

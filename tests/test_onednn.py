@@ -53,11 +53,13 @@ LAYERS = [
 def onednn() -> Any:
     """The backend; it must load where its wheel exists, and is skipped on other machines."""
     try:
-        return backends.get("onednn")
+        chosen: Any = backends.get("onednn")
     except BackendError as error:
         if sys.platform == "linux" and platform.machine() == "x86_64":
             raise
         pytest.skip(str(error))
+    chosen.small_products = 0
+    return chosen
 
 
 @pytest.fixture
@@ -377,3 +379,23 @@ def test_pieces_of_a_batch_add_up(onednn: Any, reference: Any, monkeypatch: pyte
         results.append((dw, db, dx))
     for got, want, limit in zip(results[1], results[0], (1e-5, 1e-5, 1e-9)):
         assert difference(got, want) <= limit
+
+
+def test_small_float32_products_are_numpys_to_the_bit(reference: Any) -> None:
+    """Caffe's order of sums in small nets: see PlanningBackend.small_products."""
+    chosen: Any = backends.get("onednn")
+    x, w, b = random((4, 3, 9, 9)), random((6, 3, 5, 5)), random((6,))
+    numbers = {"stride": (1, 1), "pad": (0, 0), "dilation": (1, 1), "group": 1}
+    results = []
+    for backend in (chosen, reference):
+        y, dw, db = random((4, 6, 5, 5)), like(w), like(b)
+        backend.convolution_forward(x, w, b, y, **numbers)
+        backend.convolution_backward_weights(x, y, dw, db, **numbers, accumulate_w=False, accumulate_b=False)
+        results.append((y, dw, db))
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*results))
+    matrix, weights = random((7, 75)), random((5, 75))
+    products = [np.zeros((7, 5), np.float32) for _ in range(2)]
+    for backend, out in zip((chosen, reference), products):
+        backend.inner_product_forward(matrix, weights, None, out, transpose=False)
+    assert np.array_equal(*products)
+    assert set(chosen._plans.values()) == {None}

@@ -18,6 +18,8 @@ from caffelite.backends.onednn.dnnl import (
 )
 from caffelite.backends.onednn.plan import Drain, Feed, PlanningBackend, Run, address, describe, signature, type_of
 
+IMAGE_CHANNELS = 4  # at most so many channels are an image's: see PlanningBackend.small_products
+
 
 def plan_forward(g: Geometry, x: Array, w: Array, b: Array | None, y: Array, relu: bool) -> Run:
     dnnl = g.dnnl
@@ -63,6 +65,8 @@ class ConvolutionOps(PlanningBackend):
         key = ("convolution forward", signature(x), signature(w), None if b is None else signature(b), signature(y), stride, pad, dilation, group, relu)
 
         def build() -> Run:
+            if group == 1 and w.shape[1] <= IMAGE_CHANNELS:
+                self.leave_small(y.size * w[0].size, x, w, y)
             return plan_forward(Geometry(self.dnnl, x, w, y, stride, pad, dilation, group), x, w, b, y, relu)
 
         plan = self.plan(key, build)
@@ -101,6 +105,9 @@ class ConvolutionOps(PlanningBackend):
         key = ("convolution backward weights", signature(x), signature(dy), None if dw is None else signature(dw), db is None, *numbers)
 
         def build() -> Run:
+            assert dw is not None
+            if group == 1 and dw.shape[1] <= IMAGE_CHANNELS:
+                self.leave_small(dy.size * dw[0].size, x, dy)
             g = Geometry(self.dnnl, x, dw, dy, stride, pad, dilation, group)
             return plan_backward_weights(g, x, dy, dw, db, accumulate_w, accumulate_b, self.threads)
 

@@ -84,7 +84,12 @@ class InnerProductOps(PlanningBackend):
 
     def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False) -> None:
         key = ("inner product forward", signature(x), signature(w), None if b is None else signature(b), signature(y), transpose, relu)
-        plan = self.plan(key, lambda: plan_forward(self.dnnl, x, w, b, y, transpose, relu))
+
+        def build() -> Run:
+            self.leave_small(x.shape[0] * w.size, x, w, y)
+            return plan_forward(self.dnnl, x, w, b, y, transpose, relu)
+
+        plan = self.plan(key, build)
         if plan is None:
             super().inner_product_forward(x, w, b, y, transpose=transpose, relu=relu)
         else:
@@ -92,7 +97,12 @@ class InnerProductOps(PlanningBackend):
 
     def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, *, transpose: bool) -> None:
         key = ("inner product backward data", signature(dy), signature(w), signature(dx), transpose)
-        plan = self.plan(key, lambda: plan_backward_data(self.dnnl, dy, w, dx, transpose))
+
+        def build() -> Run:
+            self.leave_small(dy.shape[0] * w.size, dy, w, dx)
+            return plan_backward_data(self.dnnl, dy, w, dx, transpose)
+
+        plan = self.plan(key, build)
         if plan is None:
             super().inner_product_backward_data(dy, w, dx, transpose=transpose)
         else:
@@ -108,7 +118,12 @@ class InnerProductOps(PlanningBackend):
 
     def _inner_product_weights(self, x: Array, dy: Array, dw: Array, transpose: bool, add: bool) -> None:
         key = ("inner product backward weights", signature(x), signature(dy), signature(dw), transpose, add)
-        plan = self.plan(key, lambda: plan_backward_weights(self.dnnl, x, dy, dw, transpose, add))
+
+        def build() -> Run:
+            self.leave_small(x.shape[0] * dw.size, x, dy)
+            return plan_backward_weights(self.dnnl, x, dy, dw, transpose, add)
+
+        plan = self.plan(key, build)
         if plan is None:
             super().inner_product_backward_weights(x, dy, dw, None, transpose=transpose, accumulate_w=add, accumulate_b=False)
         else:

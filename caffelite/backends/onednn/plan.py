@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from caffelite.backends.contract import Array, Ints, strides_of
 from caffelite.backends.numpy import NumpyBackend
 from caffelite.backends.onednn import library
@@ -24,7 +26,13 @@ class PlanningBackend(NumpyBackend):
     """Keeps one prepared operation (a plan) for each op, shapes, strides, types and numbers it has met.
 
     A plan is a function of the arrays' addresses. Not for use from several threads at once: plans share scratch memory.
+
+    small_products: float32 products of at most so many multiply-adds are left to NumPy, where the inputs are an image's few
+    channels or a matrix. NumPy's BLAS adds in Caffe's order, oneDNN in orders of its own; in a small net on real images, whose
+    patches are often nearly equal, the difference can make a max pooling choose another cell than Caffe's.
     """
+
+    small_products = 1 << 22
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None:
@@ -32,6 +40,11 @@ class PlanningBackend(NumpyBackend):
         super().__init__(threads or library.thread_count())
         self.dnnl = Dnnl()
         self._plans: dict[Hashable, Run | None] = {}
+
+    def leave_small(self, products: int, *arrays: Array) -> None:
+        """Raises Unsupported for float32 products that small_products leaves to NumPy."""
+        if products <= self.small_products and all(array.dtype == np.float32 for array in arrays):
+            raise Unsupported("small")
 
     def plan(self, key: Hashable, build: Callable[[], Run]) -> Run | None:
         """The plan for key, built at first need; None where oneDNN cannot do it, and NumPy has to."""

@@ -1,0 +1,174 @@
+"""Random small nets: memory reuse, fusion and a shared workspace change no bit of a loss, an output or a gradient."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from caffelite.backends.contract import Backend
+from caffelite.errors import SpecError
+from caffelite.graph import build_graph
+from caffelite.net import Net
+from caffelite.schema import NetSpec, SourceMap, net_from_text, pb
+
+HEAD = """
+layer { name: "d" type: "DummyData" top: "x" top: "y" top: "t" dummy_data_param { shape { dim: 3 dim: 4 dim: 5 dim: 4 } shape { dim: 3 dim: 4 dim: 5 dim: 4 }
+  shape { dim: 3 } data_filler { type: "gaussian" std: 0.5 } data_filler { type: "uniform" min: -1 max: 1 } data_filler { type: "constant" value: 2 } } }
+"""
+FILLED = "weight_filler { type: 'msra' } bias_filler { type: 'gaussian' std: 0.1 }"
+ALONE = {  # one bottom, a top of its shape: in place where that is legal
+    "BatchNorm": "",
+    "Scale": "scale_param { bias_term: true filler { type: 'uniform' min: 0.5 max: 1.5 } }",
+    "Bias": "bias_param { filler { type: 'gaussian' std: 0.2 } }",
+    "ReLU": "",
+    "ReLU leaky": "relu_param { negative_slope: 0.1 }",
+    "ReLU odd": "relu_param { negative_slope: -0.4 }",
+    "PReLU": "",
+    "ELU": "",
+    "Sigmoid": "",
+    "TanH": "",
+    "Dropout": "",
+    "Softmax": "",
+    "Power": "power_param { power: 2 scale: 0.3 shift: 0.2 }",
+    "LRN": "lrn_param { local_size: 3 }",
+    "LRN within": "lrn_param { local_size: 3 norm_region: WITHIN_CHANNEL }",
+    "Pooling": "pooling_param { kernel_size: 3 stride: 1 pad: 1 }",
+    "Pooling mean": "pooling_param { pool: AVE kernel_size: 3 stride: 1 pad: 1 }",
+    "Convolution": "convolution_param { num_output: 4 kernel_size: 3 pad: 1 %s }" % FILLED,
+    "Convolution flat": "convolution_param { num_output: 4 kernel_size: 1 group: 2 bias_term: false %s }" % FILLED.split(" bias")[0],
+}
+PAIRED = {
+    "Eltwise": "",
+    "Eltwise weighted": "eltwise_param { coeff: 0.5 coeff: -1 }",
+    "Eltwise product": "eltwise_param { operation: PROD }",
+    "Eltwise max": "eltwise_param { operation: MAX }",
+    "Scale": "scale_param { axis: 0 bias_term: true }",
+    "Bias": "bias_param { axis: 0 }",
+}
+ENDS = ("loss", "loss", "distance", "silence", "weight", "none")
+
+
+class Draft:
+    """A net in the making: its text, and the shape of each blob that may still be read."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng, self.text, self.number = np.random.default_rng(seed), HEAD, 0
+        self.param = net_from_text(HEAD).param
+        self.shapes: dict[str, tuple[int, ...]] = {"x": (3, 4, 5, 4), "y": (3, 4, 5, 4)}
+
+    def pick(self, options: Any) -> Any:
+        return list(options)[self.rng.integers(len(options))]
+
+    def add(self, kind: str, bottoms: list[str], tops: list[str], extra: str) -> bool:
+        """Adds a layer if the net can still be built with it."""
+        names = " ".join([f'bottom: "{b}"' for b in bottoms] + [f'top: "{t}"' for t in tops])
+        line = f'layer {{ name: "l{self.number}" type: "{kind.split()[0]}" {names} {extra} }}\n'
+        param = pb.NetParameter(force_backward=True)  # legal wherever a loss may stand
+        param.MergeFrom(self.param)
+        param.MergeFrom(net_from_text(line).param)
+        try:
+            graph = build_graph(NetSpec(param, SourceMap.unknown(), ""), phase=pb.TRAIN)
+        except SpecError:
+            return False
+        self.param, self.text, self.number = param, self.text + line, self.number + 1
+        self.shapes |= {top: graph.blobs[top].shape for top in tops if top not in bottoms}
+        return True
+
+    def settings(self, kind: str, text: str) -> str:
+        draw = self.rng.random(3)
+        params = 'param { name: "shared" }' if kind == "Convolution" and draw[0] < 0.3 else "param { lr_mult: 0 }" if "Conv" in kind and draw[0] > 0.9 else ""
+        return f"{text} {params}" + (" propagate_down: false" if draw[1] < 0.04 else "")
+
+    def grow(self) -> None:
+        """One more layer in the middle of the net."""
+        recent = list(self.shapes)[-self.pick((1, 1, 1, 3, 100)) :]  # mostly a chain
+        bottom, top, draw = self.pick(recent), f"b{self.number}", self.rng.random()
+        if draw < 0.72:
+            kind = self.pick(ALONE)
+            self.add(kind, [bottom], [bottom if self.rng.random() < 0.5 else top], self.settings(kind, ALONE[kind]))
+        elif draw < 0.86:
+            kind = self.pick(PAIRED)
+            other = self.pick([b for b, shape in self.shapes.items() if shape == self.shapes[bottom]])
+            self.add(kind, [bottom, other], [bottom if self.rng.random() < 0.3 else top], PAIRED[kind])
+        elif draw < 0.9:
+            self.add("Slice", [bottom], [top, f"{top}s"], "")
+        elif draw < 0.95:
+            other = self.pick([b for b, shape in self.shapes.items() if len(shape) == 4])
+            self.add("Concat", [bottom, other], [top], "")
+        else:
+            kind, text = self.pick((("Flatten", ""), ("Reshape", "reshape_param { shape { dim: 0 dim: -1 } }")))
+            self.add(kind, [bottom], [top], text)
+
+    def finish(self) -> None:
+        """A loss, or something else, at every loose end; one loss at least."""
+        read = {bottom for layer in self.param.layer for bottom in layer.bottom if bottom not in layer.top}
+        loose = [b for b in self.shapes if b not in read]
+        for i, bottom in enumerate(loose):
+            self.end(bottom, "loss" if i == len(loose) - 1 else self.pick(ENDS))
+
+    def end(self, bottom: str, how: str) -> None:
+        top = f"e{self.number}"
+        if how == "loss":
+            assert self.add("InnerProduct", [bottom], [top], f"inner_product_param {{ num_output: 5 {FILLED} }}")
+            assert self.add("SoftmaxWithLoss", [top, "t"], self.pick(([], [f"{top}l"])), self.pick(("", "loss_weight: 0.5")))
+        elif how == "distance":
+            self.add("EuclideanLoss", [bottom, self.pick([b for b, s in self.shapes.items() if s == self.shapes[bottom]])], [top], "")
+        elif how == "silence":
+            self.add("Silence", [bottom], [], "")
+        elif how == "weight":
+            self.add("Power", [bottom], [top], "power_param { scale: 0.1 } loss_weight: 0.25")
+
+
+@cache
+def random_net(seed: int) -> str:
+    draft = Draft(seed)
+    for bottom in ("x", "y"):  # gradient flows from the bottom up
+        assert draft.add("Convolution", [bottom], [f"{bottom}c"], ALONE["Convolution"])
+    for _ in range(20):
+        draft.grow()
+    draft.finish()
+    return draft.text
+
+
+def one_pass(net: Net, count: int) -> dict[str, np.ndarray]:
+    """Loss, outputs, gradients and statistics of one pass, over a workspace full of NaN."""
+    net.backend.fill(net.shared_buffer, 0xFF)
+    net.context.forward_count = count
+    net.zero_grads()
+    net.forward()
+    got = {"loss": np.array(net.loss()), **net.output_values()}
+    net.backward()
+    net.arena.settle_grads()
+    for label, param in zip(net.arena.labels, net.arena.params):
+        got |= {f"{label} diff": np.array(net.backend.to_host(param.diff)), label: np.array(net.backend.to_host(param.master))}
+    return got
+
+
+def descend(net: Net) -> None:
+    ops, arena = net.backend, net.arena
+    ops.from_host(ops.to_host(arena.master) - np.float32(0.01) * ops.to_host(arena.grad), arena.master)
+    net.parameters_changed()
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_reuse_changes_nothing(backend: Backend, seed: int) -> None:
+    text, precision = random_net(seed), "bfloat16" if seed % 3 == 2 else "float32"
+    options: dict[str, Any] = {"backend": backend, "precision": precision, "seed": seed}
+    apart, tight = (Net(net_from_text(text), phase=pb.TRAIN, observe=observe, **options) for observe in (True, False))
+    tests = [Net(net_from_text(text), phase=pb.TEST, observe=net.observe, share=net, workspace=net, **options) for net in (apart, tight)]
+    assert tight.memory.peak_bytes < apart.memory.peak_bytes
+    for count in range(3):
+        want, got = one_pass(apart, count), one_pass(tight, count)
+        assert np.isfinite(want["loss"])
+        assert want.keys() == got.keys()
+        for name, values in want.items():
+            np.testing.assert_array_equal(got[name], values, err_msg=f"{name} in pass {count} of\n{text}")
+        for net in (apart, tight):
+            descend(net)
+        for net in tests:
+            net.forward()
+        for name, values in tests[0].output_values().items():
+            np.testing.assert_array_equal(tests[1].output_values()[name], values, err_msg=f"{name} in test {count} of\n{text}")

@@ -18,7 +18,8 @@ HEAD = """
 layer { name: "d" type: "DummyData" top: "x" top: "y" top: "t" dummy_data_param { shape { dim: 3 dim: 4 dim: 5 dim: 4 } shape { dim: 3 dim: 4 dim: 5 dim: 4 }
   shape { dim: 3 } data_filler { type: "gaussian" std: 0.5 } data_filler { type: "uniform" min: -1 max: 1 } data_filler { type: "constant" value: 2 } } }
 """
-FILLED = "weight_filler { type: 'msra' } bias_filler { type: 'gaussian' std: 0.1 }"
+WEIGHTS = "weight_filler { type: 'msra' }"
+FILLED = WEIGHTS + " bias_filler { type: 'gaussian' std: 0.1 }"
 ALONE = {  # one bottom, a top of its shape: in place where that is legal
     "BatchNorm": "",
     "Scale": "scale_param { bias_term: true filler { type: 'uniform' min: 0.5 max: 1.5 } }",
@@ -37,8 +38,8 @@ ALONE = {  # one bottom, a top of its shape: in place where that is legal
     "LRN within": "lrn_param { local_size: 3 norm_region: WITHIN_CHANNEL }",
     "Pooling": "pooling_param { kernel_size: 3 stride: 1 pad: 1 }",
     "Pooling mean": "pooling_param { pool: AVE kernel_size: 3 stride: 1 pad: 1 }",
-    "Convolution": "convolution_param { num_output: 4 kernel_size: 3 pad: 1 %s }" % FILLED,
-    "Convolution flat": "convolution_param { num_output: 4 kernel_size: 1 group: 2 bias_term: false %s }" % FILLED.split(" bias")[0],
+    "Convolution": f"convolution_param {{ num_output: 4 kernel_size: 3 pad: 1 {FILLED} }}",
+    "Convolution flat": f"convolution_param {{ num_output: 4 kernel_size: 1 group: 2 bias_term: false {WEIGHTS} }}",
 }
 PAIRED = {
     "Eltwise": "",

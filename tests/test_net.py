@@ -270,7 +270,8 @@ def test_an_error_while_running_names_its_layer(backend, x) -> None:
 
 
 def test_the_search_for_what_is_not_finite_reads_the_same_batch_again(backend) -> None:
-    text = f"""layer {{ name: "data" type: "Data" top: "data" top: "label" data_param {{ source: "{GOLDEN / "lmdb"}" backend: LMDB batch_size: 8 shuffle: true }} }}
+    text = f"""
+    layer {{ name: "data" type: "Data" top: "data" top: "label" data_param {{ source: "{GOLDEN}/lmdb" backend: LMDB batch_size: 8 shuffle: true }} }}
     layer {{ name: "conv" type: "Convolution" bottom: "data" top: "conv" convolution_param {{ num_output: 2 kernel_size: 3 }} }}
     layer {{ name: "relu" type: "ReLU" bottom: "conv" top: "conv" }}
     layer {{ name: "log" type: "Power" bottom: "conv" top: "log" power_param {{ power: -1 }} }}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,23 @@ def open_hdf5(path: str | Path) -> Any:
         raise SnapshotError(f"cannot read {path} as HDF5: {error}", hint="the file is missing, cut short or damaged") from error
 
 
+def write_hdf5(path: Path, fill: Callable[[Any], object]) -> None:
+    """Calls fill(file) on a new HDF5 file and puts it in the place of `path`, whole or not at all. SnapshotError when it cannot be written."""
+    h5py = h5py_module()
+
+    def write(partial: Path) -> None:
+        try:
+            with h5py.File(partial, "w") as file:
+                fill(file)
+        except (OSError, RuntimeError) as error:  # a RuntimeError when it shows while the file is closed
+            number = re.search(r"errno = (\d+)", str(error))
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error)) from error
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+
+    replace_atomically(path, write)
+
+
 def read_model(path: str | Path) -> pb.NetParameter:
     """The groups data/LAYER/INDEX (and diff/LAYER/INDEX) of an HDF5 model as a NetParameter. SnapshotError for any other file."""
     groups, message = h5py_module().Group, pb.NetParameter()
@@ -68,26 +87,22 @@ def _read_layer(layer: pb.LayerParameter, group: Any, diffs: Any) -> None:
 
 def write_model(net: Net, path: Path, diff: bool = False) -> None:
     """Writes data/LAYER/INDEX for every layer's own parameters, and diff/LAYER/INDEX for all when asked."""
-    h5py = h5py_module()
     slashed = next((name for name in net.layer_names if "/" in name), None)
     if slashed:
         raise SnapshotError(f"layer name '{slashed}' has a slash, which HDF5 model files cannot hold", hint="use snapshot_format: BINARYPROTO")
 
-    def fill(partial: Path) -> None:
-        with h5py.File(partial, "w") as file:
-            data = file.create_group("data")
-            diffs = file.create_group("diff") if diff else None
-            for step in net.steps:
-                group = data.create_group(step.layer.name)
-                for info, param in zip(step.node.params, step.layer.params):
-                    if info.owner is info:
-                        group[str(info.index)] = net.backend.to_host(param.master)
-                if diffs is not None:
-                    group = diffs.create_group(step.layer.name)
-                    for index, param in enumerate(step.layer.params):
-                        if param.diff is not None:
-                            group[str(index)] = net.backend.to_host(param.diff)
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
+    def fill(file: Any) -> None:
+        data = file.create_group("data")
+        diffs = file.create_group("diff") if diff else None
+        for step in net.steps:
+            group = data.create_group(step.layer.name)
+            for info, param in zip(step.node.params, step.layer.params):
+                if info.owner is info:
+                    group[str(info.index)] = net.backend.to_host(param.master)
+            if diffs is not None:
+                group = diffs.create_group(step.layer.name)
+                for index, param in enumerate(step.layer.params):
+                    if param.diff is not None:
+                        group[str(index)] = net.backend.to_host(param.diff)
 
-    replace_atomically(path, fill)
+    write_hdf5(path, fill)

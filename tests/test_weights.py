@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -278,3 +280,27 @@ def test_a_layer_name_with_a_slash_cannot_go_to_hdf5(tmp_path: Path) -> None:
     with pytest.raises(SnapshotError, match="layer name 'in/conv' has a slash"):
         net(TEXT.replace('name: "conv"', 'name: "in/conv"')).save(tmp_path / "w.h5")
     assert list(tmp_path.iterdir()) == []
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from caffelite.errors import SnapshotError
+from caffelite.hdf5 import write_hdf5
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    write_hdf5(Path(sys.argv[1]), lambda file: file.create_dataset("data", data=b"x" * 20000))
+except SnapshotError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("limit", [500, 5000])  # seen while the file is closed, and while it is written
+def test_a_quota_reached_in_mid_write_leaves_the_last_file_whole(tmp_path: Path, limit: int) -> None:
+    path = tmp_path / "w.h5"
+    net().save(path)
+    whole = path.read_bytes()
+    result = subprocess.run([sys.executable, "-c", FULL, str(path), str(limit)], capture_output=True, text=True, check=True)
+    assert result.stdout == f"cannot write {path}: File too large\n  the disk or quota is full: make room; files written before are whole\n"
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from caffelite.errors import SnapshotError, Where
-from caffelite.files import replace_atomically, write_atomically
-from caffelite.hdf5 import h5py_module, open_hdf5
+from caffelite.files import write_atomically
+from caffelite.hdf5 import h5py_module, open_hdf5, write_hdf5
 from caffelite.schema import array_to_blob, blob_to_array, message_bytes, pb, read_solverstate
 
 RUN_DATASET = "caffelite_run"  # bytes of a RunState; Caffe reads only the datasets it knows
@@ -49,26 +48,23 @@ def _fill(state: pb.SolverState, file: Any) -> None:
 def write_state(path: Path, state: pb.SolverState) -> None:
     """Writes a solver state atomically; HDF5 for a name that ends in .h5. SnapshotError when it cannot be written."""
     if path.suffix == ".h5":
-        replace_atomically(path, lambda partial: _write_hdf5(partial, state))
+        write_hdf5(path, lambda file: _fill_file(file, state))
     else:
         write_atomically(path, lambda file: file.write(message_bytes(state)))
 
 
-def _write_hdf5(path: Path, state: pb.SolverState) -> None:
+def _fill_file(file: Any, state: pb.SolverState) -> None:
     h5py = h5py_module()
-    with h5py.File(path, "w") as file:
-        file["iter"] = np.array([state.iter], np.int32)
-        file["current_step"] = np.array([state.current_step], np.int32)
-        # Caffe reads this into a buffer of the stored size and needs the terminating zero in it.
-        name = state.learned_net.encode() + b"\0"
-        kind = h5py.h5t.TypeID.copy(h5py.h5t.C_S1)
-        kind.set_size(len(name))
-        kind.set_strpad(h5py.h5t.STR_NULLTERM)
-        dataset = h5py.h5d.create(file.id, b"learned_net", kind, h5py.h5s.create(h5py.h5s.SCALAR))
-        dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.array(name, dtype=f"S{len(name)}"), mtype=kind)
-        history = file.create_group("history")
-        for index, blob in enumerate(state.history):
-            history[str(index)] = blob_to_array(blob)
-        file[RUN_DATASET] = np.frombuffer(state.run.SerializeToString(), np.uint8)
-    with open(path, "rb") as written:
-        os.fsync(written.fileno())
+    file["iter"] = np.array([state.iter], np.int32)
+    file["current_step"] = np.array([state.current_step], np.int32)
+    # Caffe reads this into a buffer of the stored size and needs the terminating zero in it.
+    name = state.learned_net.encode() + b"\0"
+    kind = h5py.h5t.TypeID.copy(h5py.h5t.C_S1)
+    kind.set_size(len(name))
+    kind.set_strpad(h5py.h5t.STR_NULLTERM)
+    dataset = h5py.h5d.create(file.id, b"learned_net", kind, h5py.h5s.create(h5py.h5s.SCALAR))
+    dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.array(name, dtype=f"S{len(name)}"), mtype=kind)
+    history = file.create_group("history")
+    for index, blob in enumerate(state.history):
+        history[str(index)] = blob_to_array(blob)
+    file[RUN_DATASET] = np.frombuffer(state.run.SerializeToString(), np.uint8)

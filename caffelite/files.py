@@ -12,26 +12,18 @@ from caffelite.errors import SnapshotError
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Calls write(file) on a temporary file beside `path`, syncs it and renames it to `path`: see replace_atomically."""
-
-    def fill(partial: Path) -> None:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-
-    replace_atomically(Path(path), fill)
-
-
-def replace_atomically(path: Path, fill: Callable[[Path], object]) -> None:
-    """Calls fill(partial) to write and sync a file of another name beside `path`, then renames it to `path`.
+    """Calls write(file) on a file of another name beside `path`, syncs it and renames it to `path`.
 
     Whatever goes wrong (a full disk, a kill), `path` holds either its old contents or all of the new ones.
     SnapshotError when the file cannot be written; the partial file is removed.
     """
+    path = Path(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        fill(partial)
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
         sync_directory(path.parent)
     except OSError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from caffelite.errors import SnapshotError
-from caffelite.files import replace_atomically
+from caffelite.files import write_atomically
 from caffelite.schema import array_to_blob, pb
 
 if TYPE_CHECKING:
@@ -42,20 +40,15 @@ def open_hdf5(path: str | Path) -> Any:
 
 
 def write_hdf5(path: Path, fill: Callable[[Any], object]) -> None:
-    """Calls fill(file) on a new HDF5 file and puts it in the place of `path`, whole or not at all. SnapshotError when it cannot be written."""
-    h5py = h5py_module()
+    """Calls fill(file) on a new HDF5 file and puts it in the place of `path`, whole or not at all. SnapshotError when it cannot be written.
 
-    def write(partial: Path) -> None:
-        try:
-            with h5py.File(partial, "w") as file:
-                fill(file)
-        except (OSError, RuntimeError) as error:  # a RuntimeError when it shows while the file is closed
-            number = re.search(r"errno = (\d+)", str(error))
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error)) from error
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-
-    replace_atomically(path, write)
+    The file is made in memory: the HDF5 library can crash, at the latest when the program ends, where it cannot write to a full disk.
+    """
+    with h5py_module().File(str(path), "w", driver="core", backing_store=False) as file:
+        fill(file)
+        file.flush()
+        image = file.id.get_file_image()
+    write_atomically(path, lambda out: out.write(image))
 
 
 def read_model(path: str | Path) -> pb.NetParameter:

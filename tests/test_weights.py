@@ -295,7 +295,7 @@ except SnapshotError as error:
 """
 
 
-@pytest.mark.parametrize("limit", [500, 5000])  # seen while the file is closed, and while it is written
+@pytest.mark.parametrize("limit", [500, 5000])
 def test_a_quota_reached_in_mid_write_leaves_the_last_file_whole(tmp_path: Path, limit: int) -> None:
     path = tmp_path / "w.h5"
     net().save(path)

@@ -48,7 +48,7 @@ class SnapshotStore:
         self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
-        """Removes half-written files of processes that were killed (see files.replace_atomically)."""
+        """Removes half-written files of processes that were killed (see files.write_atomically)."""
         for path in self.folder.glob(f".{_literal(self.stem)}_*.partial-*"):
             number = path.name.rpartition("-")[2]
             if number.isdigit() and not _alive(int(number)):

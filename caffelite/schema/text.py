@@ -42,6 +42,7 @@ class _Reader:
 
     def __init__(self, tokens: Tokens) -> None:
         self.tokens = tokens
+        self._open: list[tuple[Any, Token]] = []  # the messages around the one being read: descriptor, opening brace of what is inside
 
     def read_fields(self, message: Message, places: SourceMap, closing: str, opened: Token | None) -> None:
         """Reads fields up to `closing` ("" stands for the end of the file), and takes it."""
@@ -73,7 +74,8 @@ class _Reader:
             raise tokens.fail(f"expected a field name of {message.DESCRIPTOR.name}, found {name}")
         field: Any = message.DESCRIPTOR.fields_by_name.get(name.text)
         if field is None:
-            raise tokens.fail(f"{message.DESCRIPTOR.name} has no field {name}", name, unknown_field_hint(message.DESCRIPTOR, name.text))
+            hint = self._unclosed_hint(name.text) or unknown_field_hint(message.DESCRIPTOR, name.text)
+            raise tokens.fail(f"{message.DESCRIPTOR.name} has no field {name}", name, hint)
         tokens.take()
         colon = tokens.accept(":")
         if not is_repeated(field):
@@ -84,6 +86,14 @@ class _Reader:
             self._read_list(message, field, name, places)
         else:
             self._read_value(message, field, name, places)
+
+    def _unclosed_hint(self, name: str) -> str | None:
+        """What to do about a field of a message further out: its writer thought that the messages inside that one were closed."""
+        for descriptor, opened in reversed(self._open):
+            if name in descriptor.fields_by_name:
+                missing, line = _CLOSING[opened.text], self.tokens.where(opened.offset).line
+                return f"'{name}' is a field of {descriptor.name}: is a '{missing}' missing before it? The '{opened.text}' of line {line} is still open"
+        return None
 
     def _check_first(self, field: FieldDescriptor, name: Token, places: SourceMap) -> None:
         earlier = places.children.get((field.name, 0))
@@ -129,7 +139,9 @@ class _Reader:
         opened = tokens.now
         if not tokens.accept("{<"):
             raise tokens.fail(f"expected '{{' to open '{field.name}', found {opened}", hint=f"write {field.name} {{ ... }}")
+        self._open.append((field.containing_type, opened))
         self.read_fields(child, node, _CLOSING[opened.text], opened)
+        self._open.pop()
         self.check_required(child, place)
 
     def check_required(self, message: Message, place: Token | None) -> None:

@@ -108,13 +108,24 @@ def _read_enum(tokens: Tokens, field: FieldDescriptor) -> int:
         return int(value.number)
     match = _INTEGER.fullmatch(token.text) if token.kind == NUMBER else None
     if match is None or len(token.text) > 20:
-        hint = f"write {field.name}: {token.short[1:-1]} without quotes" if token.kind == STRING and token.text[1:-1] in enum.values_by_name else None
-        raise _expected(tokens, field, "one of " + ", ".join(_names(enum)), hint=hint)
+        raise _expected(tokens, field, "one of " + ", ".join(_names(enum)), hint=_enum_text_hint(field, token))
     tokens.take()
     number = int(token.text, {"hex": 16, "octal": 8, "decimal": 10}[str(match.lastgroup)]) * (-1 if negative else 1)
     if number not in enum.values_by_number:
         raise tokens.fail(f"'{field.name}' has no value with number {number}", first, enum_hint(enum, ""))
     return number
+
+
+def _enum_text_hint(field: FieldDescriptor, found: Token) -> str | None:
+    if found.kind != STRING:
+        return None
+    enum: Any = field.enum_type
+    message: Any = field.containing_type
+    if found.text[1:-1] in enum.values_by_name:
+        return f"write {field.name}: {found.short[1:-1]} without quotes"
+    if message.name == "V1LayerParameter":
+        return "'layers' is Caffe's older form; a layer whose type is in quotes is written layer { ... }"
+    return None
 
 
 def _names(enum: EnumDescriptor) -> list[str]:

@@ -34,7 +34,8 @@ lint: $(VENV)/installed-dev
 $(VENV)/bin/python:
 	@command -v "$(PYTHON)" >/dev/null || { echo "make: $(PYTHON) was not found; name a Python of 3.10 or newer with PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) does not run or is older than 3.10; name a Python of 3.10 or newer with PYTHON=..." >&2; exit 1; }
-	"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "make: no virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo '"$(PYTHON)" -m venv $(VENV)'
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "make: no virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
 # pip runs once, and again when what it installs has changed; a failed run leaves no mark.
 $(VENV)/installed-run: pyproject.toml setup.py | $(VENV)/bin/python

@@ -13,9 +13,11 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 from caffelite.schema import read_net, read_solver, to_text
 
@@ -28,10 +30,34 @@ class StepFailed(Exception):
     """A command ended with an error, which it has told; holds its exit status."""
 
 
+class Stopped(Exception):
+    """A signal, whose number this holds, ended a command before its work was done."""
+
+
 def caffelite(*words: str | Path) -> None:
-    """Runs one command in sight of the user; StepFailed when it fails."""
+    """Runs one command in sight of the user. StepFailed when it fails, Stopped when a signal came.
+
+    The command is waited for after a signal too: it is the one that knows how to end, `train` with a snapshot.
+    """
     print("\n$ caffelite", shlex.join(map(str, words)), flush=True)
-    status = subprocess.run([sys.executable, "-m", "caffelite", *map(str, words)], check=False).returncode
+    signals: list[int] = []
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        if number == signal.SIGTERM:  # Ctrl-C reaches the command from the terminal
+            for process in processes:
+                process.terminate()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        processes.append(subprocess.Popen([sys.executable, "-m", "caffelite", *map(str, words)]))
+        status = processes[0].wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signals:
+        raise Stopped(signals[0])
     if status:
         raise StepFailed(status)
 
@@ -112,6 +138,9 @@ def main() -> int:
     except StepFailed as failed:
         print(f"\ntrain_demo: the command above failed (exit status {failed})", file=sys.stderr)
         return int(failed.args[0])
+    except Stopped as stopped:
+        print("\nstopped; the same command goes on from here")
+        return 128 + int(stopped.args[0])
     print("\n" + "\n".join(closing_lines(solver, picture)))
     return 0
 

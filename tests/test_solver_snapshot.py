@@ -188,6 +188,19 @@ def test_a_resumed_run_goes_on_counting_its_pairs(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == [f"s_iter_{n}.{kind}" for n in (4, 6) for kind in ("caffemodel", "solverstate")]
 
 
+def test_a_new_run_over_the_snapshots_of_another_is_told_so(tmp_path: Path) -> None:
+    def warnings(extra: str, resume: Path | None = None) -> list[str]:
+        heard = Recorder()
+        linear_solver(f'{RATE} snapshot_prefix: "{tmp_path}/s" {extra}', listeners=[heard]).solve(resume)
+        return [event[1] for event in heard.events if event[0] == "message" and event[3] == "W"]
+
+    assert not warnings("max_iter: 12 snapshot: 9")
+    (said,) = warnings("max_iter: 3")
+    assert said.startswith(f"{tmp_path}/s_iter_12.solverstate is of another run; ")
+    assert not warnings("max_iter: 3 snapshot_after_train: false")
+    assert not warnings("max_iter: 14", tmp_path / "s_iter_12.solverstate")
+
+
 def test_find_newest_skips_what_is_damaged_and_says_why(tmp_path: Path) -> None:
     solver = linear_solver(f'{RATE} max_iter: 20 snapshot: 2 snapshot_prefix: "{tmp_path}/s"')
     solver.solve()

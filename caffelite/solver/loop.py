@@ -181,6 +181,9 @@ class Solver:
         if resume is not None:
             self.tell(f"Resuming from {resume}", "caffe.cpp")
             self.restore(resume)
+        elif (p.snapshot or p.snapshot_after_train) and (other := self.snapshots.of_another_run()):
+            advice = "this run writes over its snapshots, and --snapshot auto takes the highest iteration: move them, or change snapshot_prefix"
+            self.tell(f"{other} is of another run; {advice}", "solver.cpp", "W")
         self._event("on_start", self)
         self.tell("Starting Optimization", "caffe.cpp")
         self.tell(f"Solving {self.net.name}", "solver.cpp")

@@ -47,6 +47,11 @@ class SnapshotStore:
             ) from error
         self._remove_leftovers()
 
+    def of_another_run(self) -> Path | None:
+        """The last state under this prefix, for a run that starts anew and has written none itself."""
+        found = _numbered(self.prefix, self.suffix)
+        return found[-1][1] if found else None
+
     def _remove_leftovers(self) -> None:
         """Removes half-written files of processes that were killed (see files.write_atomically)."""
         for path in self.folder.glob(f".{_literal(self.stem)}_*.partial-*"):

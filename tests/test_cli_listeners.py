@@ -21,7 +21,7 @@ from caffelite.cli.caffe_log import CaffeLog, output_lines, prefix
 from caffelite.cli.lines import LineFile
 from caffelite.cli.live import CLEAR, CountLine, LiveLine, duration
 from caffelite.cli.metrics import MetricsWriter
-from caffelite.cli.progress import ProgressLine
+from caffelite.cli.progress import ProgressLine, loss_text
 from caffelite.errors import CaffeliteError
 from caffelite.schema import pb
 from caffelite.solver.listeners import Output
@@ -86,20 +86,46 @@ def test_plain_lines_where_the_output_is_no_terminal() -> None:
     run_events([progress], fake_solver(iter_size=2), clock=clock)
     assert stream.getvalue().splitlines() == [
         "iteration 0: test accuracy 0.0000, loss 4.5000 over 500 records",
-        "iteration 0/1,000  loss 4  accuracy 0.0000  lr 0.01",
-        "iteration 100/1,000  loss 3  accuracy 0.0000  lr 0.01  1,000 images/s  ETA 1:30",
+        "iteration 0/1,000  loss 4.0000  accuracy 0.0000  lr 0.01",
+        "iteration 100/1,000  loss 3.0000  accuracy 0.0000  1,000 images/s  ETA 1:30  lr 0.01",
         "iteration 200: test accuracy 0.2000, loss 2.5000 over 500 records",
-        "iteration 200/1,000  loss 2  accuracy 0.2000  lr 0.01  1,000 images/s  ETA 1:20",
-        "iteration 300/1,000  loss 1  accuracy 0.2000  lr 1e-05  1,000 images/s  ETA 1:10",
+        "iteration 200/1,000  loss 2.0000  accuracy 0.2000  1,000 images/s  ETA 1:20  lr 0.01",
+        "iteration 300/1,000  loss 1.0000  accuracy 0.2000  1,000 images/s  ETA 1:10  lr 1e-05",
         "snapshot: snap_iter_400.caffemodel",
     ]
     assert (progress.iteration, progress.stopped, progress.scores, progress.model) == (400, False, {"accuracy": 0.2}, Path("snap_iter_400.caffemodel"))
 
 
+def test_losses_far_from_one_keep_their_digits() -> None:
+    assert [loss_text(loss) for loss in (2.47, 0.1, 0.000123456, 87.3365, 123456.7, math.nan, -3.0)] == [
+        "2.4700",
+        "0.1000",
+        "0.0001235",
+        "87.3365",
+        "1.235e+05",
+        "nan",
+        "-3.0000",
+    ]
+
+
+def test_warnings_and_debug_lines_are_shown() -> None:
+    stream = io.StringIO()
+    progress = ProgressLine(stream)
+    progress.on_message("Iteration 0, Testing net (#0)", "solver.cpp")
+    progress.on_message("    [Forward] Layer ip, top blob ip data: 0.5", "net.cpp")
+    progress.on_message("    [Backward] All net params (data, diff): L1 norm = (1, 2); L2 norm = (1, 2)", "net.cpp", "E")
+    progress.on_message("s_iter_3.solverstate is of another run", "solver.cpp", "W")
+    assert stream.getvalue().splitlines() == [
+        "    [Forward] Layer ip, top blob ip data: 0.5",
+        "    [Backward] All net params (data, diff): L1 norm = (1, 2); L2 norm = (1, 2)",
+        "warning: s_iter_3.solverstate is of another run",
+    ]
+
+
 def test_a_resumed_run_shows_its_own_numbers() -> None:
     stream, clock = io.StringIO(), Clock()
     run_events([ProgressLine(stream, clock)], fake_solver(300), start=300, clock=clock)
-    assert stream.getvalue().splitlines()[0] == "iteration 300/1,000  loss 1  lr 1e-05"
+    assert stream.getvalue().splitlines()[0] == "iteration 300/1,000  loss 1.0000  lr 1e-05"
 
 
 def test_time_spent_testing_does_not_count_as_training() -> None:
@@ -136,7 +162,8 @@ def test_the_live_line_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     assert screen.getvalue() == CLEAR + "x" * 29 + CLEAR + "kept\n"
 
 
-def test_a_pseudo_terminal_gets_the_live_line() -> None:
+def test_a_pseudo_terminal_gets_the_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     leader, follower = pty.openpty()
     with os.fdopen(follower, "w") as stream:
         clock = Clock()
@@ -148,7 +175,7 @@ def test_a_pseudo_terminal_gets_the_live_line() -> None:
         while not seen.endswith("caffemodel\r\n"):
             seen += os.read(leader, 65536).decode()
     os.close(leader)
-    assert "\r\x1b[Kiteration 1/1,000  loss 4  accuracy 0.0000  lr 0.01  500 images/s  ETA 1:40\r" in seen
+    assert "\r\x1b[Kiteration 1/1,000  loss 4.0000  accuracy 0.0000  500 images/s  ETA 1:40  lr 0.01\r" in seen
     assert seen.endswith("\r\x1b[Ksnapshot: snap_iter_5.caffemodel\r\n")
 
 

@@ -21,6 +21,11 @@ def images_per_iteration(solver: Solver) -> int:
     return solver.net.batch_size * max(solver.spec.param.iter_size, 1)
 
 
+def loss_text(loss: float) -> str:
+    """Four decimals, as tests show theirs, so that the line stays in place; four digits where these say little."""
+    return f"{loss:.4f}" if 0.1 <= abs(loss) < 1e5 else f"{loss:.4g}"
+
+
 class Pace:
     """How long iterations take, without the tests and snapshots between them. clock: seconds."""
 
@@ -50,7 +55,7 @@ class Pace:
 
 
 class ProgressLine(Listener):
-    """Shows iteration, loss, accuracy, learning rate, images a second and the time left.
+    """Shows iteration, loss, accuracy, images a second, the time left and the learning rate.
 
     On a terminal the line is live and tests and snapshots are lines above it; elsewhere each display is a line.
     """
@@ -105,8 +110,10 @@ class ProgressLine(Listener):
         self.line.print(f"best {output} so far ({value:.4f}): {model}")
 
     def on_message(self, text: str, source: str, severity: str = "I") -> None:
-        if severity != "I":
-            self.line.print(f"{'warning' if severity == 'W' else 'error'}: {text}")
+        if severity == "W":
+            self.line.print(f"warning: {text}")
+        elif text.startswith("    ["):  # debug_info, which Caffe too writes on the terminal
+            self.line.print(text)
 
     def on_end(self, stopped: bool) -> None:
         self.stopped = stopped
@@ -117,9 +124,10 @@ class ProgressLine(Listener):
         self.line.clear()
 
     def _text(self, iteration: int, loss: float) -> str:
-        parts = [f"iteration {iteration:,}/{self._max_iter:,}", f"loss {loss:.4g}"]
+        parts = [f"iteration {iteration:,}/{self._max_iter:,}", f"loss {loss_text(loss)}"]
         parts += [f"{label} {value:.4f}" for label, value in list(self.scores.items())[:1]]
-        parts += [f"lr {self._lr:g}"] if self._lr is not None else []
         mean = self.pace.mean
         parts += [f"{self._batch / mean:,.0f} images/s", f"ETA {duration((self._max_iter - iteration) * mean)}"] if mean else []
+        # Last, as it is what a narrow terminal may cut off.
+        parts += [f"lr {self._lr:.4g}"] if self._lr is not None else []
         return "  ".join(parts)

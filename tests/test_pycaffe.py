@@ -336,10 +336,15 @@ def test_an_inner_products_copy_comes_and_goes_with_the_shape(folder: Path, rng)
     net = caffe.Net(str(folder / "flat.prototxt"), caffe.TEST)
     x = rng.normal(size=(4, 48)).astype(np.float32)
     w, b = net.params["ip"][0].data.astype(np.float64), net.params["ip"][1].data
-    for shape in ((4, 3, 4, 4), (4, 48, 1, 1), (4, 3, 4, 4), (4, 12, 2, 2)):
+    for shape in ((4, 3, 4, 4), (2, 48, 1, 1), (3, 3, 4, 4), (4, 12, 2, 2), (4, 48)):
+        rows = x[: shape[0]]
         net.blobs["data"].reshape(*shape)
-        out = net.forward(data=x.reshape(shape))
-        np.testing.assert_allclose(out["ip"], x @ w.T + b, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(net.forward(data=rows.reshape(shape))["ip"], rows @ w.T + b, rtol=1e-4, atol=1e-5)
+    net.blobs["data"].reshape(4, 6, 2, 2)
+    with pytest.raises(SpecError, match="layer 'ip': its parameters would change shape"):
+        net.reshape()
+    net.blobs["data"].reshape(4, 48)
+    np.testing.assert_allclose(net.forward(data=x)["ip"], x @ w.T + b, rtol=1e-4, atol=1e-5)
 
 
 # --- weights -------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from caffelite import backends
+from caffelite.backends.onednn import library
 from caffelite.errors import BackendError
 
 
@@ -69,6 +70,7 @@ def test_threads_come_from_the_environment_or_the_argument(onednn: Any, count: i
     code = f"""
 from caffelite import backends
 from caffelite.backends.onednn import library
+from caffelite.backends.onednn import library
 print(backends.get("onednn").threads, library.thread_count(), backends.get("onednn", threads={count + 1}).threads, library.thread_count())
 """
     done = python(code, OMP_NUM_THREADS=str(count))
@@ -88,3 +90,17 @@ def test_bfloat16_is_fast_or_said_to_be_slow(onednn: Any, monkeypatch: pytest.Mo
     assert onednn.supports("float32") is None
     with pytest.raises(BackendError, match="tf32"):
         onednn.supports("tf32")
+
+
+@pytest.mark.parametrize(("given", "seen"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_idle_threads_sleep_soon_unless_the_environment_says_otherwise(given: dict[str, str], seen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    during: list[str | None] = []
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda path: during.append(os.environ.get("GOMP_SPINCOUNT")))
+    with pytest.raises(BackendError, match="not a oneDNN library"):
+        library._open.__wrapped__("some path")
+    assert during == [seen]
+    assert os.environ.get("GOMP_SPINCOUNT") == given.get("GOMP_SPINCOUNT")

@@ -6,6 +6,7 @@ import ctypes
 import importlib.metadata
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 from caffelite.errors import BackendError
@@ -13,6 +14,7 @@ from caffelite.errors import BackendError
 NAME = "libdnnl.so.3"
 WHEEL = "onednn-cpu-gomp"
 VARIABLE = "CAFFELITE_DNNL"
+SPINS = "GOMP_SPINCOUNT"
 INSTALL = f"install it with 'pip install {WHEEL}' (Linux, x86-64), or name a {NAME} in the environment variable {VARIABLE}, or use --backend numpy"
 
 
@@ -56,7 +58,8 @@ def _try(path: str, tried: list[str]) -> ctypes.CDLL | None:
 
 @cache
 def _open(path: str) -> ctypes.CDLL:
-    library = ctypes.CDLL(path)
+    with _short_spins():
+        library = ctypes.CDLL(path)
     try:
         library.dnnl_version.restype = ctypes.POINTER(Version)
         found = library.dnnl_version().contents
@@ -65,6 +68,23 @@ def _open(path: str) -> ctypes.CDLL:
     if found.major != 3:
         raise BackendError(f"{path} is oneDNN {found.major}.{found.minor}, version 3 is needed", hint=INSTALL)
     return library
+
+
+@contextmanager
+def _short_spins() -> Iterator[None]:
+    """Lets idle OpenMP threads sleep soon, unless the environment says how they wait; libgomp reads it while it is loaded.
+
+    By default they spin for milliseconds at the end of each op. When another program needs a processor, the thread that all
+    wait for may be the one that was set aside, and every op takes a scheduler's time slice (8 ms instead of 0.1).
+    """
+    if "OMP_WAIT_POLICY" in os.environ or SPINS in os.environ:
+        yield
+        return
+    os.environ[SPINS] = "2000"
+    try:
+        yield
+    finally:
+        del os.environ[SPINS]
 
 
 def set_threads(count: int) -> None:

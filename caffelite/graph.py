@@ -172,9 +172,9 @@ def _check_names(entries: Sequence[LayerEntry]) -> None:
     seen: dict[str, SourceMap] = {}
     for param, where in entries:
         if param.name in seen:
-            first = seen[param.name].at("name")
+            first, called = seen[param.name].at("name"), f"named '{param.name}'" if param.name else "without a name"
             raise SpecError(
-                f"a second layer named '{param.name}' in the same phase{f'; the first is at {first}' if first else ''}",
+                f"a second layer {called} in the same phase{f'; the first is at {first}' if first else ''}",
                 where=where.at("name"),
                 hint="weights are found by layer name: give each layer its own",
             )

@@ -247,3 +247,51 @@ def test_fillers_are_checked_before_anything_is_allocated() -> None:
         + 'layer { name: "c" type: "Convolution" bottom: "x" top: "c" convolution_param { num_output: 1 kernel_size: 1 weight_filler { type: "xaver" } } }'
     )
     assert "net.prototxt:2:109: layer 'c': unknown filler type 'xaver': did you mean 'xavier'?" in fails(text)
+
+
+# --- what Caffe gets wrong silently ------------------------------------------------------------------------------------
+
+
+def test_layers_without_a_name_are_refused_too() -> None:
+    text = fails(INPUT + layer("ReLU", "", "x", "a") + layer("ReLU", "", "a", "b"))
+    assert "net.prototxt:3:" in text
+    assert "a second layer without a name" in text
+
+
+def test_in_place_over_the_tops_of_a_split_is_refused() -> None:
+    text = fails(INPUT + conv("conv", "x") + layer("Split", "s", "conv", "a b") + layer("ReLU", "r", "a", "a"))
+    assert "layer 'r': writes 'a' in place, which lies in the memory of 'conv'" in text
+
+
+def test_a_loss_weight_that_its_own_gradient_would_overwrite_is_refused() -> None:
+    chain = INPUT + conv("conv", "x") + layer("ReLU", "r", "conv", "conv", "loss_weight: 0.1")
+    assert "layer 'r': 'conv' has a loss weight and is written in place" in fails(chain)
+    frozen = chain.replace("num_output: 3", "num_output: 3 bias_term: false").replace('"conv"  convolution', '"conv" param { lr_mult: 0 } convolution')
+    assert graph(frozen).nodes[-1].loss_weights == [pytest.approx(0.1)]
+
+
+def test_an_implicit_loss_weight_with_another_gradient_is_refused() -> None:
+    top = layer("Power", "again", "loss", "again", "loss_weight: 1")
+    text = fails(INPUT + conv("conv", "x") + LOSS + top)
+    assert "layer 'loss': layer 'again' sends a gradient into 'loss', which is a loss itself\n  write loss_weight: 1 here" in text
+    built = graph(INPUT + conv("conv", "x") + LOSS.replace('top: "loss" ', 'top: "loss" loss_weight: 1') + top)
+    assert [n.loss_weights for n in built.nodes[-3:]] == [[0.0], [1.0, 0.0], [1.0]]
+
+
+def test_each_top_keeps_its_own_loss_weight_when_one_gets_a_split() -> None:
+    built = graph(INPUT + layer("Slice", "s", "x", "a b c", "loss_weight: 0.5 loss_weight: 0.25 loss_weight: 0.125") + layer("Power", "p", "a", "p"))
+    assert [n.loss_weights for n in built.nodes[1:3]] == [[0.0, 0.25, 0.125], [0.5, 0.0]]
+
+
+def test_labels_that_would_need_a_gradient_are_refused_under_force_backward_too() -> None:
+    text = "force_backward: true\n" + INPUT + conv("conv", "x") + layer("InnerProduct", "ip", "conv", "ip", "inner_product_param { num_output: 5 }")
+    learned = layer("InnerProduct", "lab", "x", "lab", "inner_product_param { num_output: 1 }")
+    assert "SoftmaxWithLoss has no gradient for its bottom 'lab'" in fails(text + learned + layer("SoftmaxWithLoss", "loss", "ip lab", "loss"))
+
+
+def test_losses_without_tops_have_blobs_of_their_own() -> None:
+    losses = "".join(layer("EuclideanLoss", f"l{i}", "x y", "") for i in range(3))
+    built = graph(INPUT + layer("Power", "p", "x", "y") + losses)
+    assert [n.tops[0].name for n in built.nodes if n.layer.is_loss] == ["(automatic)", "(automatic)_1", "(automatic)_2"]
+    assert built.outputs == ["t"]
+    assert all(built.blobs[n.tops[0].name].persistent for n in built.nodes if n.layer.is_loss)

@@ -330,7 +330,7 @@ def test_a_shape_that_does_not_fit_leaves_the_net_usable(net: caffe.Net, rng) ->
 
 
 def test_an_inner_products_copy_comes_and_goes_with_the_shape(folder: Path, rng) -> None:
-    text = 'layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 4 dim: 48 } } }'
+    text = 'force_backward: true layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 4 dim: 48 } } }'
     text += 'layer { name: "ip" type: "InnerProduct" bottom: "data" top: "ip" inner_product_param { num_output: 5 weight_filler { type: "msra" } } }'
     (folder / "flat.prototxt").write_text(text)
     net = caffe.Net(str(folder / "flat.prototxt"), caffe.TEST)
@@ -345,6 +345,7 @@ def test_an_inner_products_copy_comes_and_goes_with_the_shape(folder: Path, rng)
         net.reshape()
     net.blobs["data"].reshape(4, 48)
     np.testing.assert_allclose(net.forward(data=x)["ip"], x @ w.T + b, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(net.backward(ip=np.ones((4, 5)))["data"], np.tile(w.sum(0), (4, 1)), rtol=1e-4, atol=1e-5)
 
 
 # --- weights -------------------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ class Layer:
     def top_dtypes(self, bottoms: Sequence[str], compute: str) -> list[str]:
         """dtypes of the tops, "float32" or "bfloat16"; `compute` is the net's activation type.
 
-        Layers that only move values (Split, Concat, Slice, Flatten, Reshape) keep the bottom's dtype: labels stay float32."""
+        Layers that move values (Split, Concat, Slice, Flatten, Reshape) or take them one by one keep the bottom's dtype: labels stay float32."""
         return [compute] * max(len(self.param.top), 1)
 
     def param_specs(self, bottoms: Sequence[Shape]) -> list[ParamSpec]:

@@ -246,6 +246,19 @@ def test_sharing_is_refused_where_shapes_differ(backend) -> None:
     assert other.params["a"][0].master is before
 
 
+def test_class_numbers_stay_exact_in_bfloat16(backend) -> None:
+    text = """layer { name: "in" type: "Input" top: "x" top: "t" input_param { shape { dim: 3 dim: 600 } shape { dim: 3 } } }
+    layer { name: "from_1" type: "Power" bottom: "t" top: "t0" power_param { shift: -1 } }
+    layer { name: "same" type: "Eltwise" bottom: "t0" bottom: "t0" top: "t1" eltwise_param { operation: MAX } }
+    layer { name: "loss" type: "SoftmaxWithLoss" bottom: "x" bottom: "t1" top: "loss" }"""
+    net, scores = make(backend, text, precision="bfloat16"), np.zeros((3, 600))
+    classes = np.array([257, 515, 599])
+    scores[np.arange(3), classes] = 40
+    values(net, x=scores, t=classes + 1)
+    net.forward()
+    assert net.loss() == pytest.approx(0, abs=1e-6)
+
+
 # --- running -------------------------------------------------------------------------------------------------------------
 
 

@@ -9,10 +9,10 @@ from caffelite.layer import Layer
 
 
 class Elementwise(Layer):
-    """One bottom, one top of the same shape; in place the top also keeps the bottom's dtype."""
+    """A top of bottom 0's shape and dtype: class numbers (float32) shifted by a Power layer, say, stay exact in bfloat16."""
 
     def infer_shapes(self, bottoms: Sequence[Shape]) -> list[Shape]:
         return [tuple(bottoms[0])]
 
     def top_dtypes(self, bottoms: Sequence[str], compute: str) -> list[str]:
-        return [bottoms[0] if self.in_place_here else compute]
+        return [bottoms[0]]

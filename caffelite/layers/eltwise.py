@@ -38,6 +38,9 @@ class Eltwise(Layer):
                 raise self.fail(f"bottom {i} has shape {shape}, bottom 0 {bottoms[0]}", "bottom", i, hint="all bottoms have the same shape")
         return [tuple(bottoms[0])]
 
+    def top_dtypes(self, bottoms: Sequence[str], compute: str) -> list[str]:
+        return [bottoms[0] if len(set(bottoms)) == 1 else compute]
+
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
         return {"winner": BufferSpec(bottoms[0], "uint8")} if self.operation == pb.EltwiseParameter.MAX else {}
 

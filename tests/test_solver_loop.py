@@ -134,6 +134,18 @@ def test_the_whole_set_is_scored_again_in_every_test() -> None:
     assert first[3] == second[3]
 
 
+def test_a_shuffled_set_is_scored_whole_after_a_restore_brought_another_seed(tmp_path: Path) -> None:
+    net = IMAGES.replace("batch_size: 30", "batch_size: 30 shuffle: true")
+    state = make_solver(f'{RATE} random_seed: 1 snapshot_prefix: "{tmp_path}/s"', net).snapshot()
+    heard = Recorder()
+    solver = make_solver(f"{RATE} test_interval: 1 random_seed: 5", net, listeners=[heard])
+    solver.test_all()
+    solver.restore(state)
+    solver.test_all()
+    _, loss = mean_over(solver, [(0, 200)])
+    assert value_of(heard.named("test")[1][3], "loss") == pytest.approx(loss, rel=1e-6)
+
+
 def test_a_set_smaller_than_the_batch() -> None:
     heard = Recorder()
     solver = make_solver(f"{RATE} test_interval: 1 random_seed: 1", IMAGES.replace("batch_size: 30", "batch_size: 256"), listeners=[heard])
@@ -321,3 +333,11 @@ def test_initial_weights_are_loaded_into_all_nets(tmp_path: Path) -> None:
     solver = make_solver(f'{RATE} test_interval: 1 test_iter: 1 weights: "{tmp_path}/w.caffemodel"', LINEAR, listeners=[heard])
     np.testing.assert_array_equal(weights_of(solver)["ip/0"], weights_of(source)["ip/0"])
     assert heard.messages().count(f"Finetuning from {tmp_path}/w.caffemodel") == 2
+    assert not any(text.startswith("Ignoring") for text in heard.messages())
+
+
+def test_layers_that_find_no_place_in_the_net_are_told(tmp_path: Path) -> None:
+    make_solver(RATE, LINEAR + 'layer { name: "score" type: "Power" bottom: "loss" top: "score" }').net.save(tmp_path / "w.caffemodel")
+    heard = Recorder()
+    make_solver(f'{RATE} weights: "{tmp_path}/w.caffemodel"', LINEAR, listeners=[heard])
+    assert [event[1:] for event in heard.named("message") if "Ignoring" in event[1]] == [("Ignoring source layer score", "net.cpp", "I")]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import lmdb
@@ -13,7 +15,9 @@ import numpy as np
 import pytest
 from data_samples import numbered, write_lmdb
 
+from caffelite.data import lmdb_source
 from caffelite.data.lmdb_source import Database, Writer
+from caffelite.data.mdb_check import check_mdb
 from caffelite.errors import DataError
 
 COUNT = 300
@@ -62,6 +66,29 @@ def test_one_file_serves_several_users_in_a_process(tmp_path: Path) -> None:
     assert [bytes(value) for _, value in reader.read([0, 1], ordered=False)] == [b"a", b"b"]
     reader.close()
     second.close()
+
+
+def test_the_garbage_collector_may_close_a_forgotten_database_while_another_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (write_lmdb(tmp_path / name, [b"a"]) for name in ("first", "second"))
+    forgotten: list[object] = [Database(first)]
+    forgotten.append(forgotten)  # only the collector can free a circle
+    del forgotten
+    opened: list[Database] = []
+
+    def check(file: str, path: str) -> None:
+        gc.collect()
+        check_mdb(file, path)
+
+    monkeypatch.setattr(lmdb_source, "check_mdb", check)
+    thread = threading.Thread(target=lambda: opened.append(Database(second)), daemon=True)  # which would wait for itself for ever
+    thread.start()
+    thread.join(60)
+    assert len(opened) == 1
+    status = [os.stat(path / "data.mdb") for path in (first, second)]
+    keys = [(each.st_dev, each.st_ino) for each in status]
+    assert [key in lmdb_source._open for key in keys] == [False, True]
+    opened[0].close()
+    assert keys[1] not in lmdb_source._open
 
 
 def test_another_process_reads_at_the_same_time_without_a_lock_file(tmp_path: Path) -> None:

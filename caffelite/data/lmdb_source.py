@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,10 +18,12 @@ from caffelite.errors import DataError, Where
 Value = memoryview
 FIRST_MAP = 10 * 2**20  # bytes; doubled when full
 LONGEST_KEY = 511  # LMDB's limit
+LOCK_FILE = 8192  # bytes: the lock file of an environment with LMDB's default of 126 readers
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # LMDB reports a write that was cut short as EIO
 
 _open: dict[tuple[int, int], tuple[Any, int]] = {}  # (device, inode) of a data file: its environment and how many use it
 _open_lock = threading.Lock()
+_ended: deque[tuple[int, int]] = deque()  # data files that a user is done with, to be noted in _open
 
 
 def data_file(path: str) -> str:
@@ -92,13 +95,16 @@ class Database:
 
 def _acquire(key: tuple[int, int], file: str, path: str) -> Any:
     """The environment of a data file. lmdb must not open one file twice in a process, so environments are shared."""
-    with _open_lock:
-        environment, users = _open.get(key, (None, 0))
-        if environment is None:
-            check_mdb(file, path)
-            environment = _environment(file, path)
-        _open[key] = (environment, users + 1)
-        return environment
+    try:
+        with _open_lock:
+            environment, users = _open.get(key, (None, 0))
+            if environment is None:
+                check_mdb(file, path)
+                environment = _environment(file, path)
+            _open[key] = (environment, users + 1)
+            return environment
+    finally:
+        _settle()
 
 
 def _environment(file: str, path: str) -> Any:
@@ -110,13 +116,25 @@ def _environment(file: str, path: str) -> Any:
 
 
 def _release(key: tuple[int, int]) -> None:
-    with _open_lock:
-        environment, users = _open[key]
-        if users > 1:
-            _open[key] = (environment, users - 1)
-        else:
-            del _open[key]
-            environment.close()
+    """Notes that a user is done. The garbage collector may call this at any moment, also while this very thread holds the lock."""
+    _ended.append(key)
+    _settle()
+
+
+def _settle() -> None:
+    """Closes what nobody uses any more. Whoever holds the lock comes by here afterwards, so nobody need wait for it."""
+    while _ended and _open_lock.acquire(blocking=False):
+        try:
+            while _ended:
+                key = _ended.popleft()
+                environment, users = _open[key]
+                if users > 1:
+                    _open[key] = (environment, users - 1)
+                else:
+                    del _open[key]
+                    environment.close()
+        finally:
+            _open_lock.release()
 
 
 class Reader:
@@ -163,6 +181,13 @@ class Reader:
         self._transaction.abort()
 
 
+def _reserve_lock_file(path: str) -> None:
+    """Gives LMDB's lock file its room on the disk: LMDB writes it through a memory map, where a full disk is a signal that kills."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, LOCK_FILE)
+
+
 class Writer:
     """Writes a new LMDB in folder `path`, which must exist, in growing keys. Call put() with batches, then finish().
 
@@ -172,8 +197,9 @@ class Writer:
     def __init__(self, path: str) -> None:
         self.path = path
         try:
+            _reserve_lock_file(os.path.join(path, "lock.mdb"))
             self._environment = lmdb.open(path, map_size=FIRST_MAP, sync=False, metasync=False)
-        except lmdb.Error as error:
+        except (lmdb.Error, OSError) as error:
             raise self._failure(error) from error
 
     def put(self, records: Iterable[tuple[bytes, bytes]]) -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "caffelite"
 # From the bottom up. A part may import parts of lower levels, and itself. Parts of one level do not know each other.
 LEVELS = [
     {"errors", "blob", "caffelite_pb2"},
-    {"files", "schema", "backends.contract"},
+    {"files", "machine", "schema", "backends.contract"},
     {"fillers", "splits", "data", "hdf5"},
     {"layer"},
     {"layers", "legality"},

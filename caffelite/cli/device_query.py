@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from caffelite import __version__
 from caffelite.cli.common import PRECISIONS, Parser, json_text
 from caffelite.errors import BackendError, CaffeliteError, SpecError
+from caffelite.machine import processors
 
 if TYPE_CHECKING:
     from caffelite.backends.contract import Backend
@@ -49,12 +50,11 @@ def cpu_facts() -> dict[str, Any]:
         fields = [line.partition(":") for line in info.read_text(encoding="utf-8", errors="replace").splitlines()]
         model = next((value.strip() for key, _, value in fields if key.strip() == "model name"), model)
         flags = {flag for key, _, value in fields if key.strip() in ("flags", "Features") for flag in value.split()}
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "model": model,
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "usable_cores": usable,
+        "usable_cores": processors(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
     }

@@ -20,6 +20,7 @@ from caffelite.data.importers import Part, Plan
 from caffelite.data.lmdb_source import LONGEST_KEY, Database, Writer
 from caffelite.errors import DataError, SpecError, Where
 from caffelite.files import sync_directory, write_atomically
+from caffelite.machine import processors
 
 KINDS = ("imagefolder", "list", "tiny-imagenet", "mnist", "cifar10")
 ENCODINGS = ("png", "jpg")
@@ -97,8 +98,9 @@ def convert_dataset(
         _refuse_existing(target, force)
     if any(part.pixels is not None for part in plan.parts) and (resize or encoded or encode_type or (gray and kind != "mnist")):
         raise SpecError(f"resize, gray and encoded do not go with {kind} files", hint="they are stored as they are; resize or convert the images first")
-    workers = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    job = _Job(settings, workers, np.random.default_rng(seed) if shuffle else None, allow_bad, force, progress, sum(_size(part) for part in plan.parts))
+    job = _Job(
+        settings, threads or processors(), np.random.default_rng(seed) if shuffle else None, allow_bad, force, progress, sum(_size(part) for part in plan.parts)
+    )
     try:
         for part, target in zip(plan.parts, targets):
             job.write(part, target)

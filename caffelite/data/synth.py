@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from caffelite.data.synth_patterns import SHAPES, TEXTURES, TURN, Field, Pattern, uniform
 from caffelite.errors import DataError, SpecError
+from caffelite.machine import processors
 
 MAX_CLASSES = len(SHAPES) + len(TEXTURES)
 CHUNK = 50  # images drawn together; part of the random stream: another number gives other images
@@ -129,7 +130,7 @@ def _draw_all(
     """Draws and writes every chunk; returns the box lines of each. NumPy and Pillow let threads run side by side."""
     classes, total, done = 1 + max(task.label for task in tasks), sum(task.count for task in tasks), 0
     lines = {}
-    pool = ThreadPoolExecutor(threads or os.cpu_count())
+    pool = ThreadPoolExecutor(threads or processors())
     try:
         for task, chunk in zip(tasks, pool.map(lambda task: _draw_chunk(root, task, seed, size, classes), tasks)):
             lines[task] = chunk

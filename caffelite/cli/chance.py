@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from caffelite.errors import DataError
+
 if TYPE_CHECKING:
     from caffelite.net import Net
     from caffelite.solver.loop import Solver
@@ -37,14 +39,22 @@ def net_chances(net: Net) -> dict[str, float]:
 
 def label_shares(net: Net) -> list[float]:
     """The share of each label in the net's database, the largest first; empty where there is no one database, or a very large one."""
-    from caffelite.schema import parse_datum
-
     if len(net.data_layers) != 1 or net.data_layers[0].source.count > MOST_RECORDS:
         return []
     database = net.data_layers[0].source.database
     reader = database.reader()
     try:
-        labels = Counter(parse_datum(bytes(value)).label for _, value in reader.read(range(database.count), ordered=True))
+        labels = Counter(_label(database.path, key, value) for key, value in reader.read(range(database.count), ordered=True))
     finally:
         reader.close()
     return [count / database.count for _, count in labels.most_common()]
+
+
+def _label(database: str, key: bytes, value: memoryview) -> int:
+    from caffelite.data.source import placed
+    from caffelite.schema import parse_datum
+
+    try:
+        return parse_datum(bytes(value)).label
+    except DataError as error:
+        raise placed(error, database, key) from error

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,7 @@ def image_folder(source: Path) -> Plan:
 
 def image_list(source: Path, root: Path | None = None) -> Plan:
     """Lines "PATH LABEL" (split at the last space), paths relative to `root` or else to the list's own folder."""
-    try:
-        text = source.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the list cannot be read: {error}", where=Where(str(source)), hint='expected lines "PATH LABEL"') from error
+    text = _text(source, 'expected lines "PATH LABEL"')
     base = source.parent if root is None else root
     files = [_line(line, number, source, base) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not files:
@@ -85,6 +83,16 @@ def _line(line: str, number: int, source: Path, base: Path) -> ImageFile:
     return ImageFile(str(base / name), name, value)
 
 
+def _text(path: Path, expected: str) -> str:
+    """The content of a text file. DataError when it cannot be read or is no text."""
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=Where(str(path)), hint=expected) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"this is no text in UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x})", where=Where(str(path)), hint=expected) from error
+
+
 def _need_folder(source: Path) -> None:
     if not source.is_dir():
         what = "this is a file, expected a folder" if source.exists() else "no such folder"
@@ -95,12 +103,19 @@ def _images(folder: str, prefix: str, label: int) -> Iterator[ImageFile]:
     """All image files below a folder, numbers inside names in their natural order; `prefix` becomes the beginning of their names."""
     if not os.path.isdir(folder):
         raise DataError("no such folder, though it is named as a class", where=Where(folder))
-    for where, folders, names in os.walk(folder):
+    for where, folders, names in os.walk(folder, onerror=_refuse):
         folders.sort(key=_natural)
         below = prefix + where[len(folder) :].replace(os.sep, "/")
         for name in sorted(names, key=_natural):
             if os.path.splitext(name)[1].lower() in ENDINGS and not name.startswith("."):
                 yield ImageFile(f"{where}{os.sep}{name}", f"{below}/{name}", label)
+
+
+def _refuse(error: OSError) -> None:
+    """os.walk passes over folders that cannot be read, and with them their images, unless told otherwise."""
+    raise DataError(
+        f"this folder cannot be read: {error.strerror or error}", where=Where(str(error.filename)), hint="give yourself the right to read it"
+    ) from error
 
 
 def _natural(name: str) -> list[str | int]:
@@ -110,7 +125,7 @@ def _natural(name: str) -> list[str | int]:
 
 def _wnids(source: Path) -> list[str]:
     path = source / "wnids.txt"
-    names = path.read_text("utf-8").split() if path.is_file() else []
+    names = _text(path, "expected a class on each line").split() if path.is_file() else []
     if len(set(names)) != len(names):
         raise DataError("a class is named twice", where=Where(str(path)))
     return names
@@ -140,7 +155,7 @@ def tiny_imagenet(source: Path) -> Plan:
 
 def _annotated(path: Path, source: Path, labels: dict[str, int]) -> list[ImageFile]:
     files = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path, "expected lines of an image and its class").splitlines(), 1):
         fields = line.split("\t") if "\t" in line else line.split()
         if not fields or not line.strip():
             continue
@@ -154,7 +169,7 @@ def _annotated(path: Path, source: Path, labels: dict[str, int]) -> list[ImageFi
 def _words(path: Path, classes: Sequence[str]) -> list[str] | None:
     if not path.is_file():
         return None
-    known = dict(line.split("\t", 1) for line in path.read_text("utf-8").splitlines() if "\t" in line)
+    known = dict(line.split("\t", 1) for line in _text(path, "expected lines of a class, a tab and its name").splitlines() if "\t" in line)
     return [known.get(name, name).strip() for name in classes]
 
 
@@ -199,7 +214,7 @@ def _idx(path: Path, axes: int) -> npt.NDArray[np.uint8]:
     """An idx file of unsigned bytes: 0, 0, type 8, number of axes, then big-endian sizes, then the values."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", where=Where(str(path))) from error
     start = 4 + 4 * axes
     if len(content) < start or content[:4] != bytes((0, 0, 8, axes)):
@@ -264,5 +279,5 @@ class _SafeUnpickler(pickle.Unpickler):
 def _cifar_classes(folder: Path) -> list[str]:
     path = folder / "batches.meta.txt"
     if path.is_file():
-        return path.read_text("utf-8").split()
+        return _text(path, "expected a class on each line").split()
     return ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

@@ -23,6 +23,8 @@ def get(name: str = "auto", threads: int | None = None) -> Backend:
         return _onednn(threads)
     if name == "numpy":
         return _numpy(threads)
+    if name in ("cuda", "gpu"):
+        raise BackendError("this version of caffelite has no CUDA support", hint=f"known backends: auto, {', '.join(NAMES)}")
     raise BackendError(f"unknown backend '{name}'", hint=f"known ones: auto, {', '.join(NAMES)}")
 
 

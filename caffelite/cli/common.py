@@ -117,13 +117,13 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu", metavar="ID", help="run on a GPU (needs CUDA support; there is no silent fall-back to the CPU)")
 
 
-def add_state_flags(parser: argparse.ArgumentParser, *, phase: bool) -> None:
-    """--level and --stage, and --phase where a command serves both."""
+def add_state_flags(parser: argparse.ArgumentParser, *, phase: bool, whose: str = "the net's") -> None:
+    """--level and --stage, and --phase where a command serves both. whose: which net's state it is, for the help."""
     group = parser.add_argument_group("state")
     if phase:
         group.add_argument("--phase", type=one_of("TRAIN", "TEST"), metavar="P", help="TRAIN or TEST (default: %(default)s)", default="TRAIN")
-    group.add_argument("--level", type=int, default=0, metavar="N", help="the net's level, for include and exclude rules (default: 0)")
-    group.add_argument("--stage", type=comma_list, default=[], metavar="A,B", help="the net's stages, for include and exclude rules")
+    group.add_argument("--level", type=int, default=0, metavar="N", help=f"{whose} level, for include and exclude rules (default: 0)")
+    group.add_argument("--stage", type=comma_list, default=[], metavar="A,B", help=f"{whose} stages, for include and exclude rules")
 
 
 def open_backend(args: argparse.Namespace, *, gpu_mode: Where | None = None) -> Backend:

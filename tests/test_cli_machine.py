@@ -1,0 +1,107 @@
+"""Flags and environment that several commands share: backend, precision, GPU, level and stages, what signals do."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_harness import SOLVER, TEST, TRAIN, make_run, said
+
+from caffelite.cli.train import apply_flags, build_parser
+from caffelite.errors import DataError
+from caffelite.schema import solver_from_text
+from caffelite.solver.config import test_choices as choices_of_tests
+from caffelite.solver.config import train_choice
+
+WEIGHTS = "out/small_iter_4.caffemodel"
+COMMANDS = {"test": (*TEST, WEIGHTS), "time layers": ("time", "--model", "net.prototxt"), "time steps": ("time", "--solver", "solver.prototxt")}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained run."""
+    return make_run(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That folder as the working folder."""
+    monkeypatch.chdir(made)
+    return made
+
+
+@pytest.mark.parametrize("how", ["flag", "environment"])
+def test_the_backend_is_chosen_by_flag_or_environment(
+    folder: Path, backend: Any, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--backend", backend.name] if how == "flag" else []
+    monkeypatch.setenv("CAFFELITE_BACKEND", "nonsense" if how == "flag" else backend.name)  # the flag wins
+    for command in COMMANDS.values():
+        assert json.loads(said(capsys, *command, *flags, "--iterations", "1", "--json")[0])["backend"] == backend.name
+    said(capsys, *_train(tmp_path), *flags)
+    assert _start(tmp_path)["backend"] == backend.name
+
+
+def _train(folder: Path) -> tuple[str, ...]:
+    """Trains one iteration with snapshots in a folder of their own."""
+    (folder / "solver.prototxt").write_text(SOLVER.replace("out/small", f"{folder}/small"))
+    return ("train", "--solver", str(folder / "solver.prototxt"), "--iterations", "1")
+
+
+def _start(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "small_metrics.jsonl").read_text().splitlines()[0])
+    return found
+
+
+def test_precision_reaches_every_command(folder: Path, backend: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        flags = ("--backend", backend.name, "--precision", precision)
+        for command in COMMANDS.values():
+            found = json.loads(said(capsys, *command, *flags, "--iterations", "1", "--json")[0])
+            assert found["precision"] == precision
+            losses += [found["outputs"]["loss"]] if "outputs" in found else []
+        said(capsys, *_train(tmp_path), *flags)
+        assert _start(tmp_path)["precision"] == precision
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+@pytest.mark.parametrize("command", [TRAIN, *COMMANDS.values()], ids=["train", *COMMANDS])
+def test_a_gpu_is_refused_and_never_replaced(folder: Path, command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--gpu", "0"], ["-gpu=all"], ["--backend", "cuda"]):
+        out, err = said(capsys, *command, *flags, status=1)
+        assert (out, "this version of caffelite has no CUDA support" in err) == ("", True)
+
+
+def test_level_and_stages_are_the_training_nets() -> None:
+    """As in Caffe: a test net has the solver's test_state."""
+    net = 'layer { name: "x" type: "Input" top: "x" input_param { shape { dim: 1 } } }'
+    spec = solver_from_text(f'net_param {{ {net} }} test_iter: 1 test_interval: 1 test_state {{ stage: "t" }}')
+    apply_flags(spec, build_parser("train").parse(["--solver", "s", "--level", "2", "--stage", "a,b"]))
+    train = train_choice(spec)
+    assert (train.level, train.stages) == (2, ("a", "b"))
+    assert [(test.level, test.stages) for test in choices_of_tests(spec, train)] == [(0, ("t",))]
+
+
+def test_what_signals_do_is_chosen_by_flags(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+
+    def solver(spec: object, **options: Any) -> None:
+        seen.append(options["effects"])
+        raise DataError("seen enough")
+
+    monkeypatch.setattr("caffelite.cli.train.Solver", solver)
+    said(capsys, *TRAIN, status=1)
+    said(capsys, *TRAIN, "--sigint_effect=snapshot", "-sighup_effect", "stop", status=1)
+    assert seen == [{"SIGINT": "stop", "SIGTERM": "stop", "SIGHUP": "snapshot"}, {"SIGINT": "snapshot", "SIGTERM": "snapshot", "SIGHUP": "stop"}]
+
+
+def test_time_prints_one_object(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = said(capsys, *COMMANDS["time steps"], "--backend", "numpy", "--iterations", "2", "--json")
+    assert out.count("\n") == 1
+    assert {"step_ms", "images_per_s", "peak_rss_mb", "iterations", "batch"} <= set(json.loads(out))
+    assert sorted(os.listdir("out")) == [f"small_iter_{k}.{kind}" for k in (2, 4) for kind in ("caffemodel", "solverstate")] + ["small_metrics.jsonl"]

@@ -10,7 +10,7 @@ from caffelite.blob import Param, Shape
 from caffelite.errors import SnapshotError
 from caffelite.files import write_atomically
 from caffelite.graph import AUTOMATIC
-from caffelite.schema import array_to_blob, blob_shape, blob_to_array, legacy_shape, message_bytes, pb, read_caffemodel
+from caffelite.schema import array_to_blob, blob_fits, blob_shape, blob_to_array, message_bytes, pb, read_caffemodel
 
 if TYPE_CHECKING:
     from caffelite.net import Net, Step
@@ -88,8 +88,7 @@ def _matched(layer: pb.LayerParameter, step: Step, name: str) -> list[tuple[pb.B
 
 
 def _check_fit(blob: pb.BlobProto, shape: Shape, index: int, layer: str, name: str) -> None:
-    legacy = legacy_shape(blob) and len(shape) <= 4
-    if blob_shape(blob) != ((1,) * (4 - len(shape)) + shape if legacy else shape):
+    if not blob_fits(blob, shape):
         raise SnapshotError(
             f"{name} has shape {blob_shape(blob)} for parameter {index}, the net has {shape}",
             layer=layer,

@@ -2,7 +2,7 @@
 
 from caffelite import caffelite_pb2 as pb
 from caffelite.schema.binary import message_bytes, parse_datum, read_blob, read_caffemodel, read_solverstate
-from caffelite.schema.blobs import array_to_blob, blob_shape, blob_to_array, legacy_shape
+from caffelite.schema.blobs import array_to_blob, blob_fits, blob_shape, blob_to_array, legacy_shape
 from caffelite.schema.files import NetSpec, SolverSpec, net_from_text, read_net, read_solver, solver_from_text
 from caffelite.schema.places import SourceMap
 from caffelite.schema.text import parse_text, to_text
@@ -12,6 +12,7 @@ __all__ = [
     "SolverSpec",
     "SourceMap",
     "array_to_blob",
+    "blob_fits",
     "blob_shape",
     "blob_to_array",
     "legacy_shape",

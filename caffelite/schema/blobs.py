@@ -36,6 +36,13 @@ def blob_shape(blob: pb.BlobProto) -> Shape:
     return tuple(blob.shape.dim)
 
 
+def blob_fits(blob: pb.BlobProto, shape: Shape) -> bool:
+    """Whether the blob's shape is `shape`; old four-axis ones align from the last axis, with 1s before (net-and-solver 4.1)."""
+    if legacy_shape(blob) and len(shape) <= 4:
+        return blob_shape(blob) == (1,) * (4 - len(shape)) + tuple(shape)
+    return blob_shape(blob) == tuple(shape)
+
+
 def blob_to_array(blob: pb.BlobProto, diff: bool = False) -> npt.NDArray[np.float32]:
     """The values, or with `diff` the stored gradient, as float32 in C order and the blob's shape; doubles first if there are any.
 

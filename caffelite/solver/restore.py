@@ -10,7 +10,7 @@ import numpy as np
 from caffelite.errors import SnapshotError, Where
 from caffelite.net import Net
 from caffelite.params import FlatState, ParamArena
-from caffelite.schema import array_to_blob, blob_to_array, legacy_shape, pb
+from caffelite.schema import array_to_blob, blob_fits, blob_to_array, pb
 from caffelite.solver.snapshot import model_of
 from caffelite.solver.state_files import read_state
 
@@ -55,8 +55,7 @@ def _fitted_history(state: pb.SolverState, arena: ParamArena, states: int, path:
     for index, blob in enumerate(state.history):
         param, label = params[index % len(params)], arena.labels[index % len(params)]
         values = blob_to_array(blob)
-        expected = (1,) * (4 - len(param.shape)) + param.shape if legacy_shape(blob) and len(param.shape) <= 4 else param.shape
-        if values.shape != expected:
+        if not blob_fits(blob, param.shape):
             layer, _, number = label.rpartition("/")
             raise SnapshotError(
                 f"history blob {index} belongs to parameter {number} and has shape {values.shape}, the net has {param.shape}",

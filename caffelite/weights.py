@@ -54,17 +54,28 @@ def write_binary(net: Net, path: Path, diff: bool = False) -> None:
 def copy_weights(source: pb.NetParameter, net: Net, name: str) -> list[str]:
     """Copies each source layer's blobs into the first layer of the same name; returns the source layers that found none.
 
-    SnapshotError, and nothing copied, when the numbers of blobs or their shapes differ. `name` says where the source came from.
+    SnapshotError, and nothing copied, when the numbers of blobs or their shapes differ, or when no weights find a place at all.
+    `name` says where the source came from.
     """
     targets: dict[str, Step] = {}
     for step in net.steps:
         targets.setdefault(step.layer.name, step)
     copies = [pair for layer in source.layer if layer.name in targets for pair in _matched(layer, targets[layer.name], name)]
+    weighted = [layer.name for layer in source.layer if layer.blobs]
+    if weighted and net.params and not copies:
+        raise SnapshotError(
+            f"{name} has no weights for any layer of the net: it has {_some(weighted)}, the net has {_some(list(net.params))}",
+            hint="layers are matched by name; Caffe would go on and leave the net as it was",
+        )
     for blob, param in copies:
         net.backend.from_host(blob_to_array(blob).reshape(param.shape), param.master)
         if param.diff is not None and (blob.diff or blob.double_diff):
             net.backend.from_host(blob_to_array(blob, diff=True).reshape(param.shape), param.diff)
     return [layer.name for layer in source.layer if layer.name not in targets]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _matched(layer: pb.LayerParameter, step: Step, name: str) -> list[tuple[pb.BlobProto, Param]]:

@@ -143,6 +143,16 @@ def test_what_does_not_fit_is_refused_and_nothing_is_copied() -> None:
     assert "holds 1 values for parameter 1 of shape (5,)" in refused(net(), short)
 
 
+def test_weights_of_another_net_are_refused() -> None:
+    names = {f"other{i}": [np.ones(2)] for i in range(4)}
+    with pytest.raises(
+        SnapshotError, match=r"the given message has no weights for any layer of the net: it has other0, other1, other2, \.\.\., the net has conv, bn, ip"
+    ):
+        net().copy_from(source(**names))
+    assert net().copy_from(source(**names, ip=[np.ones((5, 16)), np.ones(5)])) == list(names)
+    assert net().copy_from(source(relu=[], pool=[])) == ["pool"]
+
+
 def test_with_shared_parameters_the_last_layer_wins() -> None:
     made = net(TIED)
     message = source(a=[np.full((3, 3), 1), np.full(3, 1)], b=[np.full((3, 3), 2), np.full(3, 2)], c=[np.full((3, 3), 3), np.full(3, 3)])

@@ -162,11 +162,12 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
         raise SpecError("--phase TEST does not go with --solver: a training step is in phase TRAIN")
     backend = open_backend(args, gpu_mode=gpu_place(spec))
     param = spec.param
-    for name in ("test_iter", "test_net", "test_net_param", "test_state", "test_interval", "snapshot", "display"):
+    for name in ("test_iter", "test_net", "test_net_param", "test_state", "test_interval", "snapshot", "snapshot_best", "display"):
         param.ClearField(name)
     # Keeps a poly rate, which reaches zero at max_iter, defined however many steps are timed.
     param.max_iter = max(param.max_iter, args.iterations + WARM_UP_STEPS)
-    param.train_state.level = args.level
+    if args.level:
+        param.train_state.level = args.level
     param.train_state.stage.extend(args.stage)
     solver = Solver(spec, backend=backend, precision=args.precision)
     try:

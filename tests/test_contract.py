@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,11 +15,34 @@ from caffelite.backends.contract import Backend
 from caffelite.errors import BackendError
 
 OPS = [name for name, member in vars(Backend).items() if inspect.isfunction(member) and not name.startswith("_")]
+NUMPY = Path(backends.__file__).parent / "numpy"
+
+
+def sections() -> dict[str, list[str]]:
+    """Op names by stem: the first word of their section's head in contract.py."""
+    found: dict[str, list[str]] = {}
+    for line in (NUMPY.parent / "contract.py").read_text().splitlines():
+        if head := re.match(r"    # --- (\w+)", line):
+            ops = found.setdefault(head[1], [])
+        elif op := re.match(r"    def (\w+)", line):
+            ops.append(op[1])
+    return found
 
 
 def test_the_contract_is_read() -> None:
     assert len(OPS) >= 70
     assert {"convolution_forward", "adam_update", "view", "accuracy"} <= set(OPS)
+
+
+def test_a_stem_names_a_file_of_ops_and_a_file_of_tests() -> None:
+    stems = sorted(sections())
+    assert stems == sorted(path.stem for path in NUMPY.glob("*.py") if path.stem not in ("__init__", "common"))
+    assert stems == sorted(path.stem.removeprefix("test_op_") for path in Path(__file__).parent.glob("test_op_*.py"))
+
+
+def test_ops_lie_in_the_file_of_their_stem(backend) -> None:
+    files = {op: Path(inspect.getfile(inspect.unwrap(getattr(type(backend), op)))).stem for op in OPS}
+    assert files == {op: stem for stem, ops in sections().items() for op in ops}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -57,11 +57,11 @@ def pool_mask_dtype(kernel: Ints) -> str:
 
 
 class Backend(Protocol):
-    """All ops, grouped by stem; a backend keeps each stem in a file of that name."""
+    """All ops, grouped by stem: the first word of a section's head, and the name of the file that holds them in each backend and of their test."""
 
     name: str
 
-    # --- memory (stem: memory) -------------------------------------------------------------------------------------
+    # --- memory ----------------------------------------------------------------------------------------------------
 
     def supports(self, precision: str) -> str | None:
         """None if `precision` ("float32", "tf32", "bfloat16") runs fast here; else a sentence saying why it is slow.
@@ -205,7 +205,7 @@ class Backend(Protocol):
         """dx = dy s^-beta - (2 alpha beta / size^2) x sum_{cells whose square holds this one} dy y / s, with s = 1 + alpha A."""
         ...
 
-    # --- activations: relu, elu, sigmoid, tanh, power, prelu ----------------------------------------------------------
+    # --- activations: relu, elu, sigmoid, tanh, power, prelu -------------------------------------------------------
 
     def relu_forward(self, x: Array, y: Array, *, slope: float) -> None:
         """y = max(x,0) + slope*min(x,0); NaN stays NaN. In place allowed."""
@@ -293,7 +293,7 @@ class Backend(Protocol):
         """dx = dy / sqrt(variance_c + eps). In place allowed (dx is dy)."""
         ...
 
-    # --- scale and bias --------------------------------------------------------------------------------------------
+    # --- scale_bias ------------------------------------------------------------------------------------------------
 
     def scale_forward(self, x: Array, s: Array, b: Array | None, y: Array) -> None:
         """y = x s (+ b). s and b have x's number of axes, each axis x's size or 1, and broadcast. In place allowed."""
@@ -315,7 +315,7 @@ class Backend(Protocol):
         """db (+)= dy summed over the axes where db has size 1 and dy has not."""
         ...
 
-    # --- eltwise (also Split's sum) -----------------------------------------------------------------------------------
+    # --- eltwise: also Split's sum ---------------------------------------------------------------------------------
 
     def eltwise_sum(self, xs: Sequence[Array], y: Array, coeffs: Sequence[float]) -> None:
         """y = sum_i coeffs[i] xs[i], added in order. y may be xs[0]."""
@@ -337,7 +337,7 @@ class Backend(Protocol):
         """dx = dy where winner == index, else 0."""
         ...
 
-    # --- softmax, losses, accuracy ---------------------------------------------------------------------------------
+    # --- losses: softmax, losses, accuracy -------------------------------------------------------------------------
 
     def softmax_forward(self, x: Array, y: Array, *, axis: int) -> None:
         """y = exp(x - max) / sum along axis. In place allowed."""
@@ -376,7 +376,7 @@ class Backend(Protocol):
         DataError for a label out of range. spec: layers 9.8."""
         ...
 
-    # --- reductions and updates over the parameter arena ----------------------------------------------------------------
+    # --- updates: reductions and update rules over the parameter arena ---------------------------------------------
 
     def sum_squares(self, x: Array) -> float:
         """Sum of squares, accumulated in float64."""

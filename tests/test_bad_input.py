@@ -323,3 +323,11 @@ def test_a_disk_without_a_free_byte(tmp_path: Path, small_disk: SmallDisk) -> No
     assert run.returncode == 1, run
     assert "full" in run.stderr
     assert [path.name for path in small_disk.path.iterdir()] == ["filler"]
+
+
+def test_a_bad_record_met_while_labels_are_counted_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree("db")
+    write_lmdb(Path("db"), values({20: b"garbage"}))
+    Path("net.prototxt").write_text(NET + 'layer { name: "accuracy" type: "Accuracy" bottom: "ip" bottom: "label" top: "accuracy" }')
+    Path("solver.prototxt").write_text(SOLVER + "test_interval: 2")
+    assert refused(capsys, *TRAIN, status=1).startswith("caffelite: error: db: record '00000020': a record of 7 bytes is not a Datum")

@@ -65,6 +65,30 @@ def test_allowed_bad_images_leave_gaps_in_the_keys(damaged: Path, tmp_path: Path
         reader.close()
 
 
+@pytest.mark.parametrize("name", ["wnids.txt", "words.txt", "val/val_annotations.txt"])
+def test_text_files_that_are_none_are_named(tmp_path: Path, name: str) -> None:
+    save_image(tmp_path / "src/train/n1/images/a.png", photo())
+    (tmp_path / "src/val").mkdir()
+    (tmp_path / "src" / name).write_bytes(b"n1\n\xe9\xff\n")
+    with pytest.raises(DataError) as caught:
+        convert_dataset("tiny-imagenet", tmp_path / "src", tmp_path / "db")
+    assert str(caught.value).startswith(f"{tmp_path}/src/{name}: this is no text in UTF-8 (byte 3 is 0xe9)\n  expected ")
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, scan = images(tmp_path / "src", 1), os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("/locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    (source / "a" / "locked").mkdir()
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="a/locked: this folder cannot be read: Permission denied"):
+        convert_dataset("imagefolder", source, tmp_path / "db")
+
+
 def test_only_bad_images_are_no_database_even_when_allowed(tmp_path: Path) -> None:
     (tmp_path / "src/a").mkdir(parents=True)
     (tmp_path / "src/a/x.png").write_bytes(b"junk")

@@ -70,6 +70,15 @@ def test_bad_idx_files(tmp_path: Path, images: bytes, labels: bytes, text: str) 
         convert_dataset("mnist", tmp_path, tmp_path / "out")
 
 
+def test_a_broken_gzip_is_an_error(tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress(idx(np.zeros((2, 28, 28), np.uint8))))
+    packed[12] ^= 0xFF
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(packed)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(2, np.uint8)))
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: cannot be read"):
+        convert_dataset("mnist", tmp_path, tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind", ["bin", "py"])
 def test_cifar10(tmp_path: Path, rng: np.random.Generator, kind: str) -> None:
     pixels, classes = rng.integers(0, 256, (6, 4, 3, 32, 32), np.uint8), rng.integers(0, 10, (6, 4))

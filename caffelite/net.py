@@ -81,6 +81,7 @@ class Net:
         self.blobs = {name: Blob(name, info.shape, info.dtype) for name, info in self.graph.blobs.items()}
         self.steps = [Step(n, n.layer, [self.blobs[b.name] for b in n.bottoms], [self.blobs[t.name] for t in n.tops]) for n in self.graph.nodes]
         self._start_positions: dict[str, int] = {}
+        self.borrows = False  # share_with was called: values lie in another net's arena
         try:
             self._make_params(share)
             self._place(workspace)
@@ -333,6 +334,7 @@ class Net:
         for node in common:
             for mine, theirs in zip(node.layer.params, other.params[node.name]):
                 mine.master, mine.data, mine.dtype = theirs.master, theirs.data, theirs.dtype
+        self.borrows |= bool(common)
         self._arenas += [arena for arena in other._arenas if arena not in self._arenas]
 
     def to_proto(self, diff: bool = False) -> pb.NetParameter:

@@ -149,3 +149,11 @@ def test_share_weights(folder: Path) -> None:
     feed(solver.net)
     solver.step(1)
     np.testing.assert_array_equal(other.params["ip"][0].data, solver.net.params["ip"][0].data)
+
+
+def test_a_train_net_with_borrowed_weights_is_not_trained(folder: Path) -> None:
+    solver = caffe.get_solver(str(folder / "solver.prototxt"))
+    feed(solver.net)
+    solver.net.share_with(caffe.Net(str(folder / "train.prototxt"), caffe.TRAIN))
+    with pytest.raises(SpecError, match=r"the train net uses another net's parameters .*\n  share the other way round"):
+        solver.step(1)

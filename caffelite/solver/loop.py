@@ -278,6 +278,8 @@ class Solver:
 
     def _update(self, rate: float) -> None:
         arena, p = self.net.arena, self.param
+        if self.net.borrows:
+            raise SpecError("the train net uses another net's parameters and cannot train them", hint="share the other way round: other.share_with(solver.net)")
         if arena.grad is not None:
             arena.settle_grads()
             if self._segments[0] != rate:

@@ -79,3 +79,17 @@ def test_own_fields_are_listed() -> None:
     rows = re.findall(r"^\| (\w+) \| (\w+) \| ", (ROOT / "docs" / "files.md").read_text(), re.MULTILINE)
     own = {(message.name, field.name) for message in pb.DESCRIPTOR.message_types_by_name.values() for field in message.fields if field.number >= 5000}
     assert own == {row for row in rows if row[0] != "message"}
+
+
+def test_environment_variables_are_listed() -> None:
+    """Every variable of caffelite's own that the package reads, and no other."""
+    read = {name for path in (ROOT / "caffelite").rglob("*.py") for name in re.findall(r'"(CAFFELITE_[A-Z]+)"', path.read_text())}
+    listed = set(re.findall(r"^\| `(CAFFELITE_[A-Z]+)` \|", (ROOT / "docs" / "running.md").read_text(), re.MULTILINE))
+    assert listed == read
+
+
+def test_no_word_is_doubled() -> None:
+    """Across line ends too; code blocks and tables of numbers aside."""
+    for document in DOCUMENTS:
+        found = re.findall(r"\b([a-z]+)\s+\1\b", FENCE.sub("", document.read_text()))
+        assert not found, document.name

@@ -89,7 +89,8 @@ def test_environment_variables_are_listed() -> None:
 
 
 def test_no_word_is_doubled() -> None:
-    """Across line ends too; code blocks and tables of numbers aside."""
+    """Across line ends too; code blocks aside. Names may well follow each other."""
+    small = "a|an|and|are|as|at|be|by|for|from|in|is|it|not|of|on|or|that|the|this|to|with"
     for document in DOCUMENTS:
-        found = re.findall(r"\b([a-z]+)\s+\1\b", FENCE.sub("", document.read_text()))
+        found = re.findall(rf"\b({small})\s+\1\b", FENCE.sub("", document.read_text()))
         assert not found, document.name

@@ -39,10 +39,11 @@ ONLY_IN = {
     "matplotlib": ("cli/plot.py",),
     "h5py": ("hdf5.py",),
     "PIL": ("data/",),
+    "tensorboardX": ("cli/tensorboard.py",),
     "tqdm": ("cli/", "data/"),
 }
-LATE = {"matplotlib", "h5py", "PIL", "cupy"}  # costly or optional: imported where they are used, so that starting up is quick
-THIRD_PARTY = {"numpy", "ml_dtypes", "google", "lmdb", "PIL", "tqdm", "matplotlib", "h5py", "cupy"}
+LATE = {"matplotlib", "h5py", "PIL", "cupy", "tensorboardX"}  # costly or optional: imported where they are used, so that starting up is quick
+THIRD_PARTY = {"numpy", "ml_dtypes", "google", "lmdb", "PIL", "tqdm", "matplotlib", "h5py", "cupy", "tensorboardX"}
 
 
 class Import(NamedTuple):

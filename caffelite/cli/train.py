@@ -14,6 +14,7 @@ from caffelite.cli.live import duration
 from caffelite.cli.metrics import MetricsWriter
 from caffelite.cli.progress import ProgressLine
 from caffelite.cli.specs import gpu_place, load_solver
+from caffelite.cli.tensorboard import TensorBoardWriter
 from caffelite.errors import SpecError
 from caffelite.schema import SolverSpec
 from caffelite.solver.listeners import Listener
@@ -38,6 +39,7 @@ def build_parser(prog: str) -> Parser:
         "--log", metavar="FILE", help="also write a log in Caffe's line shapes; a resumed run goes on in it, a new one keeps an older log as FILE.old"
     )
     parser.add_argument("--metrics", metavar="FILE", help="where to write the metrics instead of beside the snapshots")
+    parser.add_argument("--tensorboard", metavar="DIR", help="also write the curves for TensorBoard into this folder (needs the extra tensorboard)")
     effect = one_of(*EFFECTS)
     parser.add_argument("--sigint-effect", type=effect, default="stop", metavar="E", help="on SIGINT or SIGTERM: stop (default), snapshot or none")
     parser.add_argument("--sighup-effect", type=effect, default="snapshot", metavar="E", help="on SIGHUP: stop, snapshot (default) or none")
@@ -58,9 +60,10 @@ def run(args: argparse.Namespace) -> int:
     facts |= {"resumed_from": str(resume)} if resume else {}
     progress, metrics = ProgressLine(sys.stdout), MetricsWriter(metrics_path, facts)
     log = [CaffeLog(Path(args.log), append=resume is not None)] if args.log else []
+    board = [TensorBoardWriter(Path(args.tensorboard))] if args.tensorboard else []
     for file in log:
         file.line("Use CPU.", "caffe.cpp")
-    listeners: list[Listener] = [progress, metrics, *log]
+    listeners: list[Listener] = [progress, metrics, *log, *board]
     effects = {"SIGINT": args.sigint_effect, "SIGTERM": args.sigint_effect, "SIGHUP": args.sighup_effect}
     started = time.monotonic()
     try:
@@ -74,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         metrics.close()
         for file in log:
             file.close()
+        for curves in board:
+            curves.close()
     for line in closing_lines(progress, metrics.chances, time.monotonic() - started):
         print(line)
     print(f"  metrics   {metrics_path} (curves: caffelite plot {metrics_path})")

@@ -110,6 +110,7 @@ class Net:
                 layer.params = [self._param_of(info, borrowed) for info in node.params]
             step.repeats = len({id(info.owner) for info in node.params}) < len(node.params)
         self.params: dict[str, list[Param]] = {node.name: node.layer.params for node in self.graph.nodes if node.params}
+        self.copied: set[str] = set()  # the layers that copy_from has found weights for
         if share and not lender:
             self.share_with(share)
 

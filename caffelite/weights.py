@@ -71,7 +71,15 @@ def copy_weights(source: pb.NetParameter, net: Net, name: str) -> list[str]:
         net.backend.from_host(blob_to_array(blob).reshape(param.shape), param.master)
         if param.diff is not None and (blob.diff or blob.double_diff):
             net.backend.from_host(blob_to_array(blob, diff=True).reshape(param.shape), param.diff)
+    net.copied.update(layer.name for layer in source.layer if layer.name in targets)
     return [layer.name for layer in source.layer if layer.name not in targets]
+
+
+def left_to_fillers(net: Net) -> str | None:
+    """Which layers of a net have parameters of their own and found no weights in any copy, for a warning; None if all did."""
+    owners = [step.layer.name for step in net.steps if any(info.owner is info for info in step.node.params)]
+    left = [layer for layer in owners if layer not in net.copied]
+    return f"no weights for {_some(left)}: left to the filler" if left else None
 
 
 def _some(names: list[str]) -> str:

@@ -104,6 +104,10 @@ class Recorder(Listener):
         """All message texts."""
         return [event[1] for event in self.named("message")]
 
+    def warnings(self) -> list[str]:
+        """The texts of warnings."""
+        return [event[1] for event in self.named("message") if event[3] == "W"]
+
 
 def value_of(outputs: tuple[Output, ...], blob: str) -> float:
     """The single value of a named output."""

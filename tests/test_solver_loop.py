@@ -341,3 +341,17 @@ def test_layers_that_find_no_place_in_the_net_are_told(tmp_path: Path) -> None:
     heard = Recorder()
     make_solver(f'{RATE} weights: "{tmp_path}/w.caffemodel"', LINEAR, listeners=[heard])
     assert [event[1:] for event in heard.named("message") if "Ignoring" in event[1]] == [("Ignoring source layer score", "net.cpp", "I")]
+    assert not heard.warnings()
+
+
+def test_layers_that_find_no_weights_are_told(tmp_path: Path) -> None:
+    two = LINEAR.replace('bottom: "x" top: "y"', 'bottom: "s" top: "y"').replace(
+        '  layer { name: "ip"', '  layer { name: "more" type: "Scale" bottom: "x" top: "s" }\n  layer { name: "ip"'
+    )
+    make_solver(RATE, LINEAR).net.save(tmp_path / "one.caffemodel")
+    make_solver(RATE, two).net.save(tmp_path / "two.caffemodel")
+    for names, warnings in (("one", [f"{tmp_path}/one.caffemodel: no weights for more: left to the filler"]), ("one two", []), ("two", [])):
+        heard = Recorder()
+        weights = " ".join(f'weights: "{tmp_path}/{name}.caffemodel"' for name in names.split())
+        make_solver(f"{RATE} {weights}", two, listeners=[heard])
+        assert heard.warnings() == warnings

@@ -192,7 +192,7 @@ def test_a_new_run_over_the_snapshots_of_another_is_told_so(tmp_path: Path) -> N
     def warnings(extra: str, resume: Path | None = None) -> list[str]:
         heard = Recorder()
         linear_solver(f'{RATE} snapshot_prefix: "{tmp_path}/s" {extra}', listeners=[heard]).solve(resume)
-        return [event[1] for event in heard.events if event[0] == "message" and event[3] == "W"]
+        return heard.warnings()
 
     assert not warnings("max_iter: 12 snapshot: 9")
     (said,) = warnings("max_iter: 3")

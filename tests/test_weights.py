@@ -13,6 +13,7 @@ from caffelite import backends
 from caffelite.errors import CaffeliteError, SnapshotError
 from caffelite.net import Net
 from caffelite.schema import array_to_blob, net_from_text, pb, read_caffemodel
+from caffelite.weights import left_to_fillers
 
 h5py = pytest.importorskip("h5py")
 
@@ -80,6 +81,20 @@ def test_blobs_are_copied_by_layer_name(rng) -> None:
     np.testing.assert_array_equal(master(made, "ip"), w.astype(np.float32))
     np.testing.assert_array_equal(master(made, "ip", 1), b.astype(np.float32))
     np.testing.assert_array_equal(master(made, "conv"), kept)
+
+
+def test_layers_that_find_no_weights_are_named(rng) -> None:
+    made = net()
+    made.copy_from(source(ip=[np.ones((5, 16)), np.ones(5)]))
+    assert left_to_fillers(made) == "no weights for conv, bn: left to the filler"
+    made.copy_from(source(conv=[np.ones((4, 3, 3, 3)), np.ones(4)], bn=[np.ones(4), np.ones(4), np.ones(1)]))
+    assert left_to_fillers(made) is None
+
+
+def test_layers_that_own_no_weights_need_none(rng) -> None:
+    made = net(TIED)
+    made.copy_from(source(a=[np.ones((3, 3)), np.ones(3)], b=[np.ones((3, 3)), np.ones(3)]))
+    assert left_to_fillers(made) is None  # c has only what a owns
 
 
 def test_a_spatial_weight_keeps_its_meaning(rng) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from caffelite.net import Net
 from caffelite.schema import pb
 from caffelite.solver.listeners import Output
 from caffelite.solver.scoring import Scorer, outputs_of
+from caffelite.weights import left_to_fillers
 
 
 def build_parser(prog: str) -> Parser:
@@ -40,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     scorer: Scorer | None = None
     try:
         net.copy_from(args.weights)
+        if left := left_to_fillers(net):
+            print(f"caffelite: warning: {args.weights}: {left}", file=sys.stderr)
         scorer = _scorer(net, args)
         if not args.json:
             print(f"Running for {scorer.batches} iterations.")

@@ -27,6 +27,7 @@ from caffelite.solver.signals import DEFAULT_EFFECTS, SignalWatch
 from caffelite.solver.snapshot import SnapshotStore
 from caffelite.solver.state_files import write_state
 from caffelite.solver.tracking import Best, LossWindow
+from caffelite.weights import left_to_fillers
 
 
 class Solver:
@@ -86,8 +87,7 @@ class Solver:
                 self._check_best(self.best.output)
             if self.param.snapshot > 0 or self.best:
                 self.snapshots.probe()
-            for paths in self.param.weights:
-                self._load_weights(paths)
+            self._load_weights(self.param.weights)
         except BaseException:
             self.close()
             raise
@@ -125,12 +125,14 @@ class Solver:
         if net.blobs[name].count != 1:
             raise SpecError(f"snapshot_best names '{name}', which has {net.blobs[name].count} values", where=where, hint="name an output of one value")
 
-    def _load_weights(self, paths: str) -> None:
+    def _load_weights(self, files: Sequence[str]) -> None:
         for net in (self.net, *self.test_nets):
-            for path in (part.strip() for part in paths.split(",")):
+            for path in (part.strip() for paths in files for part in paths.split(",")):
                 self.tell(f"Finetuning from {path}", "solver.cpp")
                 for layer in net.copy_from(Path(path)):
                     self.tell(f"Ignoring source layer {layer}", "net.cpp")
+        if files and (left := left_to_fillers(self.net)):
+            self.tell(f"{', '.join(files)}: {left}", "net.cpp", "W")
 
     def close(self) -> None:
         """Ends the data layers' threads and closes their files."""
@@ -181,9 +183,8 @@ class Solver:
         if resume is not None:
             self.tell(f"Resuming from {resume}", "caffe.cpp")
             self.restore(resume)
-        elif (p.snapshot or p.snapshot_after_train) and (other := self.snapshots.of_another_run()):
-            advice = "this run writes over its snapshots, and --snapshot auto takes the highest iteration: move them, or change snapshot_prefix"
-            self.tell(f"{other} is of another run; {advice}", "solver.cpp", "W")
+        elif (p.snapshot or p.snapshot_after_train) and (other := self.snapshots.another_run()):
+            self.tell(other, "solver.cpp", "W")
         self._event("on_start", self)
         self.tell("Starting Optimization", "caffe.cpp")
         self.tell(f"Solving {self.net.name}", "solver.cpp")

@@ -47,10 +47,11 @@ class SnapshotStore:
             ) from error
         self._remove_leftovers()
 
-    def of_another_run(self) -> Path | None:
-        """The last state under this prefix, for a run that starts anew and has written none itself."""
+    def another_run(self) -> str | None:
+        """What to warn a run of that starts anew where states of the same prefix lie; None where there are none."""
         found = _numbered(self.prefix, self.suffix)
-        return found[-1][1] if found else None
+        advice = "this run writes over its snapshots, and --snapshot auto takes the highest iteration: move them, or change snapshot_prefix"
+        return f"{found[-1][1]} is of another run; {advice}" if found else None
 
     def _remove_leftovers(self) -> None:
         """Removes half-written files of processes that were killed (see files.write_atomically)."""

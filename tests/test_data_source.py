@@ -170,7 +170,8 @@ def test_an_empty_database(tmp_path: Path) -> None:
     [
         ({"source": ""}, "source", "needs a source"),
         ({"batch_size": 0}, "batch_size", "batch_size of at least 1"),
-        ({"prefetch": 0}, "prefetch", "at least 1 batch"),
+        ({"prefetch": 0}, "prefetch", "prefetch is 0, expected 1 to 1000 batches"),
+        ({"prefetch": 4294967295}, "prefetch", "expected 1 to 1000 batches"),
         ({"rand_skip": 5}, "rand_skip", "shuffle: true"),
         ({"force_encoded_color": True}, "force_encoded_color", "force_color"),
     ],

@@ -16,6 +16,8 @@ from caffelite.data.transformer import Fail, ItemError, Transformer
 from caffelite.errors import DataError, Where
 from caffelite.schema import pb
 
+MOST_PREFETCH = 1000  # batches; each has memory of its own
+
 
 class Batch:
     """Memory for one batch: data (N,H,W,C) in the wanted type and labels (N)."""
@@ -219,8 +221,8 @@ def _check_fields(data: pb.DataParameter, fail: Fail) -> None:
         raise fail("data_param needs a source, the path of an LMDB", "data_param", "source")
     if data.batch_size == 0:
         raise fail("data_param needs a batch_size of at least 1", "data_param", "batch_size")
-    if data.prefetch == 0:
-        raise fail("prefetch is 0, expected at least 1 batch", "data_param", "prefetch")
+    if not 1 <= data.prefetch <= MOST_PREFETCH:
+        raise fail(f"prefetch is {data.prefetch}, expected 1 to {MOST_PREFETCH} batches", "data_param", "prefetch")
     if data.rand_skip:
         raise fail("rand_skip has no effect on a Data layer", "data_param", "rand_skip", hint="remove it; shuffle: true reads in a new random order each epoch")
     if data.force_encoded_color:

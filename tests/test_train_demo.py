@@ -1,38 +1,28 @@
-"""tools/train_demo.py, which `make train` runs: how its steps fail and stop."""
+"""tools/train_demo.py, which `make train` runs: what it makes of other data, and what it says at the end."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import signal
-import subprocess
+import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from caffelite.graph import build_graph
+from caffelite.schema import pb, read_net, read_solver
+
 ROOT = Path(__file__).resolve().parent.parent
-NET = """name: "small"
-layer { name: "data" type: "DummyData" top: "data" dummy_data_param { shape { dim: 4 dim: 3 } data_filler { type: "gaussian" } } }
-layer { name: "label" type: "DummyData" top: "label" dummy_data_param { shape { dim: 4 } } }
-layer { name: "ip" type: "InnerProduct" bottom: "data" top: "ip" inner_product_param { num_output: 2 } }
-layer { name: "loss" type: "SoftmaxWithLoss" bottom: "ip" bottom: "label" top: "loss" }
-"""
-SOLVER = 'net: "net.prototxt" base_lr: 0.01 lr_policy: "fixed" max_iter: 100000000 display: 1 snapshot_prefix: "small"\n'
-STEP = """import sys
-sys.path.insert(0, "tools")
-import train_demo, os
-os.chdir(sys.argv[1])
-try:
-    train_demo.caffelite("train", "--solver", "solver.prototxt", "--backend", "numpy")
-except train_demo.Stopped as stopped:
-    print("Stopped", int(stopped.args[0]))
-"""
 
 
 @pytest.fixture
-def demo() -> ModuleType:
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The tool, with a copy of the models and solvers as the working folder."""
+    for name in ("models", "solvers"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
     spec = importlib.util.spec_from_file_location("train_demo", ROOT / "tools" / "train_demo.py")
     assert spec
     assert spec.loader
@@ -41,42 +31,48 @@ def demo() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_lets_the_training_write_its_snapshot(name: str, tmp_path: Path) -> None:
-    (tmp_path / "net.prototxt").write_text(NET)
-    (tmp_path / "solver.prototxt").write_text(SOLVER)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", STEP, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT, start_new_session=True) as process:
-        assert process.stdout
-        while "iteration 3/" not in process.stdout.readline():
-            assert process.poll() is None
-        if name == "SIGINT":
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        else:
-            process.terminate()
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
-    assert "stopped at iteration " in out
-    assert out.endswith(f"Stopped {int(signal.Signals[name])}\n")
-    assert len(list(tmp_path.glob("small_iter_*.solverstate"))) == 1
+def databases(name: str, classes: int) -> Path:
+    folder = Path("data") / name
+    folder.mkdir(parents=True)
+    (folder / "labels.txt").write_text("".join(f"n{i}\n" for i in range(classes)))
+    return folder
 
 
-def test_a_failing_command_ends_the_demo_with_its_status(
-    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "wnids.txt").write_text("n1\n")  # and nothing else of the layout
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_demo.py", "--data", str(tmp_path)])
-    assert demo.main() == 1
-    out, err = capfd.readouterr()
-    assert "$ caffelite convert tiny-imagenet" in out
-    assert err.splitlines()[-1] == "train_demo: the command above failed (exit status 1)"
+def test_the_drawn_data_have_their_own_solver(demo: ModuleType) -> None:
+    assert demo.fitted_solver(databases("synth", 20)) == Path("solvers/nin_quick.prototxt")
 
 
-def test_images_in_another_layout_are_refused(demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_data_get_a_net_with_an_output_for_each_class(demo: ModuleType) -> None:
+    solver = read_solver(demo.fitted_solver(databases("pets", 37))).param
+    assert solver.snapshot_prefix == "runs/pets/nin_quick"
+    net = read_net(solver.net)
+    sources = [layer.data_param.source for layer in net.param.layer if layer.type == "Data"]
+    assert sources == ["data/pets/train_lmdb", "data/pets/val_lmdb"]
+
+    def images(layer: object) -> None:
+        if hasattr(layer, "source"):
+            layer.source.assume((3, 64, 64))
+
+    graph = build_graph(net, phase=pb.TEST, prepare=images)
+    assert next(node for node in graph.nodes if node.layer.type == "Accuracy").bottoms[0].shape == (50, 37, 1, 1)
+
+
+def test_the_closing_lines_show_the_accuracy_next_to_chance(demo: ModuleType) -> None:
+    param = read_solver("solvers/nin_quick.prototxt").param
+    prefix = Path(param.snapshot_prefix)
+    prefix.parent.mkdir(parents=True)
+    records = [{"event": "start", "chance": 0.05}, *({"event": "test", "outputs": {"accuracy": value}} for value in (0.1, 0.625))]
+    Path(f"{prefix}_metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = demo.closing_lines(Path("solvers/nin_quick.prototxt"), Path("curves.png"))
+    assert [line.split(None, 1)[1] for line in lines] == [
+        "0.625 (chance 0.050)",
+        f"{prefix}_iter_{param.max_iter}.caffemodel",
+        f"{prefix}_metrics.jsonl",
+        "curves.png",
+    ]
+
+
+def test_a_folder_of_another_layout_is_refused(demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["train_demo.py", "--data", str(tmp_path)])
     assert demo.main() == 2
     assert capsys.readouterr().err == f"train_demo: {tmp_path}: no folder in Tiny ImageNet's layout (it has no wnids.txt)\n"

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from cli_harness import SOLVER, TEST, TRAIN, make_run, said
 
+import caffelite
+from caffelite import backends
 from caffelite.cli.train import apply_flags, build_parser
 from caffelite.errors import DataError
 from caffelite.schema import solver_from_text
@@ -105,3 +107,9 @@ def test_time_prints_one_object(folder: Path, capsys: pytest.CaptureFixture[str]
     assert out.count("\n") == 1
     assert {"step_ms", "images_per_s", "peak_rss_mb", "iterations", "batch"} <= set(json.loads(out))
     assert sorted(os.listdir("out")) == [f"small_iter_{k}.{kind}" for k in (2, 4) for kind in ("caffemodel", "solverstate")] + ["small_metrics.jsonl"]
+
+
+def test_an_empty_variable_counts_as_none(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CAFFELITE_BACKEND", "")
+    assert json.loads(said(capsys, *COMMANDS["test"], "--iterations", "1", "--json")[0])["backend"] == backends.get().name
+    assert caffelite.Net("net.prototxt", caffelite.TEST).blobs["data"].shape == (6, 3, 6, 6)

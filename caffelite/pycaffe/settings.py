@@ -50,7 +50,7 @@ def layer_type_list() -> list[str]:
 
 def new_backend() -> Backend:
     """The backend of the next net."""
-    return backends.get("cuda" if settings.gpu else os.environ.get("CAFFELITE_BACKEND", "auto"))
+    return backends.get("cuda" if settings.gpu else os.environ.get("CAFFELITE_BACKEND") or "auto")
 
 
 def new_seed() -> int:

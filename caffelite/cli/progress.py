@@ -64,6 +64,8 @@ class ProgressLine(Listener):
         self.line, self.pace = LiveLine(stream, clock), Pace(clock)
         self.scores: dict[str, float] = {}  # the last test's outputs that are no losses, by label
         self.model: Path | None = None  # the last snapshot's weights
+        self.state: Path | None = None  # and its state
+        self.kept = -1  # and its iteration
         self.iteration, self.stopped = 0, False
         self._batch, self._max_iter = 1, 0
         self._lr: float | None = None
@@ -103,7 +105,7 @@ class ProgressLine(Listener):
 
     def on_snapshot(self, model: Path, state: Path) -> None:
         self.pace.pause()
-        self.model = model
+        self.model, self.state, self.kept = model, state, self.iteration
         self.line.print(f"snapshot: {model}")
 
     def on_best(self, iteration: int, output: str, value: float, model: Path) -> None:

@@ -20,7 +20,7 @@ from caffelite.schema import SolverSpec
 from caffelite.solver.listeners import Listener
 from caffelite.solver.loop import Solver
 from caffelite.solver.signals import EFFECTS
-from caffelite.solver.snapshot import find_newest
+from caffelite.solver.snapshot import find_newest, states_of
 
 
 def build_parser(prog: str) -> Parser:
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.log:
         print(f"  log       {args.log}")
     if progress.stopped:
-        print("  the same command with --snapshot auto goes on from here")
+        print(f"  {how_to_go_on(progress, spec.param.snapshot_prefix, bool(args.weights))}")
     return 0
 
 
@@ -112,6 +112,15 @@ def find_state(spec: SolverSpec, snapshot: str | None) -> Path | None:
     found = find_newest(prefix, lambda text: print(f"caffelite: warning: {text}", file=sys.stderr))
     print(f"resuming from {found}" if found else f"no snapshot {prefix}_iter_*.solverstate yet: starting anew")
     return found
+
+
+def how_to_go_on(progress: ProgressLine, prefix: str, weights: bool) -> str:
+    """What to say after a stop. weights: whether the run was given --weights."""
+    states = states_of(prefix)
+    if progress.state is None or not states:
+        return "no snapshot was written in this run"
+    flag = f"--snapshot {'auto' if states[-1][1] == progress.state else progress.state}" + (" instead of --weights" if weights else "")
+    return f"the same command with {flag} goes on from {'here' if progress.kept == progress.iteration else f'iteration {progress.kept:,}'}"
 
 
 def closing_lines(progress: ProgressLine, chance: dict[str, float], seconds: float) -> list[str]:

@@ -84,12 +84,17 @@ def find_newest(prefix: str, tell: Callable[[str], None]) -> Path | None:
 
     tell(text): hears of every newer one that is not. None when there is no whole one.
     """
-    for iteration, path in sorted((*_numbered(prefix, ""), *_numbered(prefix, ".h5")), reverse=True):
+    for iteration, path in reversed(states_of(prefix)):
         fault = _fault(path, iteration)
         if fault is None:
             return path
-        tell(f"skipping snapshot {path}: {fault}")
+        tell(f"skipping snapshot {path}: {fault.removeprefix(f'{path}: ')}")
     return None
+
+
+def states_of(prefix: str) -> list[tuple[int, Path]]:
+    """Iteration and path of every state under this prefix, whole or not, in ascending order."""
+    return sorted((*_numbered(prefix, ""), *_numbered(prefix, ".h5")))
 
 
 def _fault(path: Path, iteration: int) -> str | None:

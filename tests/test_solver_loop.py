@@ -282,7 +282,7 @@ def test_the_first_layer_with_nan_is_named() -> None:
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     solver = linear_solver(f'{RATE} snapshot_prefix: "{tmp_path}/s"')
     solver.backend.fill(solver.net.params["ip"][1].master, float("inf"))
-    with pytest.raises(TrainingError, match="parameter ip/1 is not finite after iteration 0; nothing is saved"):
+    with pytest.raises(TrainingError, match="layer 'ip': parameter 1 is not finite after iteration 0; nothing is saved"):
         solver.snapshot()
     assert os.listdir(tmp_path) == []
 

@@ -16,7 +16,7 @@ from caffelite.errors import SpecError, TrainingError
 from caffelite.net import Net
 from caffelite.params import FlatState
 from caffelite.schema import SolverSpec, pb
-from caffelite.solver.config import NetChoice, check_solver, test_choices, train_choice
+from caffelite.solver.config import NetChoice, check_best, check_solver, test_choices, train_choice
 from caffelite.solver.debug import backward_with_debug, forward_with_debug
 from caffelite.solver.listeners import Listener, Output
 from caffelite.solver.rates import RatePolicy
@@ -116,11 +116,8 @@ class Solver:
             raise
 
     def _check_best(self, name: str) -> None:
-        known = sorted({output for net in self.test_nets for output in net.outputs})
+        check_best(self.spec, {output for net in self.test_nets for output in net.outputs})
         where = self.spec.where.at("snapshot_best")
-        if name not in known:
-            hint = f"its outputs: {', '.join(known)}" if known else "add a test net: test_interval, and TEST layers or test_net"
-            raise SpecError(f"snapshot_best names '{name}', which no test net puts out", where=where, hint=hint)
         net = next(net for net in self.test_nets if name in net.outputs)
         if net.blobs[name].count != 1:
             raise SpecError(f"snapshot_best names '{name}', which has {net.blobs[name].count} values", where=where, hint="name an output of one value")
@@ -389,7 +386,8 @@ class Solver:
         if self.backend.all_finite(self.net.arena.master):
             return
         bad = next(label for param, label in zip(self.net.arena.params, self.net.arena.labels) if not self.backend.all_finite(param.master))
-        raise TrainingError(f"parameter {bad} is not finite after iteration {self.iter}; nothing is saved", hint=self._advice())
+        layer, _, index = bad.rpartition("/")
+        raise TrainingError(f"parameter {index} is not finite after iteration {self.iter}; nothing is saved", layer=layer, hint=self._advice())
 
     def restore(self, path: str | Path) -> None:
         """Takes up the run saved in a .solverstate (or .solverstate.h5) file. SnapshotError when it does not fit this solver.

@@ -13,7 +13,7 @@ from caffelite.cli.specs import gpu_place, is_solver
 from caffelite.errors import CaffeliteError, SnapshotError
 from caffelite.graph import build_graph, select_layers
 from caffelite.schema import NetSpec, SolverSpec, pb, read_net, read_solver
-from caffelite.solver.config import NetChoice, check_solver, test_choices, train_choice
+from caffelite.solver.config import NetChoice, check_best, check_solver, test_choices, train_choice
 from caffelite.solver.snapshot import SnapshotStore
 from caffelite.weights import read_weights
 
@@ -82,18 +82,24 @@ def check_solver_file(spec: SolverSpec, args: argparse.Namespace) -> tuple[list[
     lines: list[str] = []
     if gpu_place(spec):
         lines.append("note: solver_mode: GPU, which this version cannot use; train it with --backend onednn or numpy")
-    checks = [_net_check(choice, lines) for choice in [train, *test_choices(spec, train)]]
+    if spec.param.max_iter <= 0:
+        lines.append("note: it has no max_iter; train it with --iterations")
+    tests, outputs = test_choices(spec, train), set[str]()
+    checks = [_net_check(train, lines), *(_net_check(choice, lines, outputs) for choice in tests)]
     checks += [partial(_read_weights, path.strip()) for paths in spec.param.weights for path in paths.split(",")]
     if spec.param.snapshot > 0 or spec.param.snapshot_after_train:
         checks.append(lambda: check_prefix(spec))
-    return lines, faults_of(checks)
+    faults = faults_of(checks)
+    return lines, faults or faults_of([lambda: check_best(spec, outputs)])  # the outputs are known of whole nets
 
 
 def _read_weights(path: str) -> None:
     read_weights(path)
 
 
-def _net_check(choice: NetChoice, lines: list[str]) -> Callable[[], None]:
+def _net_check(choice: NetChoice, lines: list[str], outputs: set[str] | None = None) -> Callable[[], None]:
+    """A check that adds a line about the net to `lines`, and its outputs to `outputs`."""
+
     def check() -> None:
         # Building asks each data layer for its item's shape, so it opens the database, reads a record and the mean file.
         graph = build_graph(choice.spec, phase=choice.phase, level=choice.level, stages=choice.stages)
@@ -101,6 +107,8 @@ def _net_check(choice: NetChoice, lines: list[str]) -> Callable[[], None]:
             node.layer.close()
         sources = [node.layer.param.data_param.source for node in graph.nodes if node.layer.type == "Data"]
         data = f", reading {', '.join(sources)}" if sources else ""
+        if outputs is not None:
+            outputs.update(graph.outputs)
         lines.append(f"net '{graph.name}' in phase {pb.Phase.Name(graph.phase)}: {len(graph.nodes)} layers{data}")
 
     return check

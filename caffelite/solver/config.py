@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from caffelite.errors import SpecError
@@ -49,6 +50,14 @@ def check_solver(spec: SolverSpec) -> None:
     if param.snapshot_best and not param.snapshot_prefix:
         raise SpecError("snapshot_best is set but snapshot_prefix is not", where=at("snapshot_best"), hint='add snapshot_prefix: "runs/name"')
     _check_net_fields(spec)
+
+
+def check_best(spec: SolverSpec, outputs: Collection[str]) -> None:
+    """SpecError when snapshot_best, if given, is not among the test nets' outputs."""
+    name = spec.param.snapshot_best
+    if name and name not in outputs:
+        hint = f"its outputs: {', '.join(sorted(outputs))}" if outputs else "add a test net: test_interval, and TEST layers or test_net"
+        raise SpecError(f"snapshot_best names '{name}', which no test net puts out", where=spec.where.at("snapshot_best"), hint=hint)
 
 
 def _check_net_fields(spec: SolverSpec) -> None:

@@ -113,8 +113,8 @@ def test_sixteen_bits_are_refused() -> None:
         (b"", "its size is 0x0x0"),
         (pb.Datum(channels=-1, height=4, width=5, data=bytes(20)).SerializeToString(), "its size is -1x4x5"),
         (raw(np.zeros((1, 2, 2), np.uint8), 2**24 + 1), "label 16777217 is outside"),
-        (pb.Datum(data=b"no image", encoded=True).SerializeToString(), "not a readable image"),
-        (pb.Datum(data=b"", encoded=True).SerializeToString(), "not a readable image"),
+        (pb.Datum(data=b"no image", encoded=True).SerializeToString(), "not a readable image: of no format that Pillow knows"),
+        (pb.Datum(data=b"", encoded=True).SerializeToString(), "not a readable image: it is empty"),
         (pb.Datum(data=encoded(photo(200, 200), "JPEG")[:-600], encoded=True).SerializeToString(), "not a readable image"),
     ],
 )

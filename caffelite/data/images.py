@@ -24,13 +24,15 @@ def decode_image(data: bytes | memoryview, channels: int | None = None, size: tu
     A photo's EXIF rotation is not applied, as in Caffe's time; newer OpenCV applies it.
     DataError when it is no image, is cut short, or has more than 8 bits a channel.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         image: Any = Image.open(io.BytesIO(data))
         return planes(_resized(_in_mode(image, channels), size))
     except DataError:
         raise
+    except UnidentifiedImageError as error:  # whose text tells a memory address
+        raise DataError("not a readable image: " + ("of no format that Pillow knows" if len(data) else "it is empty")) from error
     except Exception as error:  # Pillow's plugins raise many kinds for damaged files
         raise DataError(f"not a readable image: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 

@@ -14,7 +14,7 @@ def build_parser(prog: str) -> Parser:
     parser = Parser(
         prog,
         "Draws 64x64 JPEGs of shapes and textures in Tiny ImageNet's folder layout; the same seed draws the same images.",
-        f"{prog} synth data/synth --train 300 --val 50 --seed 0",
+        f"{prog} synth data/synth-images --train 300 --val 50 --seed 0",
     )
     parser.add_argument("kind", type=one_of("synth"), metavar="synth", help="which data set: synth is the only one")
     parser.add_argument("destination", metavar="DST", help="the folder to make; it must not exist")

@@ -24,7 +24,7 @@ def build_parser(prog: str) -> Parser:
     parser = Parser(
         prog,
         "Scores a net in phase TEST with trained weights. Without --iterations the whole database is scored, every record once.",
-        f"{prog} --model models/nin/train_val.prototxt --weights snapshots/nin_iter_5000.caffemodel",
+        f"{prog} --model models/nin/train_val.prototxt --weights runs/nin/nin_best.caffemodel",
     )
     parser.add_argument("--model", required=True, metavar="NET", help="the net (prototxt)")
     parser.add_argument("--weights", required=True, metavar="FILE", help="the trained weights (.caffemodel); several with commas, by layer name")

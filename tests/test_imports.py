@@ -40,10 +40,9 @@ ONLY_IN = {
     "h5py": ("hdf5.py",),
     "PIL": ("data/",),
     "tensorboardX": ("cli/tensorboard.py",),
-    "tqdm": ("cli/", "data/"),
 }
 LATE = {"matplotlib", "h5py", "PIL", "cupy", "tensorboardX"}  # costly or optional: imported where they are used, so that starting up is quick
-THIRD_PARTY = {"numpy", "ml_dtypes", "google", "lmdb", "PIL", "tqdm", "matplotlib", "h5py", "cupy", "tensorboardX"}
+THIRD_PARTY = {"numpy", "ml_dtypes", "google", "lmdb", "PIL", "matplotlib", "h5py", "cupy", "tensorboardX"}
 
 
 class Import(NamedTuple):

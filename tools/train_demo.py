@@ -139,7 +139,7 @@ def main() -> int:
         print(f"\ntrain_demo: the command above failed (exit status {failed})", file=sys.stderr)
         return int(failed.args[0])
     except Stopped as stopped:
-        print("\nstopped; the same command goes on from here")
+        print("\nstopped; make train goes on from here")
         return 128 + int(stopped.args[0])
     print("\n" + "\n".join(closing_lines(solver, picture)))
     return 0

@@ -12,6 +12,7 @@ import pytest
 
 import caffelite
 import caffelite.__main__ as entry
+from caffelite.__main__ import main
 from caffelite.cli import COMMANDS, load_command
 from caffelite.cli.common import Parser, comma_list, nearest, normalise, one_of, table, whole_number
 from caffelite.errors import DataError, SpecError, Where
@@ -187,3 +188,14 @@ def test_small_helpers() -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="'x' is not a whole number of at least 1"):
         whole_number(1)("x")
     assert table([("name", "n"), ("a", "1"), ("longer", "12")]) == ["name     n", "------  --", "a        1", "longer  12"]
+
+
+def test_a_required_flag_that_was_left_out_before_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, hint in (
+        (["train", "my.prototxt"], "did you mean --solver my.prototxt?"),
+        (["test", "my.prototxt", "--json"], "did you mean --model my.prototxt?"),
+        (["train", "--log", "x"], "see caffelite train --help"),
+        (["train"], "see caffelite train --help"),
+    ):
+        assert main(argv) == 2
+        assert capsys.readouterr().err.splitlines()[-1].strip() == hint

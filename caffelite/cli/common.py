@@ -47,19 +47,24 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._first = "-"  # the first word of what is parsed
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The parsed flags. SpecError for an unknown flag, a bad value or a word too many."""
         for word in argv:  # before argparse, which would rather speak of a required flag that the mistyped one was meant to be
             if word.startswith("--") and word != "--" and word.split("=")[0] not in self._option_string_actions:
                 raise self._unexpected(word)
+        self._first = next(iter(argv), "-")
         args, rest = self.parse_known_args(argv)
         if rest:
             raise self._unexpected(rest[0])
         return args
 
     def error(self, message: str) -> NoReturn:
-        raise SpecError(message.removeprefix("argument "), hint=self.see_help)
+        hint, missing = self.see_help, re.fullmatch("the following arguments are required: (--[a-z]+).*", message)
+        if missing and not self._first.startswith("-"):  # the flag's value without the flag
+            hint = f"did you mean {missing[1]} {self._first}?"
+        raise SpecError(message.removeprefix("argument "), hint=hint)
 
     @property
     def see_help(self) -> str:

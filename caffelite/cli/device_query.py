@@ -83,7 +83,7 @@ def gpu_facts(chosen: str | None) -> dict[str, Any]:
     try:
         import cupy
     except ImportError:
-        return {"devices": [], "why": "CuPy is not installed (pip install 'caffelite[cuda12]' or 'caffelite[cuda13]')"}
+        return {"devices": [], "why": "CuPy, which would show them, is not installed; this version of caffelite has no CUDA backend yet"}
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # CuPy raises its own types, and OSError for a missing driver

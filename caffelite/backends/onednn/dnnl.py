@@ -16,17 +16,17 @@ from caffelite.backends.contract import Array, Ints
 from caffelite.backends.onednn import library
 from caffelite.errors import BackendError
 
-SRC, SRC1, DST, WEIGHTS, BIAS, MEAN, VARIANCE, WORKSPACE, SCRATCHPAD = 1, 2, 17, 33, 41, 49, 50, 64, 80
-DIFF_SRC, DIFF_DST, DIFF_WEIGHTS, DIFF_BIAS = 129, 145, 161, 169
+SRC, SRC1, DST, WEIGHTS, BIAS, MEAN, VARIANCE, SCALE, WORKSPACE, SCRATCHPAD = 1, 2, 17, 33, 41, 49, 50, 51, 64, 80
+DIFF_SRC, DIFF_DST, DIFF_WEIGHTS, DIFF_BIAS, DIFF_SCALE = 129, 145, 161, 169, 255
 MULTIPLE_SRC, ATTR_SCALES, POST_OP = 1024, 4096, 32768  # offsets of argument numbers; post-op i is POST_OP * (i + 1) | SRC1
-TRAINING, INFERENCE = 64, 96
+TRAINING, INFERENCE, BACKWARD = 64, 96, 128
 CONVOLUTION_DIRECT = 1
 RELU, RELU_FROM_DST = 0x20, 0x100
 POOL_MAX, POOL_AVE_INCLUDE, POOL_AVE_EXCLUDE = 0x1FF, 0x2FF, 0x3FF
 LRN_ACROSS = 0xAFF
 BINARY_MUL, BINARY_MAX = 0x1FFF1, 0x1FFF2
 SOFTMAX_ACCURATE = 0x30000
-USE_GLOBAL_STATISTICS = 1
+USE_GLOBAL_STATISTICS, USE_SCALE = 1, 2
 
 F32, BF16, S32, U8 = 3, 2, 4, 6
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -70,6 +70,7 @@ _DESCRIPTORS = {
     "prelu_forward": "IPPPP",
     "binary": "IPPPP",
     "batch_normalization_forward": "IPPFIP",
+    "batch_normalization_backward": "IPPPFIPP",
 }
 _CTYPES = {"P": _P, "D": _P, "I": _I, "F": _F, "L": ctypes.c_int64}
 

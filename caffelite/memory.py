@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 
 from caffelite.backends.contract import Backend
 from caffelite.graph import BlobInfo, Graph, Node
@@ -31,10 +32,7 @@ class Region:
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return -(-max(count, 1) * ITEM_BYTES[self.dtype] // ALIGN) * ALIGN
+        return -(-max(prod(self.shape), 1) * ITEM_BYTES[self.dtype] // ALIGN) * ALIGN
 
 
 @dataclass

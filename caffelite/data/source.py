@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -122,7 +123,17 @@ class BatchSource:
         self._run()
 
     def next(self, data_out: npt.NDArray[Any], label_out: npt.NDArray[np.float32] | None = None) -> None:
-        """Copies the next batch into data_out (N,C,H,W; fastest when channels lie last in memory) and label_out (N).
+        """Copies the next batch into data_out (N,C,H,W; fastest when channels lie last in memory) and label_out (N). Errors as for `take`."""
+
+        def copy(images: npt.NDArray[Any], labels: npt.NDArray[np.float32]) -> None:
+            data_out[...] = images
+            if label_out is not None:
+                label_out[...] = labels
+
+        self.take(copy)
+
+    def take(self, use: Callable[[npt.NDArray[Any], npt.NDArray[np.float32]], object]) -> None:
+        """Hands the next batch to use(images (N,C,H,W) with the channels last in memory, labels (N)); both are reused once it returns.
 
         After the last record comes the first of the next epoch. DataError for a record that cannot be used, with the database and
         the key; the position stays at the batch that failed.
@@ -133,9 +144,7 @@ class BatchSource:
         except BaseException:
             self._stop()
             raise
-        data_out[...] = batch.data.transpose(0, 3, 1, 2)
-        if label_out is not None:
-            label_out[...] = batch.labels
+        use(batch.data.transpose(0, 3, 1, 2), batch.labels)
         self._position += len(batch.labels)
         prefetcher.put_back(batch)
 

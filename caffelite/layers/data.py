@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from caffelite.backends.contract import Backend
+from caffelite.backends.contract import Array, Backend
 from caffelite.blob import Blob, Shape
 from caffelite.data.source import BatchSource
 from caffelite.layer import Layer, register
@@ -41,7 +41,12 @@ class DataLayer(Layer):
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
         self.source.seed = self.context.seed
         self.source.start(tops[0].shape[0], tops[0].dtype)
-        self.source.next(tops[0].data, tops[1].data if len(tops) > 1 else None)
+
+        def load(images: Array, labels: Array) -> None:
+            for top, values in zip(tops, (images, labels)):
+                ops.from_host(values, top.data)
+
+        self.source.take(load)
 
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
         """Nothing: no gradient leaves a data layer."""

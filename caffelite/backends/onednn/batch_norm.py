@@ -1,10 +1,12 @@
-"""Batch normalisation from given statistics, and its gradient, on oneDNN."""
+"""Batch normalisation on oneDNN: statistics, the normalised values, and the gradient."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from caffelite.backends.contract import Array
+from caffelite.backends.numpy.common import store
+from caffelite.backends.onednn.channels import ChannelOps, Pieces, layout, vector
 from caffelite.backends.onednn.dnnl import (
     BACKWARD,
     DIFF_DST,
@@ -23,17 +25,41 @@ from caffelite.backends.onednn.dnnl import (
     Primitive,
     Unsupported,
 )
-from caffelite.backends.onednn.plan import PlanningBackend, Run, describe, is_usual, signature
+from caffelite.backends.onednn.plan import Run, describe, is_usual, signature
 
 
-def plan_forward(dnnl: Dnnl, x: Array, mean: Array, variance: Array, y: Array, eps: float) -> Run:
+def plan_statistics(dnnl: Dnnl, x: Array, threads: int) -> Run:
+    """Mean and variance, each in two passes over a piece and its parts combined in float64. The normalised values are dropped."""
+    seen = layout(x)
+
+    def make(images: int) -> Primitive:
+        blob = seen.describe(dnnl, images)
+        descriptor = dnnl.primitive_descriptor("batch_normalization_forward", TRAINING, blob, blob, 1.0, 0, dnnl.plain)
+        return Primitive(dnnl, descriptor, (SRC, DST, MEAN, VARIANCE))
+
+    pieces = Pieces(dnnl, seen, x.itemsize, threads, make, 2)
+
+    def statistics(x: int, mean: Array, variance: Array) -> None:
+        means, variances = pieces(x)
+        centre = pieces.weights @ means
+        store(mean, centre)
+        store(variance, pieces.weights @ (variances + (means - centre) ** 2))
+
+    return statistics
+
+
+def plan_forward(dnnl: Dnnl, x: Array, y: Array, eps: float) -> Run:
     """y from given statistics."""
-    if not (is_usual(x) and is_usual(y)) or x.dtype != y.dtype:
-        raise Unsupported("not blobs of one type")
-    if any(z.dtype != FLOAT32 or not z.flags.c_contiguous for z in (mean, variance)):
-        raise Unsupported("statistics are not plain float32 vectors")
-    numbers = (TRAINING, describe(dnnl, x), describe(dnnl, y), eps, USE_GLOBAL_STATISTICS, dnnl.plain)
-    return Primitive(dnnl, dnnl.primitive_descriptor("batch_normalization_forward", *numbers), (SRC, MEAN, VARIANCE, DST))
+    seen = layout(x, y)
+    blob = seen.describe(dnnl)
+    descriptor = dnnl.primitive_descriptor("batch_normalization_forward", TRAINING, blob, blob, eps, USE_GLOBAL_STATISTICS, dnnl.plain)
+    run = Primitive(dnnl, descriptor, (SRC, MEAN, VARIANCE, DST))
+
+    def forward(x: int, mean: Array, variance: Array, y: int) -> None:
+        mean, variance = vector(mean, seen.fold), vector(variance, seen.fold)
+        run(x, mean.ctypes.data, variance.ctypes.data, y)
+
+    return forward
 
 
 def plan_backward(dnnl: Dnnl, y: Array, dy: Array, dx: Array) -> Run:
@@ -49,16 +75,26 @@ def plan_backward(dnnl: Dnnl, y: Array, dy: Array, dx: Array) -> Run:
     return Primitive(dnnl, descriptor, (SRC, DIFF_DST, SCALE, DIFF_SRC), unit)
 
 
-class BatchNormOps(PlanningBackend):
-    """Normalising and its gradient; the sums of statistics are NumPy's."""
+def inverse_deviation(variance: Array, eps: float) -> Array:
+    return (1 / np.sqrt(variance.astype(FLOAT32) + FLOAT32.type(eps))).astype(FLOAT32)
+
+
+class BatchNormOps(ChannelOps):
+    """Statistics, normalising and its gradient."""
+
+    def batch_norm_statistics(self, x: Array, mean: Array, variance: Array) -> None:
+        plan = self.plan(("batch norm statistics", signature(x)), lambda: plan_statistics(self.dnnl, x, self.threads))
+        if plan is None:
+            super().batch_norm_statistics(x, mean, variance)
+        else:
+            plan(x.ctypes.data, mean, variance)
 
     def batch_norm_forward(self, x: Array, mean: Array, variance: Array, y: Array, *, eps: float) -> None:
-        key = ("batch norm", signature(x), signature(mean), signature(variance), signature(y), eps)
-        plan = self.plan(key, lambda: plan_forward(self.dnnl, x, mean, variance, y, eps))
+        plan = self.plan(("batch norm", signature(x), signature(y), eps), lambda: plan_forward(self.dnnl, x, y, eps))
         if plan is None:
             super().batch_norm_forward(x, mean, variance, y, eps=eps)
         else:
-            plan(x.ctypes.data, mean.ctypes.data, variance.ctypes.data, y.ctypes.data)
+            plan(x.ctypes.data, mean, variance, y.ctypes.data)
 
     def batch_norm_backward(self, y: Array, variance: Array, dy: Array, dx: Array, *, eps: float) -> None:
         key = ("batch norm backward", signature(y), signature(dy), signature(dx))
@@ -66,5 +102,9 @@ class BatchNormOps(PlanningBackend):
         if plan is None:
             super().batch_norm_backward(y, variance, dy, dx, eps=eps)
         else:
-            inverse = (1 / np.sqrt(variance.astype(FLOAT32) + FLOAT32.type(eps))).astype(FLOAT32)
+            inverse = inverse_deviation(variance, eps)
             plan(y.ctypes.data, dy.ctypes.data, inverse.ctypes.data, dx.ctypes.data)
+
+    def batch_norm_backward_global(self, variance: Array, dy: Array, dx: Array, *, eps: float) -> None:
+        if not self._affine(dy, dx, inverse_deviation(variance, eps), 0.0):
+            super().batch_norm_backward_global(variance, dy, dx, eps=eps)

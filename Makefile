@@ -1,5 +1,6 @@
 # make train   train a small NIN from scratch and draw its curves (DATA=/path/to/tiny-imagenet-200 for images of your own)
 # make test    run the test suite            make check   lint, types and tests
+# make test-kernels   run the CUDA kernels in the emulator's check mode      make test-gpu   test them on a GPU (needs CuPy)
 # make lint    ruff and mypy                 make proto   compile proto/caffelite.proto again
 # make clean   remove what these made; data/ and runs/ stay
 #
@@ -14,15 +15,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .cache/proto-venv
 
-.PHONY: train test check lint proto clean
+.PHONY: train test test-kernels test-gpu check lint proto clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed-run
 	@$(BIN)/python tools/train_demo.py $(if $(DATA),--data "$(DATA)")
 
-# Test workers share the processors: their idle threads had better sleep than spin.
+# Test workers share the processors: their idle threads had better sleep than spin. CUDA kernels are emulated where there is a C++ compiler.
 test: $(VENV)/installed-dev
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+	OMP_WAIT_POLICY=passive CAFFELITE_CUDA_DRIVER=$(if $(shell command -v g++),emulator) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+# The ops again, with the emulator watching every access.
+test-kernels: $(VENV)/installed-dev
+	CAFFELITE_CUDA_DRIVER=emulator CAFFELITE_EMULATOR=check $(BIN)/python -m pytest -n $(WORKERS) --backend cuda $(wildcard tests/test_op_*.py)
+
+# On a machine with a GPU.
+test-gpu: $(VENV)/installed-dev
+	CAFFELITE_CUDA_DRIVER=cupy $(BIN)/python -m pytest --backend cuda $(wildcard tests/test_op_*.py tests/test_layer_*.py) \
+		tests/test_golden_layers.py tests/test_golden_training.py tests/test_net.py tests/test_net_random.py tests/test_solver_resume.py
 
 check: lint test
 

@@ -1,7 +1,8 @@
-"""Times whole training steps of caffelite and of PyTorch on the CPU, in turn, and prints one table.
+"""Times whole training steps of caffelite and of PyTorch, on the CPU or a GPU, in turn, and prints one table.
 
     python benchmarks/train_step.py                                  # NIN (48x48, 200 classes) and AlexNet (227x227), batch 32
     python benchmarks/train_step.py --memory                         # NIN at batch 100: peak memory
+    python benchmarks/train_step.py --gpu 0 --batch 128              # on a GPU: PyTorch eager and compiled
     python benchmarks/train_step.py --torch-python ~/torch/bin/python
 
 Every figure comes from a process of its own that sees the same number of threads. Rounds go through all candidates one after
@@ -31,6 +32,7 @@ from caffelite.schema import pb, read_net, to_text
 ROOT = Path(__file__).resolve().parent.parent
 NETS = {"nin": ("nin_crop48", 48), "alexnet": ("alexnet", 227)}  # model folder, image size
 TORCH_MODES = ("contiguous", "channels_last", "bfloat16", "bfloat16_contiguous")
+TORCH_GPU_MODES = ("channels_last", "tf32", "bfloat16")  # each eager and compiled
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -74,17 +76,25 @@ def candidates(args: argparse.Namespace, folder: Path) -> Iterator[Candidate]:
     for net in args.nets:
         solver = write_solver(folder, net, args.batch)
         for precision in PRECISIONS:
-            flags = ["--precision", precision, "--iterations", count, "--json"]
+            flags = ["--precision", precision, "--iterations", count, "--json", *(["--gpu", args.gpu] if args.gpu else [])]
             yield Candidate(net, "caffelite", precision, [sys.executable, "-m", "caffelite", "time", "--solver", str(solver), *flags])
         script = str(ROOT / "benchmarks" / "torch_step.py")
-        for mode in TORCH_MODES:
-            flags = ["--net", net, "--mode", mode, "--batch", str(args.batch), "--iterations", count]
-            yield Candidate(net, "PyTorch", mode, [args.torch_python, script, *flags])
+        for mode, extra in torch_modes(args):
+            flags = ["--net", net, "--mode", mode, "--batch", str(args.batch), "--iterations", count, *extra]
+            yield Candidate(net, "PyTorch", " ".join([mode, *(["compiled"] if "--compile" in extra else [])]), [args.torch_python, script, *flags])
+
+
+def torch_modes(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """PyTorch's modes, each with the flags that torch_step.py needs besides."""
+    if not args.gpu:
+        return [(mode, []) for mode in TORCH_MODES]
+    return [(mode, ["--device", "cuda", *extra]) for mode in TORCH_GPU_MODES for extra in ([], ["--compile"])]
 
 
 def measure(candidate: Candidate, threads: int) -> None:
     """Runs a candidate once in a process of its own and keeps its figures."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     done = subprocess.run(candidate.command, env=environment, stdout=subprocess.PIPE, check=False)
     if done.returncode:
         sys.exit(f"train_step: {candidate.engine} {candidate.mode} failed (exit status {done.returncode}): {' '.join(candidate.command)}")
@@ -114,7 +124,7 @@ def table(rows: list[Candidate]) -> str:
     for row in rows:
         rivals = [other for other in rows if other.net == row.net and other.engine == "PyTorch"]
         best = max(other.middle("images_per_s") for other in rivals)
-        best32 = max(other.middle("images_per_s") for other in rivals if not other.mode.startswith("bfloat16"))
+        best32 = max(other.middle("images_per_s") for other in rivals if not other.mode.startswith(("bfloat16", "tf32")))
         rate = row.middle("images_per_s")
         cells = [row.net, row.engine, row.mode, f"{rate:.1f}", f"{row.middle('step_ms'):.1f}", f"{row.middle('peak_rss_mb'):.0f}"]
         lines.append(f"| {' | '.join([*cells, f'{rate / best32:.2f}', f'{rate / best:.2f}'])} |")
@@ -126,6 +136,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--batch", type=int, help="images a step (default: 32; 100 with --memory)")
     parser.add_argument("--iterations", type=int, default=10, help="timed steps a round (default: 10)")
+    parser.add_argument("--gpu", metavar="ID", help="run on this GPU; PyTorch runs on the first that it sees")
     parser.add_argument("--rounds", type=int, default=5, help="times that each candidate runs (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every process (default: 2)")
     parser.add_argument("--torch-python", default=sys.executable, metavar="PYTHON", help="an interpreter with PyTorch (default: this one)")

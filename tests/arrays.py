@@ -31,7 +31,7 @@ class Maker:
     def __call__(self, values: Any, dtype: str = "float32", layout: str = "contract") -> Array:
         values = np.asarray(values)
         array = self.empty(values.shape, dtype, layout)
-        array[...] = self._like(values, array)
+        self.backend.from_host(values, array)
         return array
 
     def empty(self, shape: tuple[int, ...], dtype: str = "float32", layout: str = "contract") -> Array:
@@ -41,7 +41,7 @@ class Maker:
             return wide[..., ::2]
         nbytes = prod(shape) * BYTES[dtype]
         buffer = self.backend.allocate(nbytes + 2 * GUARD)
-        buffer[...] = CANARY
+        self.backend.fill(buffer, CANARY)
         self._buffers.append((buffer, nbytes))
         if layout == "plain":
             return self.backend.view(buffer, GUARD, (prod(shape),), dtype).reshape(shape)
@@ -62,9 +62,6 @@ class Maker:
 
     def _bits(self, array: Array) -> np.ndarray:
         return np.ascontiguousarray(self.backend.to_host(array)).view(np.uint8)
-
-    def _like(self, values: np.ndarray, array: Array) -> Array:
-        return values.astype(array.dtype) if isinstance(array, np.ndarray) else type(array)(values.astype(array.dtype))
 
 
 def assert_close(got: Any, want: Any, dtype: str = "float32", slack: float = 1.0) -> None:

@@ -286,7 +286,8 @@ def test_flags_write_into_the_solver(tmp_path: Path) -> None:
     ("flags", "status", "message"),
     [
         (["--snapshot", "a.solverstate", "--weights", "b.caffemodel"], 2, "--snapshot and --weights exclude each other"),
-        (["--gpu", "0"], 1, "--gpu 0: this version of caffelite has no CUDA support\n  leave --gpu out"),
+        (["--gpu", "0,1"], 2, "--gpu takes the number of one GPU, found '0,1'\n  caffelite device-query lists them"),
+        (["--gpu", "0", "--backend", "onednn"], 2, "--gpu 0 and --backend onednn exclude each other"),
         (["--backend", "onednm"], 1, "unknown backend 'onednm'"),
         (["--weights", "none.caffemodel"], 1, "none.caffemodel"),
         (["--snapshot", "none.solverstate"], 1, "none.solverstate"),
@@ -300,13 +301,14 @@ def test_what_train_refuses(folder: Path, flags: list[str], status: int, message
 
 
 def test_solver_mode_gpu_needs_a_decision(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)  # as where it is not installed
+    monkeypatch.delenv("CAFFELITE_CUDA_DRIVER", raising=False)
     solver = tmp_path / "gpu.prototxt"
     solver.write_text(SOLVER.replace("snaps/tiny", f"{tmp_path}/gpu") + "solver_mode: GPU\n", encoding="utf-8")
     _, err = said(capsys, "train", "--solver", str(solver), status=1)
-    assert err == (
-        f"caffelite: error: {solver}:4:1: solver_mode: GPU, but this version of caffelite has no CUDA support\n"
-        "  remove solver_mode: GPU, or pass --backend onednn (or numpy), which wins over it\n"
-    )
+    start, end = f"caffelite: error: {solver}:4:1: solver_mode: GPU, but the cuda backend needs CuPy, which does not load: ", "which wins over it\n"
+    assert err.startswith(start)
+    assert err.endswith("\n  remove solver_mode: GPU, or pass --backend onednn (or numpy), " + end)
     said(capsys, "train", "--solver", str(solver), "--iterations", "1", "--backend", "numpy")
     monkeypatch.setenv("CAFFELITE_BACKEND", "nmpy")
     _, err = said(capsys, "train", "--solver", str(solver), status=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,14 @@ def test_precision_reaches_every_command(folder: Path, backend: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("command", [TRAIN, *COMMANDS.values()], ids=["train", *COMMANDS])
-def test_a_gpu_is_refused_and_never_replaced(folder: Path, command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    for flags in (["--gpu", "0"], ["-gpu=all"], ["--backend", "cuda"]):
+def test_a_gpu_that_is_not_there_is_never_replaced(
+    folder: Path, command: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)  # as where it is not installed
+    monkeypatch.delenv("CAFFELITE_CUDA_DRIVER", raising=False)
+    for flags in (["--gpu", "0"], ["-gpu=3"], ["--backend", "cuda"]):
         out, err = said(capsys, *command, *flags, status=1)
-        assert (out, "this version of caffelite has no CUDA support" in err) == ("", True)
+        assert (out, "the cuda backend needs CuPy" in err, "pip install 'caffelite[cuda13]'" in err) == ("", True, True)
 
 
 def test_level_and_stages_are_the_training_nets() -> None:

@@ -72,7 +72,7 @@ def test_auto_takes_onednn_where_it_loads() -> None:
 def test_an_unknown_name() -> None:
     with pytest.raises(BackendError) as caught:
         backends.get("cudnn")
-    assert str(caught.value) == "unknown backend 'cudnn'\n  known ones: auto, numpy, onednn"
+    assert str(caught.value) == "unknown backend 'cudnn'\n  known ones: auto, numpy, onednn, cuda"
 
 
 @pytest.mark.parametrize("name", ["auto", "numpy"])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from caffelite.backends.contract import Backend
 from caffelite.errors import BackendError
 
-NAMES = ("numpy", "onednn")
+NAMES = ("numpy", "onednn", "cuda")
 
 
-def get(name: str = "auto", threads: int | None = None) -> Backend:
-    """The backend of that name: "numpy", "onednn", or "auto" for the fastest that loads here.
+def get(name: str = "auto", threads: int | None = None, device: int = 0) -> Backend:
+    """The backend of that name: "numpy", "onednn", "cuda", or "auto" for the fastest CPU backend that loads here.
 
-    threads: how many CPU threads it may use; None leaves the choice to the environment and the machine.
-    BackendError: the name is unknown, its library cannot be loaded, or threads is less than 1.
+    threads: how many CPU threads it may use; None leaves the choice to the environment and the machine. device: the GPU's number, for "cuda".
+    BackendError: the name is unknown, its library cannot be loaded, there is no such GPU, or threads is less than 1.
     """
     if name == "auto":
         try:
@@ -23,8 +23,8 @@ def get(name: str = "auto", threads: int | None = None) -> Backend:
         return _onednn(threads)
     if name == "numpy":
         return _numpy(threads)
-    if name in ("cuda", "gpu"):
-        raise BackendError("this version of caffelite has no CUDA support", hint=f"known backends: auto, {', '.join(NAMES)}")
+    if name == "cuda":
+        return _cuda(device)
     raise BackendError(f"unknown backend '{name}'", hint=f"known ones: auto, {', '.join(NAMES)}")
 
 
@@ -38,3 +38,9 @@ def _onednn(threads: int | None) -> Backend:
     from caffelite.backends.onednn import OneDNNBackend
 
     return OneDNNBackend(threads)
+
+
+def _cuda(device: int) -> Backend:
+    from caffelite.backends.cuda import CudaBackend
+
+    return CudaBackend(device)

@@ -51,6 +51,11 @@ def strides_of(shape: Ints, itemsize: int) -> Ints:
     return tuple(strides)
 
 
+def is_usual(x: Array) -> bool:
+    """x lies as strides_of says: channels last for 4 axes, C order otherwise."""
+    return all(size == 1 or have == want for size, have, want in zip(x.shape, x.strides, strides_of(x.shape, x.itemsize)))
+
+
 def pool_mask_dtype(kernel: Ints) -> str:
     """The dtype of a max-pooling mask: "uint8" when a window has at most 255 cells, else "int32"."""
     return "uint8" if kernel[0] * kernel[1] <= 255 else "int32"

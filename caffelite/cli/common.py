@@ -114,12 +114,12 @@ def comma_list(text: str) -> list[str]:
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """--backend, --precision, --threads and --gpu."""
     group = parser.add_argument_group("machine")
-    group.add_argument("--backend", metavar="NAME", help="auto, onednn or numpy (default: CAFFELITE_BACKEND, else auto: the fastest that loads)")
+    group.add_argument("--backend", metavar="NAME", help="auto, onednn, numpy or cuda (default: CAFFELITE_BACKEND, else auto: the fastest for CPUs that loads)")
     group.add_argument(
         "--precision", type=one_of(*PRECISIONS), default="float32", metavar="TYPE", help="float32 (default) or bfloat16 activations; weights stay float32"
     )
     group.add_argument("--threads", type=whole_number(1), metavar="N", help="CPU threads (default: all this process may use)")
-    group.add_argument("--gpu", metavar="ID", help="run on a GPU (needs CUDA support; there is no silent fall-back to the CPU)")
+    group.add_argument("--gpu", metavar="ID", help="run on GPU number ID (the cuda backend; nothing falls back to the CPU in silence)")
 
 
 def add_state_flags(parser: argparse.ArgumentParser, *, phase: bool, whose: str = "the net's") -> None:
@@ -134,23 +134,42 @@ def add_state_flags(parser: argparse.ArgumentParser, *, phase: bool, whose: str 
 def open_backend(args: argparse.Namespace, *, gpu_mode: Where | None = None) -> Backend:
     """The backend that the flags and CAFFELITE_BACKEND ask for. gpu_mode: where a solver file says solver_mode: GPU.
 
-    BackendError for a GPU, which this version cannot use; a backend named by flag or environment wins over solver_mode.
+    BackendError for a backend or a GPU that cannot be used; a backend named by flag or environment wins over solver_mode.
     """
     from caffelite import backends
 
     if args.gpu is not None:
-        raise BackendError(f"--gpu {args.gpu}: this version of caffelite has no CUDA support", hint="leave --gpu out to run on the CPU")
+        return backends.get("cuda", device=_gpu_number(args))
     variable = os.environ.get("CAFFELITE_BACKEND")
     name = args.backend or variable
     if gpu_mode and not name:
-        hint = "remove solver_mode: GPU, or pass --backend onednn (or numpy), which wins over it"
-        raise BackendError("solver_mode: GPU, but this version of caffelite has no CUDA support", where=gpu_mode, hint=hint)
+        return _gpu_of_solver(gpu_mode)
     try:
         return backends.get(name or "auto", threads=args.threads)
     except CaffeliteError as error:
         if not args.backend and variable:
             error.message += f" (asked for by the environment: CAFFELITE_BACKEND={variable})"
         raise
+
+
+def _gpu_number(args: argparse.Namespace) -> int:
+    """The number that --gpu gives. SpecError for anything else, and beside another --backend."""
+    if args.backend not in (None, "cuda"):
+        raise SpecError(f"--gpu {args.gpu} and --backend {args.backend} exclude each other", hint="leave one of them out")
+    if not args.gpu.isdecimal():
+        raise SpecError(f"--gpu takes the number of one GPU, found '{args.gpu}'", hint="caffelite device-query lists them; one at a time is used")
+    return int(args.gpu)
+
+
+def _gpu_of_solver(place: Where) -> Backend:
+    """The first GPU, for solver_mode: GPU. BackendError, at that place, when it cannot be used."""
+    from caffelite import backends
+
+    try:
+        return backends.get("cuda")
+    except BackendError as error:
+        hint = "remove solver_mode: GPU, or pass --backend onednn (or numpy), which wins over it"
+        raise BackendError(f"solver_mode: GPU, but {error.message}", where=place, hint=hint) from error
 
 
 # --- errors ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 PACKAGES = ("numpy", "protobuf", "pillow", "lmdb", "ml_dtypes", "onednn-cpu-gomp", "matplotlib", "h5py", "cupy-cuda12x", "cupy-cuda13x")
-BACKENDS = ("onednn", "numpy")
+BACKENDS = ("onednn", "numpy", "cuda")
 
 
 def build_parser(prog: str) -> Parser:
@@ -83,12 +83,12 @@ def gpu_facts(chosen: str | None) -> dict[str, Any]:
     try:
         import cupy
     except ImportError:
-        return {"devices": [], "why": "CuPy, which would show them, is not installed; this version of caffelite has no CUDA backend yet"}
+        return {"devices": [], "why": "CuPy, which would show them, is not installed"}
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # CuPy raises its own types, and OSError for a missing driver
         return {"devices": [], "why": f"CuPy finds no usable GPU: {error}"}
-    return {"devices": [_gpu(cupy, index) for index in _chosen(chosen, count)], "why": "this version of caffelite has no CUDA backend yet"}
+    return {"devices": [_gpu(cupy, index) for index in _chosen(chosen, count)], "why": None if count else "CuPy finds none"}
 
 
 def _chosen(chosen: str | None, count: int) -> list[int]:
@@ -133,6 +133,6 @@ def _lines(facts: dict[str, Any]) -> list[str]:
             lines.append(f"{name:9} does not load: " + backend["why"].replace("\n", "\n          "))
     lines.append("")
     lines += [f"GPU {d['id']}     {d['name']}, compute capability {d['compute_capability']}, {d['memory_bytes'] / 2**30:.1f} GB" for d in gpu["devices"]]
-    lines += [f"{'' if gpu['devices'] else 'GPU':9} {'' if gpu['devices'] else 'none: '}{gpu['why']}", ""]
+    lines += [*([f"GPU       none: {gpu['why']}"] if gpu["why"] else []), ""]
     lines += [f"{name:16} {version or 'not installed'}" for name, version in facts["packages"].items()]
     return lines

@@ -176,6 +176,7 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.iterations):
             start = time.perf_counter()
             solver.step(1)
+            backend.synchronize()
             seconds.append(time.perf_counter() - start)
     finally:
         solver.close()

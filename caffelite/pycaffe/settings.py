@@ -6,6 +6,7 @@ import os
 
 from caffelite import backends
 from caffelite.backends.contract import Backend
+from caffelite.errors import BackendError
 from caffelite.layer import known_types
 
 TRAIN, TEST = 0, 1
@@ -15,7 +16,6 @@ class _Settings:
     """The choices in force."""
 
     def __init__(self) -> None:
-        self.gpu = False
         self.seed: int | None = None
 
 
@@ -24,18 +24,16 @@ settings = _Settings()
 
 def set_mode_cpu() -> None:
     """Nets made from now on run on a CPU backend (CAFFELITE_BACKEND or the fastest that loads)."""
-    settings.gpu = False
 
 
 def set_mode_gpu() -> None:
-    """Nets made from now on run on a GPU; BackendError where there is no GPU backend."""
-    backends.get("cuda")
-    settings.gpu = True
+    """BackendError: these classes show every blob as a numpy.ndarray and run on CPUs alone."""
+    raise BackendError("pycaffe's nets do not run on a GPU yet", hint="leave set_mode_gpu and set_device out; `caffelite train --gpu 0` trains on a GPU")
 
 
 def set_device(device: int) -> None:
-    """Chooses the GPU for set_mode_gpu; BackendError where there is no GPU backend."""
-    backends.get("cuda")
+    """BackendError, as for set_mode_gpu."""
+    set_mode_gpu()
 
 
 def set_random_seed(seed: int) -> None:
@@ -50,7 +48,7 @@ def layer_type_list() -> list[str]:
 
 def new_backend() -> Backend:
     """The backend of the next net."""
-    return backends.get("cuda" if settings.gpu else os.environ.get("CAFFELITE_BACKEND") or "auto")
+    return backends.get(os.environ.get("CAFFELITE_BACKEND") or "auto")
 
 
 def new_seed() -> int:

@@ -1,0 +1,135 @@
+"""Batch normalisation over axis 1."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+
+from caffelite.backends.contract import Array
+from caffelite.backends.cuda.common import MOST_BLOCKS, THREADS, Base, cname
+from caffelite.backends.cuda.launch import Module
+from caffelite.errors import BackendError
+
+RULES = ("FORWARD", "BACKWARD", "GLOBAL")
+RUNS = ("float, 4", "float, 1", "bf16, 8", "bf16, 1")  # element type and channels to a thread
+
+BATCH_NORM = Module(
+    "batch_norm",
+    [
+        *(f"matrix_sums<{run}, {product}>" for run in RUNS for product in ("false", "true")),
+        *(f"plane_sums<{kind}, {product}>" for kind in ("float", "bf16") for product in ("false", "true")),
+        "channel_means<false>",
+        "channel_means<true>",
+        *(f"matrix_pass<{run}, {rule}>" for run in RUNS for rule in RULES),
+        *(f"plane_pass<{kind}, {rule}>" for kind in ("float", "bf16") for rule in RULES),
+    ],
+)
+WARP = 32
+SUM_BLOCKS = 512  # of all channels: enough to fill a large GPU, few enough for a short second pass
+PASS_BLOCKS = 4096  # few enough that reading a channel's parameters stays small beside its pixels
+LEAST = 4  # pixels to a thread, where that leaves fewer blocks
+
+
+class Matrix(NamedTuple):
+    """How blocks share a matrix (pixels, channels): `groups` blocks side by side, `columns` runs of `run` channels wide and `rows` pixels high."""
+
+    pixels: int
+    channels: int
+    run: int
+    groups: int
+    columns: int
+    rows: int
+
+    def slabs(self, most: int) -> tuple[int, int]:
+        """How many slabs the pixels are cut into, and the pixels of a slab: at most `most` blocks, each thread with LEAST pixels or more."""
+        count = max(1, min(most // self.groups, self.pixels // (self.rows * LEAST)))
+        slab = -(-self.pixels // (count * self.rows)) * self.rows
+        return -(-self.pixels // slab), slab
+
+
+class BatchNorm(Base):
+    def batch_norm_statistics(self, x: Array, mean: Array, variance: Array) -> None:
+        self._channel_means(x, None, self.scratch(_partial_bytes(x)), mean, variance)
+
+    def batch_norm_forward(self, x: Array, mean: Array, variance: Array, y: Array, *, eps: float) -> None:
+        self._pass("FORWARD", x, None, mean, None, variance, y, eps)
+
+    def batch_norm_backward(self, y: Array, variance: Array, dy: Array, dx: Array, *, eps: float) -> None:
+        channels, used = y.shape[1], _partial_bytes(y)
+        scratch = self.scratch(used + 8 * channels)
+        mean, product = (self.part(scratch, used + i * 4 * channels, (channels,), "float32") for i in range(2))
+        self._channel_means(dy, y, scratch, mean, product)
+        self._pass("BACKWARD", dy, y, mean, product, variance, dx, eps)
+
+    def batch_norm_backward_global(self, variance: Array, dy: Array, dx: Array, *, eps: float) -> None:
+        self._pass("GLOBAL", dy, None, None, None, variance, dx, eps)
+
+    def _channel_means(self, x: Array, y: Array | None, partial: Array, first: Array, second: Array) -> None:
+        """first, second <- mean and variance of x, or with y the means of x and of x y."""
+        product, channels, count = "false" if y is None else "true", x.shape[1], x.size // x.shape[1]
+        slabs = self._sums(x, y, partial, product)
+        sizes = (np.int32(slabs), np.int32(channels), np.float64(count))
+        self.launch(BATCH_NORM, f"channel_means<{product}>", -(-channels * WARP // THREADS), THREADS, partial, *sizes, first, second)
+
+    def _sums(self, x: Array, y: Array | None, partial: Array, product: str) -> int:
+        """partial <- each slab's sums of the channels; returns how many slabs there are."""
+        kind, matrix, channels = _kind(x, y), _matrix(x), x.shape[1]
+        sizes: tuple[np.generic, ...]
+        if matrix:
+            slabs, slab = matrix.slabs(SUM_BLOCKS)
+            name, across = f"matrix_sums<{kind}, {matrix.run}, {product}>", matrix.groups
+            sizes = (np.int64(matrix.pixels), np.int32(channels), np.int32(matrix.columns), np.int64(slab))
+        else:
+            slabs, slab = _plane_slabs(x)
+            name, across = f"plane_sums<{kind}, {product}>", channels
+            sizes = (np.int64(x.size // channels), np.int32(channels), np.int64(prod(x.shape[2:])), np.int64(slab))
+        self.launch(BATCH_NORM, name, (across, slabs), THREADS, x, y, partial, *sizes)
+        return slabs
+
+    def _pass(self, rule: str, x: Array, y: Array | None, mean: Array | None, product: Array | None, variance: Array, out: Array, eps: float) -> None:
+        kind, matrix, channels = _kind(x, y, out), _matrix(x), np.int32(x.shape[1])
+        given = (x, y, mean, product, variance, np.float32(eps), out)
+        if matrix:
+            slabs, slab = matrix.slabs(PASS_BLOCKS)
+            name, sizes = f"matrix_pass<{kind}, {matrix.run}, {rule}>", (np.int64(matrix.pixels), channels, np.int32(matrix.columns), np.int64(slab))
+            self.launch(BATCH_NORM, name, (matrix.groups, slabs), THREADS, *given, *sizes)
+        else:
+            planes = x.shape[0] * x.shape[1]
+            grid = min(planes, MOST_BLOCKS)
+            self.launch(BATCH_NORM, f"plane_pass<{kind}, {rule}>", grid, THREADS, *given, np.int64(planes), channels, np.int64(prod(x.shape[2:])))
+
+
+def _kind(x: Array, *others: Array | None) -> str:
+    """The C++ type of all arrays. BackendError when they differ: activations of one net have one type."""
+    for other in others:
+        if other is not None and other.dtype != x.dtype:
+            raise BackendError(f"batch normalisation of {x.dtype} together with {other.dtype}", hint="give arrays of one type")
+    return cname(x)
+
+
+def _matrix(x: Array) -> Matrix | None:
+    """x as a matrix of pixels and channels; None where the channels are not last in memory."""
+    channels, pixels = x.shape[1], x.size // x.shape[1]
+    if x.ndim != 4 and prod(x.shape[2:]) != 1:
+        return None
+    vector = 16 // int(x.itemsize)
+    run = vector if channels % vector == 0 else 1
+    groups = -(-channels // (run * WARP))
+    columns = -(-channels // (run * groups))
+    return Matrix(pixels, channels, run, groups, columns, THREADS // columns)
+
+
+def _plane_slabs(x: Array) -> tuple[int, int]:
+    """How many slabs a channel's elements are cut into, and their size, where channels are not last in memory."""
+    count = int(x.size // x.shape[1])
+    slabs = max(1, min(SUM_BLOCKS // x.shape[1], count // (THREADS * LEAST)))
+    slab = -(-count // slabs)
+    return -(-count // slab), slab
+
+
+def _partial_bytes(x: Array) -> int:
+    """Two doubles to a channel and slab, at the most slabs that there are: a block of SUM_BLOCKS holds up to THREADS channels."""
+    channels = int(x.shape[1])
+    return 16 * max(channels, min(channels, THREADS) * SUM_BLOCKS)

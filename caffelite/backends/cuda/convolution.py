@@ -1,0 +1,76 @@
+"""Convolution: over two spatial axes by kernels/gemm.cu, over any other number of them by the plain kernels/convolution.cu."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from caffelite.backends.contract import Array, Ints
+from caffelite.backends.cuda import gemm
+from caffelite.backends.cuda.common import THREADS, Base, blocks, cname
+from caffelite.backends.cuda.launch import Module, typed
+from caffelite.errors import BackendError
+
+MOST_AXES = 6
+SPACE = np.dtype(
+    [
+        *((name, np.int32) for name in ("axes", "images", "channels", "outputs", "group_channels", "group_outputs", "cells", "inside", "out_inside")),
+        *((name, np.int32, MOST_AXES) for name in ("size", "out", "kernel", "stride", "pad", "dilation")),
+    ],
+    align=True,
+)
+CONVOLUTION = Module(
+    "convolution",
+    [*typed("convolution_forward", arguments=3), *typed("convolution_backward_data", arguments=2), *typed("convolution_backward_weights")],
+)
+
+
+class Convolution(Base):
+    def convolution_forward(
+        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False
+    ) -> None:
+        if x.ndim == 4:
+            gemm.forward(self, gemm.Geometry(x.shape, w.shape, y.shape, stride, pad, dilation, group), x, w, b, y, relu=relu)
+            return
+        name = f"convolution_forward<{cname(x)}, {cname(w)}, {'float' if b is None else cname(b)}>"
+        space = _space(x.shape, w.shape, y.shape, stride, pad, dilation, group)
+        self.launch(CONVOLUTION, name, blocks(y.size), THREADS, x, w, b, y, space, np.bool_(relu), np.int64(y.size))
+
+    def convolution_backward_data(self, dy: Array, w: Array, dx: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int) -> None:
+        if dx.ndim == 4:
+            gemm.backward_data(self, gemm.Geometry(dx.shape, w.shape, dy.shape, stride, pad, dilation, group), dy, w, dx)
+            return
+        space = _space(dx.shape, w.shape, dy.shape, stride, pad, dilation, group)
+        self.launch(CONVOLUTION, f"convolution_backward_data<{cname(dx)}, {cname(w)}>", blocks(dx.size), THREADS, dy, w, dx, space, np.int64(dx.size))
+
+    def convolution_backward_weights(
+        self,
+        x: Array,
+        dy: Array,
+        dw: Array | None,
+        db: Array | None,
+        *,
+        stride: Ints,
+        pad: Ints,
+        dilation: Ints,
+        group: int,
+        accumulate_w: bool,
+        accumulate_b: bool,
+    ) -> None:
+        if dw is not None and x.ndim == 4:
+            gemm.backward_weights(self, gemm.Geometry(x.shape, dw.shape, dy.shape, stride, pad, dilation, group), x, dy, dw, accumulate_w)
+        elif dw is not None:
+            space = _space(x.shape, dw.shape, dy.shape, stride, pad, dilation, group)
+            name = f"convolution_backward_weights<{cname(x)}>"
+            self.launch(CONVOLUTION, name, blocks(dw.size), THREADS, x, dy, dw, space, np.bool_(accumulate_w), np.int64(dw.size))
+        if db is not None:
+            self.bias_backward(dy, db.reshape((1, -1) + (1,) * (dy.ndim - 2)), accumulate=accumulate_b)
+
+
+def _space(x: Ints, w: Ints, y: Ints, stride: Ints, pad: Ints, dilation: Ints, group: int) -> np.void:
+    """The plain kernels' struct Space."""
+    axes = len(x) - 2
+    if axes > MOST_AXES:
+        raise BackendError(f"the cuda backend convolves over at most {MOST_AXES} spatial axes, found {axes}", hint="use --backend onednn")
+    counts = [int(np.prod(sizes)) for sizes in (w[2:], x[2:], y[2:])]
+    vectors = [tuple(values) + (1,) * (MOST_AXES - axes) for values in (x[2:], y[2:], w[2:], stride, pad, dilation)]
+    return np.void((axes, x[0], x[1], y[1], w[1], y[1] // group, *counts, *vectors), SPACE)

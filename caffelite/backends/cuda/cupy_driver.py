@@ -1,0 +1,144 @@
+"""The driver of real GPUs, on CuPy's bindings to the CUDA driver and runtime. None of CuPy's own kernels is used."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from caffelite.backends.contract import Array, Ints
+from caffelite.backends.cuda import cache, nvrtc
+from caffelite.backends.cuda.array import DeviceArray
+from caffelite.backends.cuda.launch import FOLDER, Module, digest
+from caffelite.errors import BackendError
+
+OLDEST = (8, 0)  # compute capability: tensor cores with bfloat16, and cp.async
+FREE_SHARED = 48 * 1024  # bytes of shared memory that a block gets without asking
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
+INSTALL = "install CuPy for your driver's CUDA: pip install 'caffelite[cuda13]' (or [cuda12])"
+
+
+class CupyDriver:
+    """Implements caffelite.backends.cuda.driver.Driver on one GPU.
+
+    BackendError when CuPy is not installed, there is no driver or no such device, or the device is older than compute capability 8.0.
+    """
+
+    name = "cupy"
+
+    def __init__(self, device: int = 0) -> None:
+        try:
+            import cupy
+        except ImportError as error:
+            raise BackendError(f"the cuda backend needs CuPy, which does not load: {error}", hint=INSTALL) from error
+        self._cupy, self._driver, self._runtime = cupy, cupy.cuda.driver, cupy.cuda.runtime
+        self.device = device
+        capability = self._select(device)
+        self.architecture = "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
+        self._stream = self._runtime.streamCreateWithFlags(self._runtime.streamNonBlocking)
+
+    def _select(self, device: int) -> tuple[int, int]:
+        """Makes the device the current one; its compute capability."""
+        try:
+            count = self._runtime.getDeviceCount()
+        except self._runtime.CUDARuntimeError as error:
+            raise BackendError(f"no usable GPU: {error}", hint="install NVIDIA's driver, or run on the CPU with --backend onednn") from error
+        if not 0 <= device < count:
+            raise BackendError(f"there is no GPU {device}: {count} found", hint=f"choose 0 to {count - 1}; caffelite device-query lists them")
+        self._runtime.setDevice(device)
+        facts = self._runtime.getDeviceProperties(device)
+        capability = (int(facts["major"]), int(facts["minor"]))
+        if capability < OLDEST:
+            name = facts["name"].decode()
+            raise BackendError(
+                f"GPU {device} ({name}) has compute capability {capability[0]}.{capability[1]}; caffelite needs 8.0 or newer", hint="use --backend onednn"
+            )
+        return capability
+
+    def allocate(self, nbytes: int) -> Array:
+        memory = self._allocate(max(nbytes, 1))
+        self._runtime.memsetAsync(memory.ptr, 0, max(nbytes, 1), self._stream)
+        return DeviceArray(memory, memory.ptr, (nbytes,), (1,), np.dtype(np.uint8))
+
+    def _allocate(self, nbytes: int) -> Any:
+        try:
+            return self._cupy.cuda.alloc(nbytes)
+        except self._cupy.cuda.memory.OutOfMemoryError as error:
+            free, total = self._runtime.memGetInfo()
+            raise BackendError(
+                f"out of memory on GPU {self.device}: {nbytes / 2**20:,.0f} MB more are needed, {free / 2**20:,.0f} of {total / 2**20:,.0f} MB are free",
+                hint="lower batch_size, or train with --precision bfloat16",
+            ) from error
+
+    def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
+        return DeviceArray(buffer.memory, buffer.address + offset, shape, strides, np.dtype(dtype))
+
+    def is_array(self, x: Any) -> bool:
+        return isinstance(x, DeviceArray)
+
+    def from_host(self, values: Any, x: Array) -> None:
+        self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._stream)
+        self.synchronize()  # `values` may go as soon as this returns
+
+    def to_host(self, x: Array) -> Any:
+        held = np.ndarray(x.shape, x.dtype, np.empty(max(x.size, 1) * x.itemsize, np.uint8), 0, x.strides)
+        self._runtime.memcpyAsync(held.ctypes.data, x.address, x.size * x.itemsize, TO_HOST, self._stream)
+        self.synchronize()
+        return held
+
+    def load(self, module: Module) -> CupyProgram:
+        cubin, symbols = compiled(module, self.architecture)
+        return CupyProgram(self._driver, self._stream, cubin, symbols)
+
+    def synchronize(self) -> None:
+        try:
+            self._runtime.streamSynchronize(self._stream)
+        except self._runtime.CUDARuntimeError as error:
+            raise BackendError(f"GPU {self.device} stopped: {error}", hint="run again from the last snapshot; it is whole") from error
+
+
+class CupyProgram:
+    """A module as machine code in the device's context."""
+
+    def __init__(self, driver: Any, stream: int, cubin: bytes, symbols: dict[str, str]) -> None:
+        self._driver, self._stream = driver, stream
+        self._module = driver.moduleLoadData(cubin)
+        self._functions = {name: driver.moduleGetFunction(self._module, symbol) for name, symbol in symbols.items()}
+        self._shared: dict[str, int] = {}
+
+    def launch(self, name: str, grid: Ints, block: Ints, args: Sequence[Any], shared: int) -> None:
+        function = self._functions[name]
+        if shared > max(FREE_SHARED, self._shared.get(name, 0)):
+            self._driver.funcSetAttribute(function, MAX_DYNAMIC_SHARED, shared)
+            self._shared[name] = shared
+        held = [_parameter(arg) for arg in args]
+        pointers = (ctypes.c_void_p * max(len(held), 1))(*(ctypes.addressof(value) for value in held))
+        try:
+            self._driver.launchKernel(function, *grid, *block, shared, self._stream, ctypes.addressof(pointers), 0)
+        except self._driver.CUDADriverError as error:
+            raise BackendError(f"kernel {name} does not start with grid {grid}, block {block} and {shared} bytes of shared memory: {error}") from error
+
+
+def _parameter(arg: Any) -> Any:
+    """An argument as the bytes that the kernel's parameter holds."""
+    if arg is None:
+        return ctypes.c_uint64(0)
+    if isinstance(arg, DeviceArray):
+        return ctypes.c_uint64(arg.address)
+    return ctypes.create_string_buffer(arg.tobytes(), arg.dtype.itemsize)
+
+
+def compiled(module: Module, architecture: str) -> tuple[bytes, dict[str, str]]:
+    """The module's machine code and the symbols of its kernels, from the cache of compiled kernels or NVRTC."""
+    options = [f"-I{FOLDER}", "-lineinfo"]
+    key = digest(*module.sources(), module.names, architecture, options[1:], nvrtc.version())
+    code, symbols = (cache.folder("cuda") / f"{module.stem}-{architecture}-{key}.{ending}" for ending in ("cubin", "json"))
+    if not (code.exists() and symbols.exists()):
+        cubin, found, _ = nvrtc.compile_cubin(module.path.read_text(), str(module.path), architecture, module.names, options)
+        cache.once(code, lambda out: out.write_bytes(cubin))
+        cache.once(symbols, lambda out: out.write_text(json.dumps(found)))
+    return code.read_bytes(), json.loads(symbols.read_text())

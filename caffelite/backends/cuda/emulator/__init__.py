@@ -1,0 +1,140 @@
+"""The driver without a GPU: kernels compiled by g++ and run on the CPU, block by block, one fiber for each thread.
+
+Arrays are as opaque as on a GPU. CAFFELITE_EMULATOR chooses the mode: "fast" (the default), or "check", which finds races, divergent
+barriers, accesses outside the arguments, reads of shared memory that nobody wrote, and misaligned accesses.
+CAFFELITE_EMULATOR_ORDER runs threads in another order: "up" (the default), "down", "random" or "lifo".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from caffelite.backends.contract import Array, Ints
+from caffelite.backends.cuda.array import DeviceArray
+from caffelite.backends.cuda.emulator.build import MODES, build
+from caffelite.backends.cuda.launch import Module
+from caffelite.errors import BackendError
+
+ALIGN = 64
+ORDERS = ("up", "down", "random", "lifo")
+KINDS = {"f": "f", "d": "f", "i": "iu", "l": "iu", "s": "iu", "b": "b", "S": "V"}  # a parameter's letter: the NumPy kinds that fit
+
+
+class EmulatorDriver:
+    """Implements caffelite.backends.cuda.driver.Driver on the CPU. mode and order: None for what the environment says."""
+
+    name = "emulator"
+
+    def __init__(self, mode: str | None = None, order: str | None = None) -> None:
+        self.mode = mode or os.environ.get("CAFFELITE_EMULATOR") or "fast"
+        self.order = order or os.environ.get("CAFFELITE_EMULATOR_ORDER") or "up"
+        for name, value, known in (("CAFFELITE_EMULATOR", self.mode, tuple(MODES)), ("CAFFELITE_EMULATOR_ORDER", self.order, ORDERS)):
+            if value not in known:
+                raise BackendError(f"{name} is '{value}'", hint=f"known ones: {', '.join(known)}")
+
+    def allocate(self, nbytes: int) -> Array:
+        memory = np.zeros(nbytes + ALIGN, np.uint8)
+        address = memory.ctypes.data
+        return DeviceArray(memory, address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
+
+    def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
+        return DeviceArray(buffer.memory, buffer.address + offset, shape, strides, np.dtype(dtype))
+
+    def is_array(self, x: Any) -> bool:
+        return isinstance(x, DeviceArray)
+
+    def from_host(self, values: Any, x: Array) -> None:
+        ctypes.memmove(x.address, values.ctypes.data, x.size * x.itemsize)
+
+    def to_host(self, x: Array) -> Any:
+        held = np.ndarray(x.shape, x.dtype, np.empty(max(x.size, 1) * x.itemsize, np.uint8), 0, x.strides)
+        ctypes.memmove(held.ctypes.data, x.address, x.size * x.itemsize)
+        return held
+
+    def load(self, module: Module) -> EmulatedProgram:
+        return EmulatedProgram(build(module.path, module.names, list(module.sources()), self.mode), module, self.mode, self.order)
+
+    def synchronize(self) -> None:
+        """Every kernel has finished when its launch returns."""
+
+
+class _Kernel(ctypes.Structure):
+    """struct emu::Kernel of emulator/cuda_emu.h."""
+
+    _fields_ = (("bind", ctypes.c_void_p), ("call", ctypes.c_void_p), ("signature", ctypes.c_char_p))
+
+
+class EmulatedProgram:
+    """A module as a shared library."""
+
+    def __init__(self, library: Path, module: Module, mode: str, order: str) -> None:
+        self.path, self.mode, self.order = library, mode, order
+        self._library = ctypes.CDLL(str(library))
+        self._library.emu_errors.restype = ctypes.c_char_p
+        self._kernels = {name: self._find(f"emu_kernel_{i}") for i, name in enumerate(module.names)}
+
+    def _find(self, symbol: str) -> tuple[Any, list[str]]:
+        """A kernel's entry, and its parameters as cuda_emu.h spells them: P for a pointer with const, kind and size; else letter and size."""
+        entry = getattr(self._library, symbol)
+        entry.restype = _Kernel
+        return entry, entry().signature.decode().split(";")[:-1]
+
+    def launch(self, name: str, grid: Ints, block: Ints, args: Sequence[Any], shared: int) -> None:
+        entry, parameters = self._kernels[name]
+        if len(args) != len(parameters):
+            raise BackendError(f"{name}: {len(args)} arguments for the parameters {parameters}")
+        held = [_value(name, number, arg, parameter) for number, (arg, parameter) in enumerate(zip(args, parameters))]
+        pointers = (ctypes.c_void_p * len(held))(*(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in held))
+        spans = [_span(arg) for arg in args]
+        regions = (ctypes.c_uint64 * max(2 * len(spans), 1))(*(word for span in spans for word in span))
+        self._library.emu_config(ORDERS.index(self.order), ctypes.c_uint64(1), 0, int(self.mode == "check"))
+        failures = self._library.emu_launch(entry, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), shared, pointers, len(spans), regions)
+        if failures:
+            raise BackendError(f"{name}: {failures} error(s) on the emulator\n{self._located(self._library.emu_errors().decode())}")
+
+    def _located(self, report: str) -> str:
+        """The report with code addresses replaced by file:line of the innermost frame in a kernel."""
+        for address in sorted(set(re.findall(r"\+(0x[0-9a-f]+)", report))):
+            command = ["addr2line", "-i", "-e", str(self.path), hex(int(address, 16) - 1)]
+            try:
+                frames = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")
+            except OSError:
+                return report
+            lines = [os.path.basename(frame).split(" ")[0] for frame in frames]
+            places = [line for line in lines if re.search(r"\.cuh?:", line)] or lines
+            report = re.sub(rf"\+{address}\b", places[0], report)
+        return report
+
+
+def _value(name: str, number: int, arg: Any, parameter: str) -> Any:
+    """The argument as bytes to be copied into the parameter. BackendError unless types and sizes agree."""
+    if arg is None or isinstance(arg, DeviceArray):
+        if "P" not in parameter[:1] or (arg is not None and not _points_to(arg, parameter)):
+            raise BackendError(f"{name}, argument {number}: an array of {arg.dtype if arg is not None else 'nothing'} for the parameter {parameter}")
+        return ctypes.c_void_p(0 if arg is None else arg.address)
+    if arg.dtype.kind not in KINDS.get(parameter[0], "") or arg.dtype.itemsize != int(parameter[1:]):
+        raise BackendError(f"{name}, argument {number}: a {arg.dtype} of {arg.dtype.itemsize} bytes for the parameter {parameter}")
+    return ctypes.create_string_buffer(arg.tobytes(), arg.dtype.itemsize)
+
+
+def _points_to(array: Array, parameter: str) -> bool:
+    """Whether a pointer parameter such as Pcf4 (const float*) or Pv2 (bf16*; a struct) may point to the array's elements."""
+    kind, size = parameter.lstrip("Pc")[0], int(parameter.lstrip("Pcfiv"))
+    if array.dtype == np.uint8:  # raw memory
+        return True
+    return array.dtype.itemsize == size and (kind == "v" or (array.dtype.kind == "f") == (kind == "f"))
+
+
+def _span(arg: Any) -> tuple[int, int]:
+    """First address and number of bytes that an argument's elements lie in."""
+    if not isinstance(arg, DeviceArray) or not arg.size:
+        return 0, 0
+    return arg.address, sum((size - 1) * stride for size, stride in zip(arg.shape, arg.strides)) + arg.itemsize

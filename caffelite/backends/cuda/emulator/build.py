@@ -1,0 +1,72 @@
+"""Compiles a module of kernels into a shared library for the emulator, once for each text, mode and compiler."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from caffelite.backends.cuda import cache
+from caffelite.backends.cuda.launch import FOLDER, digest
+from caffelite.errors import BackendError
+
+HERE = Path(__file__).parent
+OWN = (HERE / "cuda_emu.h", HERE / "primitives_emu.h", HERE / "emu_core.cpp")
+COMMON = ("-std=c++17", "-DCF_EMU", "-fPIC", "-fvisibility=hidden", "-w", "-march=x86-64-v3", "-ffp-contract=off", "-fno-strict-aliasing", "-g1", "-gdwarf-4")
+UNDEFINED = "bounds-strict,alignment,shift,integer-divide-by-zero,signed-integer-overflow"
+
+
+class Mode(NamedTuple):
+    """Compiler flags of the kernels and of the emulator's core."""
+
+    kernel: tuple[str, ...]
+    core: tuple[str, ...] = ("-O2",)
+
+
+# check: the compiler calls __tsan_read4 and so on at every access; the core defines them itself, libtsan is not linked.
+MODES = {
+    "fast": Mode(("-O2",)),
+    "check": Mode(("-O1", f"-fsanitize=thread,{UNDEFINED}", "--param", "tsan-distinguish-volatile=1", "--param", "tsan-instrument-func-entry-exit=0")),
+}
+
+
+def build(source: Path, names: Sequence[str], sources: Sequence[Path], mode: str) -> Path:
+    """The shared library with kernels `names` of `source`; `sources`: all files it is made of. BackendError when g++ is missing or refuses."""
+    flags, folder = MODES[mode], cache.folder("emulator")
+    text = "\n".join([f'#include "{source}"', *(f"EMU_EXPORT(emu_kernel_{i}, {name})" for i, name in enumerate(names)), ""])
+    core_key = digest(*OWN, mode, flags.core, _compiler())
+    core = folder / f"core-{mode}-{core_key}.o"
+    cache.once(core, lambda out: _run(*COMMON, *flags.core, f"-I{HERE}", "-c", str(HERE / "emu_core.cpp"), "-o", str(out)))
+    library = folder / f"{source.stem}-{mode}-{digest(*sources, text, flags.kernel, core_key)}.so"
+
+    def make(out: Path) -> None:
+        unit, compiled = out.with_suffix(".cpp"), out.with_suffix(".o")
+        try:
+            unit.write_text(text)
+            _run(*COMMON, *flags.kernel, f"-I{HERE}", f"-I{FOLDER}", "-c", str(unit), "-o", str(compiled))
+            _run("-shared", "-Wl,-Bsymbolic", str(compiled), str(core), "-o", str(out))
+        finally:
+            unit.unlink(missing_ok=True)
+            compiled.unlink(missing_ok=True)
+
+    cache.once(library, make)
+    return library
+
+
+@functools.cache
+def _compiler() -> str:
+    return _run("--version").split("\n")[0]
+
+
+def _run(*args: str) -> str:
+    command = [os.environ.get("CXX") or "g++", *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BackendError(f"the CUDA emulator needs a C++ compiler: {command[0]}: {error.strerror}", hint="install g++, or name a compiler in CXX") from error
+    if done.returncode:
+        raise BackendError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
+    return done.stdout

@@ -1,0 +1,32 @@
+"""Inner product: a 1x1 convolution of M images of one pixel; kernels/gemm.cu."""
+
+from __future__ import annotations
+
+from caffelite.backends.contract import Array
+from caffelite.backends.cuda.common import Base
+from caffelite.backends.cuda.gemm import Geometry, backward_data, backward_weights, forward
+
+
+class InnerProduct(Base):
+    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False) -> None:
+        forward(self, _geometry(x, y), x, w, b, y, relu=relu, transposed=transpose)
+
+    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, *, transpose: bool) -> None:
+        if transpose:  # (K,N) lies packed
+            backward_data(self, _geometry(dx, dy), dy, w, dx, packed=True)
+        else:
+            backward_data(self, _geometry(dx, dy), dy, w, dx)
+
+    def inner_product_backward_weights(
+        self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool
+    ) -> None:
+        if dw is not None:
+            inputs, outputs = (dy, x) if transpose else (x, dy)
+            backward_weights(self, _geometry(inputs, outputs), inputs, outputs, dw, accumulate_w)
+        if db is not None:
+            self.bias_backward(dy, db.reshape((1, -1)), accumulate=accumulate_b)
+
+
+def _geometry(x: Array, y: Array) -> Geometry:
+    """x (M,K) and y (M,N) as images of one pixel."""
+    return Geometry((*x.shape, 1, 1), (y.shape[1], x.shape[1], 1, 1), (*y.shape, 1, 1))

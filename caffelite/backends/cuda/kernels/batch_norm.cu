@@ -1,0 +1,180 @@
+// batch_norm.cu - statistics of channels, normalisation and its backward passes.
+//
+// Channels last (and 2 axes): memory is a matrix (pixels, channels). A block of 256 owns `columns` runs of N neighbouring channels, N being 16
+// bytes where the channels divide so, and a slab of pixels: a warp reads unbroken memory, and a channel's parameters stay in registers.
+// Other numbers of axes: memory is (outer, channels, inner); sums take a block for each channel and slab, the passes a block for each plane.
+// Sums: doubles from the first term on, so that E[x^2] - E[x]^2 keeps its digits for any mean a float32 activation can have; a conversion and
+// two double operations an element stay below memory time where doubles run at half rate (sm_80, sm_90). Blocks leave their sums in `partial`
+// (channels, 2, slabs); a warp for each channel adds them up in a fixed order.
+// Bytes an element (float32): statistics 4, forward 8, backward 8 for the sums and 12 for the pass, backward_global 8.
+// Ladder: this is the first rung; not measured.
+#include "elementwise.cuh"
+
+template <int N, bool PACK, class T>
+__device__ __forceinline__ Floats<N> load_as(const T* p) {
+  return PACK ? load<N>(p) : load_singles<N>(p);
+}
+
+// --- sums: of x and x^2, or (PRODUCT) of dy and dy y -----------------------------------------------------------------------
+// a, b += the terms of pixels pixel, pixel + rows, ... before end. PACK: all pointers allow 16-byte accesses.
+template <int N, bool PRODUCT, bool PACK, class T>
+__device__ __forceinline__ void add_pixels(const T* x, const T* y, long long pixel, long long end, int rows, int channels, double (&a)[N], double (&b)[N]) {
+#pragma unroll 4
+  for (; pixel < end; pixel += rows) {
+    Floats<N> v = load_as<N, PACK>(x + pixel * channels), w = v;
+    if (PRODUCT) w = load_as<N, PACK>(y + pixel * channels);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      a[k] += v[k];
+      b[k] += (double)v[k] * w[k];
+    }
+  }
+}
+
+// columns: runs of N channels to a block; slab: pixels to a block. x is dy and y the output where PRODUCT, else y is not read.
+template <class T, int N, bool PRODUCT>
+__global__ void __launch_bounds__(256, 3)
+    matrix_sums(const T* x, const T* y, double* partial, long long pixels, int channels, int columns, long long slab) {
+  __shared__ double first[256 * N], second[256 * N];
+  int rows = 256 / columns, column = threadIdx.x % columns, row = threadIdx.x / columns;
+  int channel = (blockIdx.x * columns + column) * N;
+  double a[N] = {}, b[N] = {};
+  if (row < rows && channel < channels) {
+    long long pixel = blockIdx.y * slab + row, end = min(pixels, (blockIdx.y + 1) * slab);
+    if (packed<N>(x) && packed<N>(y)) add_pixels<N, PRODUCT, true>(x + channel, y + channel, pixel, end, rows, channels, a, b);
+    else add_pixels<N, PRODUCT, false>(x + channel, y + channel, pixel, end, rows, channels, a, b);
+  }
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    first[threadIdx.x * N + k] = a[k];
+    second[threadIdx.x * N + k] = b[k];
+  }
+  __syncthreads();
+  int mine = threadIdx.x, own = blockIdx.x * columns * N + mine;  // one channel a thread
+  if (mine < columns * N && own < channels) {
+    double sum_a = 0, sum_b = 0;
+    for (int r = 0; r < rows; ++r) {
+      sum_a += first[r * columns * N + mine];
+      sum_b += second[r * columns * N + mine];
+    }
+    partial[2LL * own * gridDim.y + blockIdx.y] = sum_a;
+    partial[(2LL * own + 1) * gridDim.y + blockIdx.y] = sum_b;
+  }
+}
+
+// Block (channel, slab); count: outer * inner elements of a channel.
+template <class T, bool PRODUCT>
+__global__ void __launch_bounds__(256, 4)
+    plane_sums(const T* x, const T* y, double* partial, long long count, int channels, long long inner, long long slab) {
+  long long end = min(count, (blockIdx.y + 1) * slab), i = blockIdx.y * slab + threadIdx.x;
+  long long plane = i / inner, place = i % inner, planes = 256 / inner, places = 256 % inner;
+  double a = 0, b = 0;
+  for (; i < end; i += 256) {
+    long long at = (plane * channels + blockIdx.x) * inner + place;
+    float v = to_float(x[at]), w = PRODUCT ? to_float(y[at]) : v;
+    a += v;
+    b += (double)v * w;
+    plane += planes;
+    place += places;
+    if (place >= inner) {
+      place -= inner;
+      ++plane;
+    }
+  }
+  a = block_sum(a);
+  b = block_sum(b);
+  if (threadIdx.x == 0) {
+    partial[2LL * blockIdx.x * gridDim.y + blockIdx.y] = a;
+    partial[(2LL * blockIdx.x + 1) * gridDim.y + blockIdx.y] = b;
+  }
+}
+
+// first, second: the mean and the biased variance of x, or (PRODUCT) the means of both sums.
+template <bool PRODUCT>
+__global__ void __launch_bounds__(256, 4) channel_means(const double* partial, int slabs, int channels, double count, float* first, float* second) {
+  int channel = thread_index() / 32, lane = threadIdx.x % 32;
+  if (channel >= channels) return;  // a whole warp
+  const double* mine = partial + 2LL * channel * slabs;
+  double a = 0, b = 0;
+  for (int i = lane; i < slabs; i += 32) {
+    a += mine[i];
+    b += mine[slabs + i];
+  }
+  a = warp_sum(a) / count;
+  b = warp_sum(b) / count;
+  if (!PRODUCT) {
+    b -= a * a;
+    if (b < 0) b = 0;  // by rounding alone; NaN stays
+  }
+  if (lane == 0) {
+    first[channel] = (float)a;
+    second[channel] = (float)b;
+  }
+}
+
+// --- passes ----------------------------------------------------------------------------------------------------------------
+enum Rule { FORWARD, BACKWARD, GLOBAL };
+
+// What a channel's elements need: FORWARD (x - mean) inverse; BACKWARD (dy - mean - y product) inverse; GLOBAL dy inverse.
+template <Rule RULE>
+struct Channel {
+  float mean, product, inverse;
+  __device__ __forceinline__ void set(const float* means, const float* products, const float* variance, float eps, int channel) {
+    mean = RULE == GLOBAL ? 0.f : means[channel];
+    product = RULE == BACKWARD ? products[channel] : 0.f;
+    inverse = 1.f / sqrtf(variance[channel] + eps);
+  }
+  __device__ __forceinline__ float of(float x, float y) const {
+    if (RULE == FORWARD) return (x - mean) * inverse;
+    if (RULE == BACKWARD) return (x - mean - y * product) * inverse;
+    return x * inverse;
+  }
+};
+
+template <int N, bool PACK, Rule RULE, class T>
+__device__ __forceinline__ void pass_pixels(const T* x, const T* y, T* out, const Channel<RULE> (&own)[N], long long pixel, long long end, int rows,
+                                            int channels) {
+#pragma unroll 2
+  for (; pixel < end; pixel += rows) {
+    long long at = pixel * channels;
+    Floats<N> v = load_as<N, PACK>(x + at), w = v;
+    if (RULE == BACKWARD) w = load_as<N, PACK>(y + at);
+#pragma unroll
+    for (int k = 0; k < N; ++k) v[k] = own[k].of(v[k], w[k]);
+    if (PACK) {
+      store<N>(out + at, v);
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; ++k) out[at + k] = from_float<T>(v[k]);
+    }
+  }
+}
+
+// x is dy but in FORWARD; y, means and products may be null where the rule has no use for them. out may be x.
+template <class T, int N, Rule RULE>
+__global__ void __launch_bounds__(256, 4) matrix_pass(const T* x, const T* y, const float* means, const float* products, const float* variance, float eps,
+                                                      T* out, long long pixels, int channels, int columns, long long slab) {
+  int rows = 256 / columns, column = threadIdx.x % columns, row = threadIdx.x / columns;
+  int channel = (blockIdx.x * columns + column) * N;
+  if (row >= rows || channel >= channels) return;
+  Channel<RULE> own[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) own[k].set(means, products, variance, eps, channel + k);
+  long long pixel = blockIdx.y * slab + row, end = min(pixels, (blockIdx.y + 1) * slab);
+  x += channel;
+  y += channel;
+  out += channel;
+  if (packed<N>(x) && packed<N>(y) && packed<N>(out)) pass_pixels<N, true>(x, y, out, own, pixel, end, rows, channels);
+  else pass_pixels<N, false>(x, y, out, own, pixel, end, rows, channels);
+}
+
+template <class T, Rule RULE>
+__global__ void __launch_bounds__(256, 4) plane_pass(const T* x, const T* y, const float* means, const float* products, const float* variance, float eps,
+                                                     T* out, long long planes, int channels, long long inner) {
+  for (long long plane = blockIdx.x; plane < planes; plane += gridDim.x) {
+    Channel<RULE> own;
+    own.set(means, products, variance, eps, plane % channels);
+    for (long long i = plane * inner + threadIdx.x; i < (plane + 1) * inner; i += blockDim.x)
+      out[i] = from_float<T>(own.of(to_float(x[i]), RULE == BACKWARD ? to_float(y[i]) : 0.f));
+  }
+}

@@ -1,0 +1,41 @@
+"""Module: one file of kernels/ and the kernels in it, each by its C++ name with its template arguments."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "kernels"
+TYPES = ("float", "bf16")  # how activations are stored
+
+
+class Module:
+    """kernels/<stem>.cu with the name expressions of all its kernels, such as "relu_forward<bf16>"."""
+
+    def __init__(self, stem: str, names: list[str]) -> None:
+        self.stem, self.names = stem, tuple(names)
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / f"{self.stem}.cu"
+
+    def sources(self) -> Iterator[Path]:
+        """All files whose text may change what the module compiles to."""
+        yield self.path
+        yield from sorted(FOLDER.glob("*.cuh"))
+
+
+def typed(*kernels: str, arguments: int = 1) -> list[str]:
+    """Each kernel with every choice of `arguments` activation types: typed("k") gives k<float> and k<bf16>."""
+    return [f"{kernel}<{', '.join(types)}>" for kernel in kernels for types in product(TYPES, repeat=arguments)]
+
+
+def digest(*parts: object) -> str:
+    """A name for the contents of files (paths) and the values of everything else."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
+        found.update(b"\0")
+    return found.hexdigest()[:20]

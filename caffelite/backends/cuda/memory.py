@@ -1,0 +1,105 @@
+"""Buffers, views into them, copies between layouts and types, and to and from the host."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import cast
+
+import numpy as np
+
+from caffelite.backends.contract import Array, Ints, is_usual, strides_of
+from caffelite.backends.cuda.common import C_NAMES, DTYPES, THREADS, Base, blocks
+from caffelite.backends.cuda.launch import Module
+from caffelite.errors import BackendError
+
+ANY = ("float", "bf16", "unsigned char", "int", "double")
+MOST_AXES = 8
+LAYOUT = np.dtype([("axes", np.int32), ("size", np.int64, MOST_AXES), ("stride", np.int64, MOST_AXES)], align=True)
+PAIRS = [("float", "float"), ("float", "bf16"), ("bf16", "float"), ("bf16", "bf16"), ("unsigned char", "unsigned char"), ("int", "int"), ("double", "double")]
+PAIRS += [("double", "float"), ("float", "double")]
+
+MEMORY = Module(
+    "memory",
+    [*(f"fill_dense<{t}>" for t in ANY), *(f"fill_any<{t}>" for t in ANY), *(f"{k}<{s}, {t}>" for k in ("copy_dense", "copy_any") for s, t in PAIRS)],
+)
+
+
+class Memory(Base, any_layout=True):
+    def supports(self, precision: str) -> str | None:
+        if precision in ("float32", "bfloat16"):
+            return None
+        if precision == "tf32":
+            raise BackendError("the cuda backend has no tf32 kernels yet", hint="use float32 or bfloat16")
+        raise BackendError(f"unknown precision '{precision}'", hint="known ones: float32, tf32, bfloat16")
+
+    def allocate(self, nbytes: int) -> Array:
+        return self.driver.allocate(nbytes)
+
+    def view(self, buffer: Array, offset: int, shape: Ints, dtype: str) -> Array:
+        return self.part(buffer, offset, shape, dtype)
+
+    def empty(self, shape: Ints, dtype: str) -> Array:
+        return self.part(self.driver.allocate(prod(shape) * DTYPES[dtype].itemsize), 0, shape, dtype)
+
+    def to_host(self, x: Array) -> Array:
+        if not is_usual(x):
+            dense = self._dense(x)
+            self._move(x, dense)
+            x = dense
+        values = self.driver.to_host(x)
+        return np.array(values, np.float32 if x.dtype == DTYPES["bfloat16"] else x.dtype, order="C")
+
+    def from_host(self, values: Array, x: Array) -> None:
+        held = np.ndarray(x.shape, x.dtype, strides=strides_of(x.shape, x.itemsize), buffer=np.empty(max(x.size, 1) * x.itemsize, np.uint8))
+        np.copyto(held, values, casting="unsafe")
+        if is_usual(x):
+            self.driver.from_host(held, x)
+            return
+        dense = self._dense(x)
+        self.driver.from_host(held, dense)
+        self._move(dense, x)
+
+    def fill(self, x: Array, value: float) -> None:
+        if not x.size:
+            return
+        if is_usual(x):
+            self.launch(MEMORY, f"fill_dense<{_cname(x)}>", blocks(x.size), THREADS, x, np.float32(value), np.int64(x.size))
+        else:
+            self.launch(MEMORY, f"fill_any<{_cname(x)}>", blocks(x.size), THREADS, x, _layout(x), np.float32(value), np.int64(x.size))
+
+    def copy(self, x: Array, y: Array) -> None:
+        if not x.size:
+            return
+        types = f"<{_cname(x)}, {_cname(y)}>"
+        if is_usual(x) and is_usual(y) and (x.shape == y.shape or (_plain(x) and _plain(y))):
+            self.launch(MEMORY, f"copy_dense{types}", blocks(x.size), THREADS, x, y, np.int64(x.size))
+        else:
+            self.launch(MEMORY, f"copy_any{types}", blocks(x.size), THREADS, x, _layout(x), y, _layout(y), np.int64(x.size))
+
+    def synchronize(self) -> None:
+        self.driver.synchronize()
+
+    def _move(self, x: Array, y: Array) -> None:
+        self.copy(x, y)
+
+
+def _cname(x: Array) -> str:
+    """As common.cname; float64 may lie in memory too, though no op computes in it."""
+    return C_NAMES.get(x.dtype, "double")
+
+
+def _plain(x: Array) -> bool:
+    """Whether a usual array's memory order is its C order."""
+    return bool(x.ndim != 4 or x.shape[1] == 1 or x.shape[2] * x.shape[3] == 1)
+
+
+def _layout(x: Array) -> np.void:
+    """x's axes of more than one element as the kernels' struct Layout, strides in elements."""
+    axes = [(size, stride) for size, stride in zip(x.shape, x.strides) if size > 1]
+    if len(axes) > MOST_AXES:
+        raise BackendError(f"an array of shape {tuple(x.shape)} has more than {MOST_AXES} axes, which the cuda backend cannot copy")
+    layout = np.zeros((), LAYOUT)
+    layout["axes"] = len(axes)
+    for i, (size, stride) in enumerate(axes):
+        layout["size"][i], layout["stride"][i] = size, stride // x.itemsize
+    return cast(np.void, layout[()])

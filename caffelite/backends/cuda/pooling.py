@@ -1,0 +1,75 @@
+"""Max and average pooling: kernels/pooling.cu."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from caffelite.backends.contract import Array, Ints
+from caffelite.backends.cuda.channels import tiles, vector_of
+from caffelite.backends.cuda.common import Base, cname
+from caffelite.backends.cuda.launch import Module
+
+KERNELS = (2, 3)  # square ones with a forward of their own
+STRIDES = (1, 2)  # equal ones with a backward of their own
+FIELDS = ("images", "channels", "height", "width", "out_h", "out_w", "kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w")
+WINDOWS = np.dtype([(name, np.int32) for name in FIELDS])
+
+
+def _variants(vector: int, known: Ints) -> list[str]:
+    """The last two template arguments: channels a thread takes, and a kernel or stride known when compiling (0: none)."""
+    return ["1, 0", f"{vector}, 0", *(f"{vector}, {number}" for number in known)]
+
+
+def _names(kind: str, vector: int) -> list[str]:
+    names = [f"ave_pool_forward<{kind}, {v}>" for v in _variants(vector, KERNELS)]
+    names += [f"ave_pool_backward<{kind}, {v}>" for v in _variants(vector, STRIDES)]
+    for mask, kernels, strides in (("unsigned char", KERNELS, STRIDES), ("int", (), ())):
+        names += [f"max_pool_forward<{kind}, {mask}, {v}>" for v in _variants(vector, kernels)]
+        names += [f"max_pool_backward<{kind}, {mask}, {v}>" for v in _variants(vector, strides)]
+        names += [f"max_pool_indices<{kind}, {mask}, {v}>" for v in (1, vector)]
+    return names
+
+
+POOLING = Module("pooling", [*_names("float", 4), *_names("bf16", 8)])
+
+
+class Pooling(Base):
+    def max_pool_forward(self, x: Array, y: Array, mask: Array | None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        vector = vector_of(x)
+        kind = "unsigned char" if mask is None else cname(mask)
+        known = _known(kernel, KERNELS) if vector > 1 and kind == "unsigned char" else 0
+        name = f"max_pool_forward<{cname(x)}, {kind}, {vector}, {known}>"
+        self.launch(POOLING, name, *tiles(y, vector), x, y, mask, _windows(x.shape, y.shape, kernel, stride, pad))
+
+    def max_pool_backward(self, dy: Array, mask: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        vector = vector_of(dx)
+        known = _known(stride, STRIDES) if vector > 1 and cname(mask) == "unsigned char" else 0
+        name = f"max_pool_backward<{cname(dx)}, {cname(mask)}, {vector}, {known}>"
+        self.launch(POOLING, name, *tiles(dx, vector), dy, mask, dx, _windows(dx.shape, dy.shape, kernel, stride, pad))
+
+    def max_pool_indices(self, mask: Array, top: Array, *, kernel: Ints, stride: Ints, pad: Ints, width: int) -> None:
+        vector = vector_of(top)
+        image = (*top.shape[:2], 0, width)  # the kernel does not ask for the height
+        name = f"max_pool_indices<{cname(top)}, {cname(mask)}, {vector}>"
+        self.launch(POOLING, name, *tiles(top, vector), mask, top, _windows(image, top.shape, kernel, stride, pad))
+
+    def ave_pool_forward(self, x: Array, y: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        vector = vector_of(x)
+        known = _known(kernel, KERNELS) if vector > 1 else 0
+        self.launch(POOLING, f"ave_pool_forward<{cname(x)}, {vector}, {known}>", *tiles(y, vector), x, y, _windows(x.shape, y.shape, kernel, stride, pad))
+
+    def ave_pool_backward(self, dy: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        vector = vector_of(dx)
+        known = _known(stride, STRIDES) if vector > 1 else 0
+        name = f"ave_pool_backward<{cname(dx)}, {vector}, {known}>"
+        self.launch(POOLING, name, *tiles(dx, vector), dy, dx, _windows(dx.shape, dy.shape, kernel, stride, pad))
+
+
+def _known(numbers: Ints, choices: Ints) -> int:
+    """The number of both axes if a kernel was compiled for it, else 0."""
+    return int(numbers[0]) if numbers[0] == numbers[1] and numbers[0] in choices else 0
+
+
+def _windows(image: Ints, out: Ints, kernel: Ints, stride: Ints, pad: Ints) -> np.void:
+    """The kernels' struct Windows."""
+    return np.void((*image, *out[2:], *kernel, *stride, *pad), WINDOWS)

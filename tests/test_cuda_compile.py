@@ -1,0 +1,52 @@
+"""Every CUDA kernel compiles for Ampere and Hopper, keeps everything in registers, and takes what the committed table says."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from caffelite.backends.cuda import nvrtc
+from caffelite.backends.cuda.cupy_driver import compiled
+from caffelite.backends.cuda.launch import FOLDER
+from caffelite.errors import BackendError
+
+TOOL = Path(__file__).parent.parent / "tools" / "cuda_resources.py"
+spec = importlib.util.spec_from_file_location("cuda_resources", TOOL)
+assert spec
+assert spec.loader
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+MODULES = {module.stem: module for module in tool.modules()}
+
+
+def test_every_kernel_file_is_a_module() -> None:
+    assert sorted(MODULES) == sorted(path.stem for path in FOLDER.glob("*.cu"))
+    assert sorted(MODULES) == sorted({row.module for row in tool.read()})
+
+
+@pytest.mark.parametrize("architecture", tool.ARCHITECTURES)
+@pytest.mark.parametrize("stem", MODULES)
+def test_resources(stem: str, architecture: str) -> None:
+    found = tool.measure(MODULES[stem], architecture)
+    assert [row for row in found if row.spills or row.stack] == []
+    kept = [row for row in tool.read() if (row.module, row.architecture) == (stem, architecture)]
+    assert found == kept, "run tools/cuda_resources.py and look at the difference"
+
+
+def test_machine_code_is_kept(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CAFFELITE_CACHE", str(tmp_path))
+    code, symbols = compiled(MODULES["memory"], "sm_80")
+    assert code[:4] == b"\x7fELF"
+    assert list(symbols) == list(MODULES["memory"].names)
+    assert len(list((tmp_path / "cuda").iterdir())) == 2
+    monkeypatch.setattr(nvrtc, "compile_cubin", None)  # a second compilation would fail
+    assert compiled(MODULES["memory"], "sm_80") == (code, symbols)
+
+
+def test_a_kernel_that_does_not_compile_shows_the_log() -> None:
+    with pytest.raises(BackendError) as caught:
+        nvrtc.compile_cubin("__global__ void broken( {", "broken.cu", "sm_80", [])
+    assert "broken.cu does not compile for sm_80" in str(caught.value)
+    assert "broken.cu(1): error" in str(caught.value)

@@ -1,6 +1,6 @@
 # make train   train a small NIN from scratch and draw its curves (DATA=/path/to/tiny-imagenet-200 for images of your own)
 # make test    run the test suite            make check   lint, types and tests
-# make test-kernels   run the CUDA kernels in the emulator's check mode      make test-gpu   test them on a GPU (needs CuPy)
+# make test-kernels   run the CUDA kernels emulated, checked, in several orders      make test-gpu   test them on a GPU (needs CuPy)
 # make lint    ruff and mypy                 make proto   compile proto/caffelite.proto again
 # make clean   remove what these made; data/ and runs/ stay
 #
@@ -25,14 +25,16 @@ train: $(VENV)/installed-run
 test: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive CAFFELITE_CUDA_DRIVER=$(if $(shell command -v g++),emulator) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
-# The ops again, with the emulator watching every access.
+# The ops again, with the emulator watching every access, and then with its threads in other orders.
 test-kernels: $(VENV)/installed-dev
 	CAFFELITE_CUDA_DRIVER=emulator CAFFELITE_EMULATOR=check $(BIN)/python -m pytest -n $(WORKERS) --backend cuda $(wildcard tests/test_op_*.py)
+	set -e; for order in down random lifo; do CAFFELITE_CUDA_DRIVER=emulator CAFFELITE_EMULATOR_ORDER=$$order \
+		$(BIN)/python -m pytest -n $(WORKERS) --backend cuda $(wildcard tests/test_op_*.py); done
 
 # On a machine with a GPU.
 test-gpu: $(VENV)/installed-dev
 	CAFFELITE_CUDA_DRIVER=cupy $(BIN)/python -m pytest --backend cuda $(wildcard tests/test_op_*.py tests/test_layer_*.py) \
-		tests/test_golden_layers.py tests/test_golden_training.py tests/test_net.py tests/test_net_random.py tests/test_solver_resume.py
+		tests/test_golden_layers.py tests/test_golden_training.py tests/test_net.py tests/test_net_random.py tests/test_solver_resume.py tests/test_cuda_training.py
 
 check: lint test
 

@@ -57,14 +57,14 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
     """y = w * x + b. w lies as (O, kH, kW, C/group), whatever its shape says; transposed, for one cell and one group: as (C, O). b: (O) or None."""
     columns, kind = g.cells * g.w[1], cname(x)
     planar = x.dtype == FLOAT32 and g.cells > 1 and g.w[1] <= IMAGE_CHANNELS
-    plan = _Plan(kind, rows=y.size // g.y[1], columns=g.group_outputs, depth=columns, groups=g.group, outputs=y.size)
+    plan = _Plan(kind, rows=y.size // g.y[1], columns=g.group_outputs, depth=columns, groups=g.group, outputs=y.size, one_split=planar)
     repack = planar or transposed or w.dtype != x.dtype
     space = _Space(ops, packed=w.size * x.itemsize if repack else 0, bias=_float_bytes(b), partial=plan.partial_bytes)
     if repack:
         shape = (g.w[0], g.cells, 1, g.w[1]) if planar else (1, g.w[1], 1, g.w[0]) if transposed else (1, 1, 1, w.size)
         w = _packed(ops, w, space.packed(x, w.size), shape)
     bias, partial = space.floats(b), space.partial()
-    aligned = np.bool_(g.w[1] * x.itemsize % 16 == 0 and not planar)
+    aligned = np.bool_(_whole_vectors(g.w[1], x, w) and not planar)
     final = (None, np.bool_(False)) if partial is not None else (bias, np.bool_(relu))
     ops.launch(GEMM, f"gemm_forward<{kind}>", plan.grid, THREADS, x, w, final[0], y, partial, plan.struct(g), aligned, np.bool_(planar), final[1])
     if partial is not None:
@@ -82,7 +82,7 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, *, pac
         shape = (1, 1, 1, w.size) if packed else (g.group, g.group_outputs, g.cells, g.w[1])
         w = _packed(ops, w, space.packed(dx, w.size), shape)
     partial = space.partial()
-    aligned = np.bool_(g.group_outputs * dx.itemsize % 16 == 0)
+    aligned = np.bool_(_whole_vectors(g.group_outputs, dy, w))
     ops.launch(GEMM, f"gemm_data<{kind}>", plan.grid, THREADS, dy, w, dx, partial, plan.struct(g), aligned)
     if partial is not None:
         _finish(ops, partial, None, dx, plan, columns=g.x[1])
@@ -93,7 +93,7 @@ def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, dw: Array, acc
     kind, columns = cname(x), g.cells * g.w[1]
     plan = _Plan(kind, rows=g.group_outputs, columns=columns, depth=dy.size // g.y[1], groups=g.group, outputs=dw.size)
     partial = _Space(ops, packed=0, bias=0, partial=plan.partial_bytes).partial()
-    whole = [np.bool_(channels * x.itemsize % 16 == 0) for channels in (g.w[1], g.group_outputs)]
+    whole = [np.bool_(_whole_vectors(channels, operand)) for channels, operand in ((g.w[1], x), (g.group_outputs, dy))]
     final = np.bool_(accumulate and partial is None)
     ops.launch(GEMM, f"gemm_weights<{kind}>", plan.grid, THREADS, x, dy, dw, partial, plan.struct(g), *whole, final)
     if partial is not None:
@@ -103,11 +103,11 @@ def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, dw: Array, acc
 class _Plan:
     """How a product of rows x columns over `depth`, for each of `groups`, is cut into blocks and splits; outputs: elements of the result."""
 
-    def __init__(self, kind: str, *, rows: int, columns: int, depth: int, groups: int, outputs: int) -> None:
+    def __init__(self, kind: str, *, rows: int, columns: int, depth: int, groups: int, outputs: int, one_split: bool = False) -> None:
         slices, tiles = -(-depth // DEPTH[kind]), -(-rows // BM) * -(-columns // BN) * groups
-        wanted = max(1, min(ENOUGH_BLOCKS // tiles, slices // LEAST_SLICES))
-        self.per_split = -(-slices // wanted) * DEPTH[kind]
-        self.splits = -(-depth // self.per_split)
+        wanted = 1 if one_split else max(1, min(ENOUGH_BLOCKS // max(tiles, 1), slices // LEAST_SLICES))
+        self.per_split = max(1, -(-slices // wanted)) * DEPTH[kind]
+        self.splits = max(1, -(-depth // self.per_split))  # a sum of no terms is written too
         self.grid = (-(-rows // BM), -(-columns // BN), self.splits * groups)
         self.partial_bytes = 4 * self.splits * outputs if self.splits > 1 else 0
 
@@ -140,6 +140,11 @@ class _Space:
 
     def _part(self, number: int, count: int, dtype: str) -> Array:
         return self._ops.part(self._buffer, self._starts[number], (count,), dtype)
+
+
+def _whole_vectors(channels: int, *operands: Array) -> bool:
+    """Whether `channels` elements are whole vectors of 16 bytes, and all operands start where one may: views need not."""
+    return all(channels * x.itemsize % 16 == 0 and x.address % 16 == 0 for x in operands)
 
 
 def _float_bytes(b: Array | None) -> int:

@@ -1,6 +1,6 @@
 // gemm.cuh - the one main loop behind convolution and inner product: C[m,n] = sum_k A[m,k] B[n,k], of operands that need not exist as matrices.
 //
-// An operand is a Table: get(row, column) gives 16 bytes of values, `vector` of them along the columns, zeros outside. A Matrix lies in
+// An operand is a Table: it gives 16 bytes of neighbouring columns at a time, zeros outside. A Matrix lies in
 // memory; Windows gathers a convolution's input (or, backward, its output gradient) on the fly, so that no column buffer is written.
 // Operand A is read [m][k] or, KMAJOR false, [k][m] (a weight gradient sums over pixels, which are the rows in memory); likewise B.
 // A block makes BM x BN of C with 256 threads. While it multiplies one slice of BK columns in shared memory, the next slice is on its way in
@@ -28,6 +28,8 @@ struct Depth {
 };
 
 // --- operands ---------------------------------------------------------------------------------------------------------------
+// A table is read by cursors: row() and column() work out once where an index lies, next_row() and next_column() move on by a slice
+// without a division, get() fetches 16 bytes there.
 
 template <class T>
 struct Matrix {  // rows x columns with `pitch` elements from row to row. aligned: columns and pitch are multiples of a vector
@@ -36,7 +38,13 @@ struct Matrix {  // rows x columns with `pitch` elements from row to row. aligne
   int columns;
   long long pitch;
   bool aligned;
-  __device__ __forceinline__ Vec<T> get(long long row, long long column) const {
+  using Row = long long;
+  using Column = int;
+  __device__ __forceinline__ Row row(long long index) const { return index; }
+  __device__ __forceinline__ Column column(long long index) const { return (int)index; }
+  __device__ __forceinline__ void next_row(Row& row, int by) const { row += by; }
+  __device__ __forceinline__ void next_column(Column& column, int by) const { column += by; }
+  __device__ __forceinline__ Vec<T> get(const Row& row, const Column& column) const {
     Vec<T> v = {};
     if (row >= rows || column >= columns) return v;
     const T* p = data + row * pitch + column;
@@ -57,51 +65,81 @@ struct Windows {
   int first_channel;  // of the group
   bool aligned;       // channels of a group, and of all, are multiples of a vector
   bool planar;        // and then not aligned
+  struct Row {
+    int image, h, w;
+  };
+  struct Column {
+    int cell, channel;
+  };
 
   __device__ __forceinline__ int depth() const { return BACKWARD ? g.group_outputs : g.group_channels; }
+  __device__ __forceinline__ int cells() const { return g.kernel_h * g.kernel_w; }
   __device__ __forceinline__ int all_channels() const { return BACKWARD ? g.outputs : g.channels; }
-  __device__ __forceinline__ long long rows() const {
-    return BACKWARD ? (long long)g.images * g.height * g.width : (long long)g.images * g.out_height * g.out_width;
-  }
-  __device__ __forceinline__ int columns() const { return g.kernel_h * g.kernel_w * depth(); }
+  __device__ __forceinline__ int width() const { return BACKWARD ? g.width : g.out_width; }
+  __device__ __forceinline__ int height() const { return BACKWARD ? g.height : g.out_height; }
+  __device__ __forceinline__ long long rows() const { return (long long)g.images * height() * width(); }
+  __device__ __forceinline__ int columns() const { return cells() * depth(); }
 
-  // Where the window of pixel (h, w) meets kernel cell (r, s); false outside the image, or between the steps of a stride.
-  __device__ __forceinline__ bool place(int h, int w, int r, int s, int& y, int& x) const {
-    if (!BACKWARD) {
-      y = h * g.stride_h - g.pad_h + r * g.dilation_h;
-      x = w * g.stride_w - g.pad_w + s * g.dilation_w;
-      return (unsigned)y < (unsigned)g.height && (unsigned)x < (unsigned)g.width;
+  __device__ __forceinline__ Row row(long long index) const {
+    long long line = index / width();
+    return {(int)(line / height()), (int)(line % height()), (int)(index - line * width())};
+  }
+  __device__ __forceinline__ Column column(long long index) const {
+    int inner = planar ? cells() : depth(), outer = (int)(index / inner), rest = (int)index - outer * inner;
+    return planar ? Column{rest, outer} : Column{outer, rest};
+  }
+  __device__ __forceinline__ void next_row(Row& row, int by) const {
+    row.w += by;
+    while (row.w >= width()) row.w -= width(), ++row.h;
+    while (row.h >= height()) row.h -= height(), ++row.image;
+  }
+  __device__ __forceinline__ void next_column(Column& column, int by) const {
+    if (planar) {
+      column.cell += by;
+      while (column.cell >= cells()) column.cell -= cells(), ++column.channel;
+    } else {
+      column.channel += by;
+      while (column.channel >= depth()) column.channel -= depth(), ++column.cell;
     }
-    y = h + g.pad_h - r * g.dilation_h;
-    x = w + g.pad_w - s * g.dilation_w;
-    if (y < 0 || x < 0 || y % g.stride_h || x % g.stride_w) return false;
-    y /= g.stride_h;
-    x /= g.stride_w;
-    return y < g.out_height && x < g.out_width;
   }
-  __device__ __forceinline__ const T* at(int image, int h, int w, int cell, int channel) const {
-    int y, x;
-    if (!place(h, w, cell / g.kernel_w, cell % g.kernel_w, y, x)) return nullptr;
+  __device__ __forceinline__ bool inside(const Row& row, const Column& column) const {
+    return row.image < g.images && column.cell < cells() && column.channel < depth();
+  }
+  // Where the pixel's window holds the kernel cell and channel; null outside the image, or between the steps of a stride.
+  __device__ __forceinline__ const T* at(const Row& row, const Column& column) const {
+    int r = column.cell / g.kernel_w, s = column.cell - r * g.kernel_w, y, x;
+    if (!BACKWARD) {
+      y = row.h * g.stride_h - g.pad_h + r * g.dilation_h;
+      x = row.w * g.stride_w - g.pad_w + s * g.dilation_w;
+      if ((unsigned)y >= (unsigned)g.height || (unsigned)x >= (unsigned)g.width) return nullptr;
+    } else {
+      y = row.h + g.pad_h - r * g.dilation_h;
+      x = row.w + g.pad_w - s * g.dilation_w;
+      if (y < 0 || x < 0) return nullptr;
+      if (g.stride_h > 1 || g.stride_w > 1) {
+        if (y % g.stride_h || x % g.stride_w) return nullptr;
+        y /= g.stride_h;
+        x /= g.stride_w;
+      }
+      if (y >= g.out_height || x >= g.out_width) return nullptr;
+    }
     int down = BACKWARD ? g.out_height : g.height, across = BACKWARD ? g.out_width : g.width;
-    return data + (((long long)image * down + y) * across + x) * all_channels() + first_channel + channel;
+    return data + (((long long)row.image * down + y) * across + x) * all_channels() + first_channel + column.channel;
   }
-  __device__ __forceinline__ Vec<T> get(long long row, long long column) const {
+  __device__ __forceinline__ Vec<T> get(const Row& row, Column column) const {
     Vec<T> v = {};
-    if (row >= rows() || column >= columns()) return v;
-    int width = BACKWARD ? g.width : g.out_width, height = BACKWARD ? g.height : g.out_height;
-    int w = row % width, line = (int)(row / width), h = line % height, image = line / height;
-    int inner = planar ? g.kernel_h * g.kernel_w : depth(), outer_index = (int)column / inner, inner_index = (int)column - outer_index * inner;
+    if (!inside(row, column)) return v;
     if (aligned) {
-      const T* p = at(image, h, w, outer_index, inner_index);
+      const T* p = at(row, column);
       return p ? load_vec(p) : v;
     }
 #pragma unroll
     for (int i = 0; i < Vec<T>::size; ++i) {
-      if (column + i < columns()) {
-        const T* p = planar ? at(image, h, w, inner_index, outer_index) : at(image, h, w, outer_index, inner_index);
+      if (inside(row, column)) {
+        const T* p = at(row, column);
         if (p) v[i] = *p;
       }
-      if (++inner_index == inner) inner_index = 0, ++outer_index;
+      next_column(column, 1);
     }
     return v;
   }
@@ -109,27 +147,39 @@ struct Windows {
 
 // --- slices in shared memory ------------------------------------------------------------------------------------------------
 
-template <class T, int ROWS, int COLUMNS>
-struct Slice {  // ROWS x COLUMNS of a table
+// ROWS x COLUMNS of a table, one after another along its columns (KMAJOR) or rows.
+template <class T, class Table, int ROWS, int COLUMNS, bool KMAJOR>
+struct Slice {
   static constexpr int pad = sizeof(T) == 4 ? 4 : 8;
   static constexpr int pitch = COLUMNS + pad;
-  static constexpr int vectors = ROWS * COLUMNS / Vec<T>::size;
-  static constexpr int each = (vectors + THREADS - 1) / THREADS;
+  static constexpr int across = COLUMNS / Vec<T>::size;  // vectors in a row
+  static constexpr int each = ROWS * across / THREADS;
+  static_assert(each * THREADS == ROWS * across, "every thread holds as many vectors");
   Vec<T> held[each];
+  typename Table::Row row[each];
+  typename Table::Column column[each];
 
-  template <class Table>
-  __device__ __forceinline__ void fetch(const Table& table, long long row, long long column) {
+  __device__ __forceinline__ void start(const Table& table, long long first_row, long long first_column) {
 #pragma unroll
     for (int i = 0; i < each; ++i) {
       int v = threadIdx.x + i * THREADS;
-      if (v < vectors) held[i] = table.get(row + v / (COLUMNS / Vec<T>::size), column + v % (COLUMNS / Vec<T>::size) * Vec<T>::size);
+      row[i] = table.row(first_row + v / across);
+      column[i] = table.column(first_column + v % across * Vec<T>::size);
+    }
+  }
+  __device__ __forceinline__ void fetch(const Table& table) {  // and moves on
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+      held[i] = table.get(row[i], column[i]);
+      if (KMAJOR) table.next_column(column[i], COLUMNS);
+      else table.next_row(row[i], ROWS);
     }
   }
   __device__ __forceinline__ void put(T* shared) const {
 #pragma unroll
     for (int i = 0; i < each; ++i) {
       int v = threadIdx.x + i * THREADS;
-      if (v < vectors) store_vec(shared + v / (COLUMNS / Vec<T>::size) * pitch + v % (COLUMNS / Vec<T>::size) * Vec<T>::size, held[i]);
+      store_vec(shared + v / across * pitch + v % across * Vec<T>::size, held[i]);
     }
   }
 };
@@ -215,28 +265,30 @@ struct Core<bf16, A_KMAJOR, B_KMAJOR, A_PITCH, B_PITCH> {
 template <class T, bool A_KMAJOR, bool B_KMAJOR, class A, class B, class Write>
 __device__ __forceinline__ void multiply_tables(const A& a, const B& b, long long m0, long long n0, long long first, long long last, Write write) {
   constexpr int BK = Depth<T>::BK;
-  using SliceA = Slice<T, A_KMAJOR ? BM : BK, A_KMAJOR ? BK : BM>;
-  using SliceB = Slice<T, B_KMAJOR ? BN : BK, B_KMAJOR ? BK : BN>;
+  using SliceA = Slice<T, A, A_KMAJOR ? BM : BK, A_KMAJOR ? BK : BM, A_KMAJOR>;
+  using SliceB = Slice<T, B, B_KMAJOR ? BN : BK, B_KMAJOR ? BK : BN, B_KMAJOR>;
   __shared__ __align__(16) T shared_a[2][(A_KMAJOR ? BM : BK) * SliceA::pitch];
   __shared__ __align__(16) T shared_b[2][(B_KMAJOR ? BN : BK) * SliceB::pitch];
   SliceA next_a;
   SliceB next_b;
   Core<T, A_KMAJOR, B_KMAJOR, SliceA::pitch, SliceB::pitch> core;
-  auto fetch = [&](long long k) {
-    next_a.fetch(a, A_KMAJOR ? m0 : k, A_KMAJOR ? k : m0);
-    next_b.fetch(b, B_KMAJOR ? n0 : k, B_KMAJOR ? k : n0);
+  next_a.start(a, A_KMAJOR ? m0 : first, A_KMAJOR ? first : m0);
+  next_b.start(b, B_KMAJOR ? n0 : first, B_KMAJOR ? first : n0);
+  auto fetch = [&] {
+    next_a.fetch(a);
+    next_b.fetch(b);
   };
   auto put = [&](int slot) {
     next_a.put(shared_a[slot]);
     next_b.put(shared_b[slot]);
   };
-  fetch(first);
+  fetch();
   put(0);
   __syncthreads();
   int slot = 0;
   for (long long k = first; k < last; k += BK, slot ^= 1) {
     bool more = k + BK < last;
-    if (more) fetch(k + BK);
+    if (more) fetch();
     core.multiply(shared_a[slot], shared_b[slot]);
     if (more) put(slot ^ 1);
     __syncthreads();

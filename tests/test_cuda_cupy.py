@@ -45,20 +45,22 @@ class Stand:
             getDeviceCount=self.count,
             setDevice=lambda device: None,
             getDeviceProperties=lambda device: {"name": b"Test GPU", "major": self.capability[0], "minor": self.capability[1]},
-            streamCreateWithFlags=lambda flags: 77,
+            streamCreateWithFlags=self.create_stream,
             streamSynchronize=self.wait,
             memsetAsync=lambda address, value, size, stream: ctypes.memset(address, value, size),
-            memcpyAsync=lambda to, source, size, kind, stream: ctypes.memmove(to, source, size),
+            memcpyAsync=self.copy,
             memGetInfo=lambda: (self.free, 4 << 20),
         )
         driver = SimpleNamespace(
             CUDADriverError=DriverError,
-            moduleLoadData=lambda image: 5,
+            moduleLoadData=self.load,
             moduleGetFunction=lambda module, symbol: {"_Z1k": 11}[symbol],
             funcSetAttribute=lambda function, attribute, value: self.limits.append((function, attribute, value)),
             launchKernel=self.launch,
         )
-        self.cuda = SimpleNamespace(runtime=runtime, driver=driver, alloc=self.alloc, memory=SimpleNamespace(OutOfMemoryError=OutOfMemory))
+        self.cuda = SimpleNamespace(
+            runtime=runtime, driver=driver, MemoryPool=lambda: SimpleNamespace(malloc=self.alloc), memory=SimpleNamespace(OutOfMemoryError=OutOfMemory)
+        )
 
     def count(self) -> int:
         if self.devices < 0:
@@ -68,6 +70,20 @@ class Stand:
     def wait(self, stream: int) -> None:
         if self.lost:
             raise RuntimeError_("cudaErrorIllegalAddress: an illegal memory access was encountered")
+
+    def create_stream(self, flags: int) -> int:
+        if self.lost:
+            raise RuntimeError_("cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy or unavailable")
+        return 77
+
+    def copy(self, to: int, source: int, size: int, kind: int, stream: int) -> None:
+        self.wait(stream)
+        ctypes.memmove(to, source, size)
+
+    def load(self, image: bytes) -> int:
+        if image == b"newer":
+            raise DriverError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid")
+        return 5
 
     def alloc(self, nbytes: int) -> Any:
         if nbytes > self.free:
@@ -152,9 +168,30 @@ def test_out_of_memory_says_how_much(cupy: Stand) -> None:
 
 def test_a_lost_device_is_reported(cupy: Stand) -> None:
     driver = CupyDriver()
+    x = driver.allocate(4)
     cupy.lost = True
-    with pytest.raises(BackendError, match=r"GPU 0 stopped: cudaErrorIllegalAddress.*\n  run again from the last snapshot"):
-        driver.synchronize()
+    for call in (driver.synchronize, lambda: driver.to_host(x), lambda: driver.from_host(np.zeros(4, np.uint8), x)):
+        with pytest.raises(BackendError, match=r"GPU 0 stopped: cudaErrorIllegalAddress.*\n  run again from the last snapshot"):
+            call()
+
+
+def test_backends_of_one_gpu_share_its_stream_and_memory(cupy: Stand) -> None:
+    one, another = CupyDriver(), CupyDriver()
+    assert (one._stream, one._pool) == (another._stream, another._pool)
+    cupy.devices = 2
+    assert CupyDriver(1)._pool is not one._pool
+
+
+def test_a_busy_device(cupy: Stand) -> None:
+    cupy.lost = True
+    assert refusal().startswith("GPU 0 does not start: cudaErrorDevicesUnavailable")
+
+
+def test_kernels_that_the_driver_does_not_know(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture: (b"newer", {"k": "_Z1k"}))
+    monkeypatch.setattr("caffelite.backends.cuda.nvrtc.version", lambda: (13, 0))
+    with pytest.raises(BackendError, match=r"GPU 0 does not load the kernels of k: CUDA_ERROR_INVALID_IMAGE.*\n  NVIDIA's driver may be older than CUDA 13\.0"):
+        CupyDriver().load(Module("k", ["k"]))
 
 
 def test_a_kernel_gets_its_arguments_by_value(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:

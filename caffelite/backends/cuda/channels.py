@@ -8,10 +8,11 @@ from caffelite.backends.cuda.common import THREADS
 MOST_IMAGES = 65535  # of a grid's second axis; the kernel's threads then loop
 
 
-def vector_of(x: Array) -> int:
-    """How many channels of x (N,C,H,W) a thread takes: 16 bytes of them, or one where they do not divide so."""
+def vector_of(x: Array, *others: Array | None) -> int:
+    """How many channels of x (N,C,H,W) a thread takes: 16 bytes of them, or one where they do not divide so or an array starts off their boundary."""
     vector = 16 // int(x.itemsize)
-    return vector if x.shape[1] % vector == 0 else 1
+    fits = x.shape[1] % vector == 0 and all(a is None or a.address % min(16, vector * a.itemsize) == 0 for a in (x, *others))
+    return vector if fits else 1
 
 
 def tiles(x: Array, vector: int) -> tuple[Ints, Ints]:

@@ -80,6 +80,7 @@ class Base:
     def scratch(self, nbytes: int) -> Array:
         """At least `nbytes` bytes (uint8) with undefined contents, aligned to 64, until the next call of scratch."""
         if self._scratch is None or self._scratch.size < nbytes:
+            self._scratch = None  # so that its memory may serve the new one; kernels that still use it run before those that will
             self._scratch = self.driver.allocate(-(-nbytes // SCRATCH_ROUND) * SCRATCH_ROUND)
         return self._scratch
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,9 +39,12 @@ class CupyDriver:
             raise BackendError(f"the cuda backend needs CuPy, which does not load: {error}", hint=INSTALL) from error
         self._cupy, self._driver, self._runtime = cupy, cupy.cuda.driver, cupy.cuda.runtime
         self.device = device
-        capability = self._select(device)
+        try:
+            capability = self._select(device)
+            self._stream, self._pool = _queue(cupy, device)
+        except self._runtime.CUDARuntimeError as error:
+            raise BackendError(f"GPU {device} does not start: {error}", hint="nvidia-smi shows what else runs on it") from error
         self.architecture = "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
-        self._stream = self._runtime.streamCreateWithFlags(self._runtime.streamNonBlocking)
 
     def _select(self, device: int) -> tuple[int, int]:
         """Makes the device the current one; its compute capability."""
@@ -60,13 +65,14 @@ class CupyDriver:
         return capability
 
     def allocate(self, nbytes: int) -> Array:
-        memory = self._allocate(max(nbytes, 1))
-        self._runtime.memsetAsync(memory.ptr, 0, max(nbytes, 1), self._stream)
+        with self._reported():
+            memory = self._allocate(max(nbytes, 1))
+            self._runtime.memsetAsync(memory.ptr, 0, max(nbytes, 1), self._stream)
         return DeviceArray(memory, memory.ptr, (nbytes,), (1,), np.dtype(np.uint8))
 
     def _allocate(self, nbytes: int) -> Any:
         try:
-            return self._cupy.cuda.alloc(nbytes)
+            return self._pool.malloc(nbytes)
         except self._cupy.cuda.memory.OutOfMemoryError as error:
             free, total = self._runtime.memGetInfo()
             raise BackendError(
@@ -81,24 +87,45 @@ class CupyDriver:
         return isinstance(x, DeviceArray)
 
     def from_host(self, values: Any, x: Array) -> None:
-        self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._stream)
+        with self._reported():
+            self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._stream)
         self.synchronize()  # `values` may go as soon as this returns
 
     def to_host(self, x: Array) -> Any:
         held = np.ndarray(x.shape, x.dtype, np.empty(max(x.size, 1) * x.itemsize, np.uint8), 0, x.strides)
-        self._runtime.memcpyAsync(held.ctypes.data, x.address, x.size * x.itemsize, TO_HOST, self._stream)
+        with self._reported():
+            self._runtime.memcpyAsync(held.ctypes.data, x.address, x.size * x.itemsize, TO_HOST, self._stream)
         self.synchronize()
         return held
 
     def load(self, module: Module) -> CupyProgram:
         cubin, symbols = compiled(module, self.architecture)
-        return CupyProgram(self._driver, self._stream, cubin, symbols)
+        try:
+            return CupyProgram(self._driver, self._stream, cubin, symbols)
+        except self._driver.CUDADriverError as error:
+            major, minor = nvrtc.version()
+            hint = f"NVIDIA's driver may be older than CUDA {major}.{minor}, which compiled them: update it, or name an older NVRTC in CAFFELITE_NVRTC"
+            raise BackendError(f"GPU {self.device} does not load the kernels of {module.stem}: {error}", hint=hint) from error
 
     def synchronize(self) -> None:
-        try:
+        with self._reported():
             self._runtime.streamSynchronize(self._stream)
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Any call may return the error of a kernel that was started long before."""
+        try:
+            yield
         except self._runtime.CUDARuntimeError as error:
             raise BackendError(f"GPU {self.device} stopped: {error}", hint="run again from the last snapshot; it is whole") from error
+
+
+@functools.cache
+def _queue(cupy: Any, device: int) -> tuple[int, Any]:
+    """The stream and the memory of a GPU, the same for all backends of this process: their nets may share weights, and memory that is
+    free again may still be in use by kernels, which only what follows on their stream waits for. So CuPy's own pool does not do."""
+    runtime = cupy.cuda.runtime
+    return runtime.streamCreateWithFlags(runtime.streamNonBlocking), cupy.cuda.MemoryPool()
 
 
 class CupyProgram:
@@ -112,15 +139,16 @@ class CupyProgram:
 
     def launch(self, name: str, grid: Ints, block: Ints, args: Sequence[Any], shared: int) -> None:
         function = self._functions[name]
-        if shared > max(FREE_SHARED, self._shared.get(name, 0)):
-            self._driver.funcSetAttribute(function, MAX_DYNAMIC_SHARED, shared)
-            self._shared[name] = shared
         held = [_parameter(arg) for arg in args]
         pointers = (ctypes.c_void_p * max(len(held), 1))(*(ctypes.addressof(value) for value in held))
         try:
+            if shared > max(FREE_SHARED, self._shared.get(name, 0)):
+                self._driver.funcSetAttribute(function, MAX_DYNAMIC_SHARED, shared)
+                self._shared[name] = shared
             self._driver.launchKernel(function, *grid, *block, shared, self._stream, ctypes.addressof(pointers), 0)
         except self._driver.CUDADriverError as error:
-            raise BackendError(f"kernel {name} does not start with grid {grid}, block {block} and {shared} bytes of shared memory: {error}") from error
+            asked = f"grid {grid}, block {block} and {shared} bytes of shared memory"
+            raise BackendError(f"kernel {name} does not start with {asked}, or one before it failed: {error}") from error
 
 
 def _parameter(arg: Any) -> Any:
@@ -141,4 +169,7 @@ def compiled(module: Module, architecture: str) -> tuple[bytes, dict[str, str]]:
         cubin, found, _ = nvrtc.compile_cubin(module.path.read_text(), str(module.path), architecture, module.names, options)
         cache.once(code, lambda out: out.write_bytes(cubin))
         cache.once(symbols, lambda out: out.write_text(json.dumps(found)))
-    return code.read_bytes(), json.loads(symbols.read_text())
+    try:
+        return code.read_bytes(), json.loads(symbols.read_text())
+    except (OSError, ValueError) as error:
+        raise BackendError(f"the compiled kernels {code} cannot be read: {error}", hint="delete that file and the .json beside it") from error

@@ -23,15 +23,17 @@ class Lrn(Base):
 
     def lrn_forward(self, x: Array, y: Array, work: Array | None, *, size: int, alpha: float, beta: float, k: float) -> None:
         half, numbers = size // 2, _across(x.shape, size, alpha, beta, k)
-        if _is_near(x, size):
-            self.launch(LRN, f"lrn_across_forward<{cname(x)}, {half}>", *tiles(x, vector_of(x)), x, y, numbers)
+        vector = vector_of(x, y)
+        if size in NEAR and vector > 1:
+            self.launch(LRN, f"lrn_across_forward<{cname(x)}, {half}>", *tiles(x, vector), x, y, numbers)
         else:
             self.launch(LRN, f"lrn_forward<{cname(x)}, 1>", *tiles(x, 1), x, y, numbers)
 
     def lrn_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, k: float) -> None:
         half, numbers = size // 2, _across(x.shape, size, alpha, beta, k)
-        if _is_near(x, size):
-            self.launch(LRN, f"lrn_across_backward<{cname(x)}, {half}>", *tiles(x, vector_of(x)), x, y, dy, dx, numbers)
+        vector = vector_of(x, y, dy, dx)
+        if size in NEAR and vector > 1:
+            self.launch(LRN, f"lrn_across_backward<{cname(x)}, {half}>", *tiles(x, vector), x, y, dy, dx, numbers)
         else:
             self._backward_by_ratios(x, y, dy, dx, 1, numbers)
 
@@ -39,21 +41,17 @@ class Lrn(Base):
         return 0
 
     def lrn_within_forward(self, x: Array, y: Array, work: Array | None, *, size: int, alpha: float, beta: float) -> None:
-        vector = vector_of(x)
+        vector = vector_of(x, y)
         self.launch(LRN, f"lrn_forward<{cname(x)}, {vector}>", *tiles(x, vector), x, y, _within(x.shape, size, alpha, beta))
 
     def lrn_within_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float) -> None:
-        self._backward_by_ratios(x, y, dy, dx, vector_of(x), _within(x.shape, size, alpha, beta))
+        self._backward_by_ratios(x, y, dy, dx, vector_of(x, y, dy, dx), _within(x.shape, size, alpha, beta))
 
     def _backward_by_ratios(self, x: Array, y: Array, dy: Array, dx: Array, vector: int, numbers: np.void) -> None:
         """Two passes, with dy y / s in scratch memory between them."""
         ratios, types = self.part(self.scratch(4 * x.size), 0, x.shape, "float32"), f"<{cname(x)}, {vector}>"
         self.launch(LRN, f"lrn_ratios{types}", *tiles(x, vector), x, y, dy, ratios, numbers)
         self.launch(LRN, f"lrn_backward{types}", *tiles(x, vector), x, dy, ratios, dx, numbers)
-
-
-def _is_near(x: Array, size: int) -> bool:
-    return size in NEAR and vector_of(x) > 1
 
 
 def _across(shape: Ints, size: int, alpha: float, beta: float, k: float) -> np.void:

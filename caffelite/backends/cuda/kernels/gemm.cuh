@@ -28,8 +28,8 @@ struct Depth {
 };
 
 // --- operands ---------------------------------------------------------------------------------------------------------------
-// A table is read by cursors: row() and column() work out once where an index lies, next_row() and next_column() move on by a slice
-// without a division, get() fetches 16 bytes there.
+// A table is read by cursors: row() and column() work out once where an index lies, next_row() and next_column() move on by a slice,
+// dividing only where a line or a cell ends, get() fetches 16 bytes there.
 
 template <class T>
 struct Matrix {  // rows x columns with `pitch` elements from row to row. aligned: columns and pitch are multiples of a vector
@@ -88,18 +88,24 @@ struct Windows {
     int inner = planar ? cells() : depth(), outer = (int)(index / inner), rest = (int)index - outer * inner;
     return planar ? Column{rest, outer} : Column{outer, rest};
   }
+  static __device__ __forceinline__ void carry(int& digit, int base, int& next) {
+    if (digit < base) return;
+    int over = digit / base;
+    digit -= over * base;
+    next += over;
+  }
   __device__ __forceinline__ void next_row(Row& row, int by) const {
     row.w += by;
-    while (row.w >= width()) row.w -= width(), ++row.h;
-    while (row.h >= height()) row.h -= height(), ++row.image;
+    carry(row.w, width(), row.h);
+    carry(row.h, height(), row.image);
   }
   __device__ __forceinline__ void next_column(Column& column, int by) const {
     if (planar) {
       column.cell += by;
-      while (column.cell >= cells()) column.cell -= cells(), ++column.channel;
+      carry(column.cell, cells(), column.channel);
     } else {
       column.channel += by;
-      while (column.channel >= depth()) column.channel -= depth(), ++column.cell;
+      carry(column.channel, depth(), column.cell);
     }
   }
   __device__ __forceinline__ bool inside(const Row& row, const Column& column) const {

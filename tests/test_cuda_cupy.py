@@ -43,6 +43,7 @@ class Stand:
             CUDARuntimeError=RuntimeError_,
             streamNonBlocking=1,
             getDeviceCount=self.count,
+            driverGetVersion=lambda: 13000,
             setDevice=lambda device: None,
             getDeviceProperties=lambda device: {"name": b"Test GPU", "major": self.capability[0], "minor": self.capability[1]},
             streamCreateWithFlags=self.create_stream,
@@ -188,14 +189,14 @@ def test_a_busy_device(cupy: Stand) -> None:
 
 
 def test_kernels_that_the_driver_does_not_know(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture: (b"newer", {"k": "_Z1k"}))
-    monkeypatch.setattr("caffelite.backends.cuda.nvrtc.version", lambda: (13, 0))
+    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest: (b"newer", {"k": "_Z1k"}))
+    monkeypatch.setattr("caffelite.backends.cuda.nvrtc.version", lambda newest: (13, 0))
     with pytest.raises(BackendError, match=r"GPU 0 does not load the kernels of k: CUDA_ERROR_INVALID_IMAGE.*\n  NVIDIA's driver may be older than CUDA 13\.0"):
         CupyDriver().load(Module("k", ["k"]))
 
 
 def test_a_kernel_gets_its_arguments_by_value(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture: (b"code", {"k": "_Z1k"}))
+    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest: (b"code", {"k": "_Z1k"}))
     driver = CupyDriver()
     x, record = driver.allocate(16), np.zeros((), np.dtype([("a", np.int32), ("b", np.float32, 2)]))
     record["a"], record["b"] = 7, (1, 2)

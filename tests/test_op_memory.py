@@ -87,7 +87,8 @@ def test_fill(backend, make, layout: str) -> None:
 
 
 def test_precisions(backend) -> None:
-    assert backend.supports("float32") is None
+    slow = backend.supports("float32")
+    assert slow is None or (backend.name == "cuda" and slow.startswith("the GPU is emulated on the CPU"))
     with pytest.raises(BackendError, match="tf32"):
         backend.supports("tf32")
     with pytest.raises(BackendError, match="unknown precision 'half'"):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from caffelite.cli.common import Parser, add_state_flags
-from caffelite.cli.specs import gpu_place, is_solver
+from caffelite.cli.specs import gpu_of, gpu_place, is_solver
 from caffelite.errors import CaffeliteError, SnapshotError
 from caffelite.graph import build_graph, select_layers
 from caffelite.schema import NetSpec, SolverSpec, pb, read_net, read_solver
@@ -81,7 +81,7 @@ def check_solver_file(spec: SolverSpec, args: argparse.Namespace) -> tuple[list[
     train = train_choice(spec)
     lines: list[str] = []
     if gpu_place(spec):
-        lines.append("note: solver_mode: GPU, which this version cannot use; train it with --backend onednn or numpy")
+        lines.append(f"note: solver_mode: GPU: train runs it on GPU {gpu_of(spec)}, unless --backend or CAFFELITE_BACKEND names another backend")
     if spec.param.max_iter <= 0:
         lines.append("note: it has no max_iter; train it with --iterations")
     tests, outputs = test_choices(spec, train), set[str]()

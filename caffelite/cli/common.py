@@ -131,11 +131,20 @@ def add_state_flags(parser: argparse.ArgumentParser, *, phase: bool, whose: str 
     group.add_argument("--stage", type=comma_list, default=[], metavar="A,B", help=f"{whose} stages, for include and exclude rules")
 
 
-def open_backend(args: argparse.Namespace, *, gpu_mode: Where | None = None) -> Backend:
-    """The backend that the flags and CAFFELITE_BACKEND ask for. gpu_mode: where a solver file says solver_mode: GPU.
+def open_backend(args: argparse.Namespace, *, gpu_mode: Where | None = None, device: int = 0) -> Backend:
+    """The backend that the flags and CAFFELITE_BACKEND ask for. gpu_mode: where a solver file says solver_mode: GPU; device: and which.
 
     BackendError for a backend or a GPU that cannot be used; a backend named by flag or environment wins over solver_mode.
+    What makes a GPU slow, such as being none, is said on the standard error stream.
     """
+    backend = _chosen_backend(args, gpu_mode, device)
+    slow = backend.supports(args.precision) if backend.name == "cuda" else None
+    if slow:
+        print(f"caffelite: note: {slow}", file=sys.stderr)
+    return backend
+
+
+def _chosen_backend(args: argparse.Namespace, gpu_mode: Where | None, device: int) -> Backend:
     from caffelite import backends
 
     if args.gpu is not None:
@@ -143,7 +152,7 @@ def open_backend(args: argparse.Namespace, *, gpu_mode: Where | None = None) -> 
     variable = os.environ.get("CAFFELITE_BACKEND")
     name = args.backend or variable
     if gpu_mode and not name:
-        return _gpu_of_solver(gpu_mode)
+        return _gpu_of_solver(gpu_mode, device)
     try:
         return backends.get(name or "auto", threads=args.threads)
     except CaffeliteError as error:
@@ -161,14 +170,14 @@ def _gpu_number(args: argparse.Namespace) -> int:
     return int(args.gpu)
 
 
-def _gpu_of_solver(place: Where) -> Backend:
-    """The first GPU, for solver_mode: GPU. BackendError, at that place, when it cannot be used."""
+def _gpu_of_solver(place: Where, device: int) -> Backend:
+    """The GPU of solver_mode: GPU. BackendError, at that place, when it cannot be used."""
     from caffelite import backends
 
     try:
-        return backends.get("cuda")
+        return backends.get("cuda", device=device)
     except BackendError as error:
-        hint = "remove solver_mode: GPU, or pass --backend onednn (or numpy), which wins over it"
+        hint = f"{error.hint}; or pass --backend onednn (or numpy), which wins over solver_mode"
         raise BackendError(f"solver_mode: GPU, but {error.message}", where=place, hint=hint) from error
 
 

@@ -66,3 +66,8 @@ def gpu_place(spec: SolverSpec) -> Where | None:
     if spec.param.HasField("solver_mode") and spec.param.solver_mode == pb.SolverParameter.GPU:
         return spec.where.at("solver_mode") or Where(spec.file)
     return None
+
+
+def gpu_of(spec: SolverSpec) -> int:
+    """The number of the GPU that a solver with solver_mode: GPU runs on: its device_id."""
+    return spec.param.device_id

@@ -12,7 +12,7 @@ from typing import Any
 
 from caffelite.backends.contract import Backend
 from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, open_backend, table, whole_number
-from caffelite.cli.specs import gpu_place, load_net, load_solver
+from caffelite.cli.specs import gpu_of, gpu_place, load_net, load_solver
 from caffelite.errors import SpecError
 from caffelite.net import Net, Step
 from caffelite.schema import pb
@@ -160,7 +160,7 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     spec = load_solver(args.solver)
     if args.phase != "TRAIN":
         raise SpecError("--phase TEST does not go with --solver: a training step is in phase TRAIN")
-    backend = open_backend(args, gpu_mode=gpu_place(spec))
+    backend = open_backend(args, gpu_mode=gpu_place(spec), device=gpu_of(spec))
     param = spec.param
     for name in ("test_iter", "test_net", "test_net_param", "test_state", "test_interval", "snapshot", "snapshot_best", "display"):
         param.ClearField(name)

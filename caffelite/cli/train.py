@@ -13,7 +13,7 @@ from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, com
 from caffelite.cli.live import duration
 from caffelite.cli.metrics import MetricsWriter
 from caffelite.cli.progress import ProgressLine
-from caffelite.cli.specs import gpu_place, load_solver
+from caffelite.cli.specs import gpu_of, gpu_place, load_solver
 from caffelite.cli.tensorboard import TensorBoardWriter
 from caffelite.errors import SpecError
 from caffelite.schema import SolverSpec
@@ -51,7 +51,7 @@ def build_parser(prog: str) -> Parser:
 def run(args: argparse.Namespace) -> int:
     spec = load_solver(args.solver)
     apply_flags(spec, args)
-    backend = open_backend(args, gpu_mode=gpu_place(spec))
+    backend = open_backend(args, gpu_mode=gpu_place(spec), device=gpu_of(spec))
     resume = find_state(spec, args.snapshot)
     if resume:
         del spec.param.weights[:]  # found by "auto"
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     log = [CaffeLog(Path(args.log), append=resume is not None)] if args.log else []
     board = [TensorBoardWriter(Path(args.tensorboard))] if args.tensorboard else []
     for file in log:
-        file.line("Use CPU.", "caffe.cpp")
+        file.line(f"Using GPUs {args.gpu or gpu_of(spec)}" if backend.name == "cuda" else "Use CPU.", "caffe.cpp")
     listeners: list[Listener] = [progress, metrics, *log, *board]
     effects = {"SIGINT": args.sigint_effect, "SIGTERM": args.sigint_effect, "SIGHUP": args.sighup_effect}
     started = time.monotonic()

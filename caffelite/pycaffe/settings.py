@@ -28,7 +28,7 @@ def set_mode_cpu() -> None:
 
 def set_mode_gpu() -> None:
     """BackendError: these classes show every blob as a numpy.ndarray and run on CPUs alone."""
-    raise BackendError("pycaffe's nets do not run on a GPU yet", hint="leave set_mode_gpu and set_device out; `caffelite train --gpu 0` trains on a GPU")
+    raise BackendError("pycaffe's nets do not run on a GPU yet", hint="use a CPU backend here; `caffelite train --gpu 0` trains on a GPU")
 
 
 def set_device(device: int) -> None:
@@ -47,8 +47,11 @@ def layer_type_list() -> list[str]:
 
 
 def new_backend() -> Backend:
-    """The backend of the next net."""
-    return backends.get(os.environ.get("CAFFELITE_BACKEND") or "auto")
+    """The backend of the next net. BackendError where the environment asks for a GPU."""
+    name = os.environ.get("CAFFELITE_BACKEND") or "auto"
+    if name == "cuda":
+        set_mode_gpu()
+    return backends.get(name)
 
 
 def new_seed() -> int:

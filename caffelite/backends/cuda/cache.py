@@ -19,6 +19,8 @@ def folder(kind: str) -> Path:
         raise BackendError(
             f"cannot make the folder for compiled kernels {root / kind}: {error.strerror}", hint="name another one in CAFFELITE_CACHE"
         ) from error
+    if not os.access(root / kind, os.W_OK):
+        raise BackendError(f"the folder for compiled kernels {root / kind} cannot be written to", hint="name another one in CAFFELITE_CACHE")
     return root / kind
 
 
@@ -29,6 +31,8 @@ def once(target: Path, make: Callable[[Path], object]) -> None:
     made = target.with_name(f"{os.getpid()}-{target.name}")
     try:
         make(made)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
         made.replace(target)
     except OSError as error:
         raise BackendError(f"cannot write the compiled kernels {target}: {error.strerror}", hint="name another folder in CAFFELITE_CACHE") from error

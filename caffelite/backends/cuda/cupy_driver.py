@@ -42,8 +42,10 @@ class CupyDriver:
         try:
             capability = self._select(device)
             self._stream, self._pool = _queue(cupy, device)
+            self._cuda = self._runtime.driverGetVersion() // 1000
         except self._runtime.CUDARuntimeError as error:
             raise BackendError(f"GPU {device} does not start: {error}", hint="nvidia-smi shows what else runs on it") from error
+        nvrtc.version(self._cuda)  # better now than at the first kernel
         self.architecture = "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
 
     def _select(self, device: int) -> tuple[int, int]:
@@ -99,11 +101,11 @@ class CupyDriver:
         return held
 
     def load(self, module: Module) -> CupyProgram:
-        cubin, symbols = compiled(module, self.architecture)
+        cubin, symbols = compiled(module, self.architecture, self._cuda)
         try:
             return CupyProgram(self._driver, self._stream, cubin, symbols)
         except self._driver.CUDADriverError as error:
-            major, minor = nvrtc.version()
+            major, minor = nvrtc.version(self._cuda)
             hint = f"NVIDIA's driver may be older than CUDA {major}.{minor}, which compiled them: update it, or name an older NVRTC in CAFFELITE_NVRTC"
             raise BackendError(f"GPU {self.device} does not load the kernels of {module.stem}: {error}", hint=hint) from error
 
@@ -160,13 +162,13 @@ def _parameter(arg: Any) -> Any:
     return ctypes.create_string_buffer(arg.tobytes(), arg.dtype.itemsize)
 
 
-def compiled(module: Module, architecture: str) -> tuple[bytes, dict[str, str]]:
-    """The module's machine code and the symbols of its kernels, from the cache of compiled kernels or NVRTC."""
+def compiled(module: Module, architecture: str, newest: int = nvrtc.ANY) -> tuple[bytes, dict[str, str]]:
+    """The module's machine code and the symbols of its kernels, from the cache of compiled kernels or NVRTC (of CUDA `newest` at the most)."""
     options = [f"-I{FOLDER}", "-lineinfo"]
-    key = digest(*module.sources(), module.names, architecture, options[1:], nvrtc.version())
+    key = digest(*module.sources(), module.names, architecture, options[1:], nvrtc.version(newest))
     code, symbols = (cache.folder("cuda") / f"{module.stem}-{architecture}-{key}.{ending}" for ending in ("cubin", "json"))
     if not (code.exists() and symbols.exists()):
-        cubin, found, _ = nvrtc.compile_cubin(module.path.read_text(), str(module.path), architecture, module.names, options)
+        cubin, found, _ = nvrtc.compile_cubin(module.path.read_text(), str(module.path), architecture, module.names, options, newest=newest)
         cache.once(code, lambda out: out.write_bytes(cubin))
         cache.once(symbols, lambda out: out.write_text(json.dumps(found)))
     try:

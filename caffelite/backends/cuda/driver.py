@@ -66,6 +66,8 @@ def choose(device: int = 0) -> Driver:
     if name == "emulator":
         from caffelite.backends.cuda.emulator import EmulatorDriver
 
+        if device:
+            raise BackendError(f"there is no GPU {device}: the emulator is GPU 0", hint="choose 0, or unset CAFFELITE_CUDA_DRIVER")
         return EmulatorDriver()
     if name == "cupy":
         from caffelite.backends.cuda.cupy_driver import CupyDriver

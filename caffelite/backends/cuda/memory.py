@@ -18,6 +18,8 @@ LAYOUT = np.dtype([("axes", np.int32), ("size", np.int64, MOST_AXES), ("stride",
 PAIRS = [("float", "float"), ("float", "bf16"), ("bf16", "float"), ("bf16", "bf16"), ("unsigned char", "unsigned char"), ("int", "int"), ("double", "double")]
 PAIRS += [("double", "float"), ("float", "double")]
 
+EMULATED = "the GPU is emulated on the CPU (CAFFELITE_CUDA_DRIVER=emulator): correct, and very slow"
+
 MEMORY = Module(
     "memory",
     [*(f"fill_dense<{t}>" for t in ANY), *(f"fill_any<{t}>" for t in ANY), *(f"{k}<{s}, {t}>" for k in ("copy_dense", "copy_any") for s, t in PAIRS)],
@@ -27,7 +29,7 @@ MEMORY = Module(
 class Memory(Base, any_layout=True):
     def supports(self, precision: str) -> str | None:
         if precision in ("float32", "bfloat16"):
-            return None
+            return EMULATED if self.driver.name == "emulator" else None
         if precision == "tf32":
             raise BackendError("the cuda backend has no tf32 kernels yet", hint="use float32 or bfloat16")
         raise BackendError(f"unknown precision '{precision}'", hint="known ones: float32, tf32, bfloat16")

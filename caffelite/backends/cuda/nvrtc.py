@@ -1,6 +1,7 @@
 """Compiles CUDA C++ to machine code (CUBIN) with NVRTC, NVIDIA's compiler library, through ctypes. Needs neither a GPU nor a driver.
 
-The library comes with CuPy's CUDA packages (nvidia-cuda-nvrtc) or a CUDA toolkit; CAFFELITE_NVRTC names one outright.
+The library comes with the extras cuda12 and cuda13 (nvidia-cuda-nvrtc), or a CUDA toolkit; CAFFELITE_NVRTC names one outright.
+`newest` is the greatest major version that may be used: a driver loads no code of a CUDA newer than its own.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from typing import Any
 
 from caffelite.errors import BackendError
 
-HINT = "install it with `pip install nvidia-cuda-nvrtc`, or name libnvrtc.so in CAFFELITE_NVRTC"
+HINT = "pip install 'caffelite[cuda13]' (or [cuda12], for a driver of CUDA 12) brings it; or name libnvrtc.so in CAFFELITE_NVRTC"
+ANY = 1 << 30
 
 
-def compile_cubin(text: str, file: str, architecture: str, names: Sequence[str], options: Sequence[str] = ()) -> tuple[bytes, dict[str, str], str]:
+def compile_cubin(
+    text: str, file: str, architecture: str, names: Sequence[str], options: Sequence[str] = (), *, newest: int = ANY
+) -> tuple[bytes, dict[str, str], str]:
     """Machine code of `text` for an architecture such as "sm_90a", the symbol of each name expression, and the compiler's log.
 
     file: the name that messages give. BackendError with the log when it does not compile.
     """
-    library, program = _library(), ctypes.c_void_p()
+    library, program = _library(newest), ctypes.c_void_p()
     _check(library, library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), file.encode(), 0, None, None))
     try:
         for name in names:
@@ -39,36 +43,41 @@ def compile_cubin(text: str, file: str, architecture: str, names: Sequence[str],
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def version() -> tuple[int, int]:
+def version(newest: int = ANY) -> tuple[int, int]:
     """NVRTC's version, as (13, 0). BackendError where there is none."""
-    library, major, minor = _library(), ctypes.c_int(), ctypes.c_int()
+    library, major, minor = _library(newest), ctypes.c_int(), ctypes.c_int()
     _check(library, library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
     return major.value, minor.value
 
 
 @functools.cache
-def _library() -> Any:
+def _library(newest: int) -> Any:
     given = os.environ.get("CAFFELITE_NVRTC")
     errors = []
-    for path in [given] if given else _candidates():
+    for path in [given] if given else _candidates(newest):
         try:
             for builtins in Path(path).parent.glob("libnvrtc-builtins.so.*"):  # looked up by its bare name later on
                 ctypes.CDLL(str(builtins))
             library = ctypes.CDLL(path)
-        except OSError as error:
+            library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        except (OSError, AttributeError) as error:  # AttributeError: some other library
             errors.append(str(error))
             continue
-        library.nvrtcGetErrorString.restype = ctypes.c_char_p
         return library
     raise BackendError(f"NVRTC, the CUDA compiler library, does not load: {'; '.join(errors) or 'it was not found'}", hint=HINT)
 
 
-def _candidates() -> list[str]:
-    """Libraries of installed wheels, newest CUDA first, then what the system's loader finds."""
+def _candidates(newest: int) -> list[str]:
+    """Libraries of installed wheels and toolkits, newest CUDA first, then what the system's loader finds."""
     found = [str(path) for folder in sys.path for path in Path(folder or ".").glob("nvidia/*/lib/libnvrtc.so.*")]
     found += [str(path) for path in sorted(Path("/usr/local").glob("cuda*/lib64/libnvrtc.so.*"), reverse=True)]
     system = ctypes.util.find_library("nvrtc")
-    return sorted(found, key=lambda path: int(path.split(".so.")[1].split(".")[0]), reverse=True) + ([system] if system else [])
+    fitting = [path for path in found if _major(path) <= newest]
+    return sorted(fitting, key=_major, reverse=True) + ([system] if system else [])
+
+
+def _major(path: str) -> int:
+    return int(path.split(".so.")[1].split(".")[0])
 
 
 def _bytes(library: Any, program: ctypes.c_void_p, what: str) -> bytes:

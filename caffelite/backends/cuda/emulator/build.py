@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,11 +63,13 @@ def _compiler() -> str:
 
 
 def _run(*args: str) -> str:
-    command = [os.environ.get("CXX") or "g++", *args]
+    command, hint = [*shlex.split(os.environ.get("CXX") or "g++"), *args], "install g++, or name a compiler in CXX"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # A session of its own: Ctrl-C in a terminal is for this process, which finishes the iteration, and not for the compiler.
+        done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     except OSError as error:
-        raise BackendError(f"the CUDA emulator needs a C++ compiler: {command[0]}: {error.strerror}", hint="install g++, or name a compiler in CXX") from error
+        raise BackendError(f"the CUDA emulator needs a C++ compiler: {command[0]}: {error.strerror}", hint=hint) from error
     if done.returncode:
-        raise BackendError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
+        said = done.stderr.strip() or f"it ended with exit status {done.returncode} and said nothing"
+        raise BackendError(f"{command[0]} cannot compile the kernels for the emulator: {said}", hint=hint)
     return done.stdout

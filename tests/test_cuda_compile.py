@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.util
 from pathlib import Path
 
@@ -50,3 +51,18 @@ def test_a_kernel_that_does_not_compile_shows_the_log() -> None:
         nvrtc.compile_cubin("__global__ void broken( {", "broken.cu", "sm_80", [])
     assert "broken.cu does not compile for sm_80" in str(caught.value)
     assert "broken.cu(1): error" in str(caught.value)
+
+
+def test_a_library_that_is_not_nvrtc(monkeypatch) -> None:
+    nvrtc._library.cache_clear()
+    monkeypatch.setenv("CAFFELITE_NVRTC", ctypes.util.find_library("m"))
+    try:
+        with pytest.raises(BackendError, match=r"NVRTC, the CUDA compiler library, does not load: .*nvrtcGetErrorString"):
+            nvrtc.version()
+    finally:
+        nvrtc._library.cache_clear()
+
+
+def test_no_newer_cuda_than_the_drivers_is_chosen() -> None:
+    assert {nvrtc._major(path) for path in nvrtc._candidates(nvrtc.ANY) if ".so." in path} >= {13}
+    assert all(nvrtc._major(path) <= 12 for path in nvrtc._candidates(12) if "nvidia" in path)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from caffelite import backends
 from caffelite.backends.cuda.emulator import ORDERS, EmulatedProgram, EmulatorDriver
+from caffelite.backends.cuda.emulator.build import _compiler
 from caffelite.backends.cuda.launch import Module
 from caffelite.errors import BackendError
 
@@ -166,3 +169,50 @@ def test_modes_and_orders_are_named() -> None:
         EmulatorDriver("slow")
     with pytest.raises(BackendError, match="CAFFELITE_EMULATOR_ORDER is 'sideways'"):
         EmulatorDriver("fast", "sideways")
+
+
+def test_there_is_one_emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAFFELITE_CUDA_DRIVER", "emulator")
+    with pytest.raises(BackendError, match="there is no GPU 1: the emulator is GPU 0"):
+        backends.get("cuda", device=1)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        ("no-such-compiler", "the CUDA emulator needs a C\\+\\+ compiler: no-such-compiler: No such file"),
+        ("false", "false cannot compile the kernels for the emulator: it ended with exit status 1 and said nothing\n  install g\\+\\+"),
+        ("g++ -no-such-flag", "g\\+\\+ cannot compile the kernels for the emulator: .*no-such-flag"),
+    ],
+)
+def test_a_compiler_that_does_not_serve(compiler: str, message: str, module: Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("CAFFELITE_CACHE", str(tmp_path))
+    _compiler.cache_clear()
+    try:
+        with pytest.raises(BackendError, match=message):
+            EmulatorDriver("fast").load(module)
+    finally:
+        _compiler.cache_clear()
+
+
+def test_ctrl_c_is_not_for_the_compiler(module: Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal sends SIGINT to its foreground process group; the compiler must be in another."""
+    script = tmp_path / "compiler"
+    script.write_text('#!/bin/sh\necho "group $(cut -d" " -f5 /proc/$$/stat)" >&2\nexit 1\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    _compiler.cache_clear()
+    try:
+        with pytest.raises(BackendError, match="group") as caught:
+            EmulatorDriver("fast").load(module)
+    finally:
+        _compiler.cache_clear()
+    assert int(str(caught.value).split("group")[1].split()[0]) != os.getpgrp()
+
+
+def test_a_cache_folder_that_cannot_be_made(tmp_path: Path, module: Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CAFFELITE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BackendError, match=r"cannot make the folder for compiled kernels .*\n  name another one in CAFFELITE_CACHE"):
+        EmulatorDriver("fast").load(module)

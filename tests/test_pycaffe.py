@@ -9,7 +9,7 @@ import pytest
 
 import caffelite as caffe
 from caffelite.errors import BackendError, SnapshotError, SpecError
-from caffelite.pycaffe.settings import settings
+from caffelite.pycaffe.settings import new_backend, settings
 from caffelite.schema import pb
 
 NET = """
@@ -150,6 +150,12 @@ def test_a_gpu_is_refused_clearly() -> None:
     with pytest.raises(BackendError):
         caffe.set_mode_gpu()
     caffe.set_mode_cpu()
+
+
+def test_a_gpu_of_the_environment_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAFFELITE_BACKEND", "cuda")
+    with pytest.raises(BackendError, match="pycaffe's nets do not run on a GPU yet"):
+        new_backend()
 
 
 # --- forward ------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from caffelite import backends
-from caffelite.backends.contract import DropoutKey, strides_of
+from caffelite.backends.contract import DropoutKey, is_usual, strides_of
 from caffelite.errors import BackendError
 
 
@@ -321,7 +321,7 @@ def test_dropout_masks_do_not_depend_on_the_pieces_they_are_drawn_in(reference: 
 
 
 def test_usual_strides_are_told_apart(onednn: Any) -> None:
-    from caffelite.backends.onednn.plan import is_dense, is_usual
+    from caffelite.backends.onednn.plan import is_dense
 
     x = random((2, 3, 4, 5))
     assert x.strides == strides_of(x.shape, 4)

@@ -6,7 +6,7 @@ from math import prod
 
 import numpy as np
 
-from caffelite.backends.contract import Array
+from caffelite.backends.contract import Array, is_usual
 from caffelite.backends.onednn.dnnl import (
     ATTR_SCALES,
     BINARY_MAX,
@@ -25,7 +25,7 @@ from caffelite.backends.onednn.dnnl import (
     Primitive,
     Unsupported,
 )
-from caffelite.backends.onednn.plan import PlanningBackend, Run, describe_flat, is_usual, signature, type_of
+from caffelite.backends.onednn.plan import PlanningBackend, Run, describe_flat, signature, type_of
 
 
 def plan_relu_forward(dnnl: Dnnl, x: Array, y: Array, slope: float) -> Run:

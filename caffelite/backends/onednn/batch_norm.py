@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from caffelite.backends.contract import Array
+from caffelite.backends.contract import Array, is_usual
 from caffelite.backends.numpy.common import store
 from caffelite.backends.onednn.channels import ChannelOps, Pieces, layout, vector
 from caffelite.backends.onednn.dnnl import (
@@ -25,7 +25,7 @@ from caffelite.backends.onednn.dnnl import (
     Primitive,
     Unsupported,
 )
-from caffelite.backends.onednn.plan import Run, describe, is_usual, signature
+from caffelite.backends.onednn.plan import Run, describe, signature
 
 
 def plan_statistics(dnnl: Dnnl, x: Array, threads: int) -> Run:

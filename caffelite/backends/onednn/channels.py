@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from caffelite.backends.contract import Array
+from caffelite.backends.contract import Array, is_usual
 from caffelite.backends.onednn.dnnl import (
     BFLOAT16,
     DST,
@@ -28,7 +28,7 @@ from caffelite.backends.onednn.dnnl import (
     Primitive,
     Unsupported,
 )
-from caffelite.backends.onednn.plan import PlanningBackend, Run, is_usual, signature
+from caffelite.backends.onednn.plan import PlanningBackend, Run, signature
 
 LANES = 16  # oneDNN's quick kernels want a multiple of so many channels
 IMAGE = 1 << 17  # elements; larger images count as several, because oneDNN hands whole images to its threads

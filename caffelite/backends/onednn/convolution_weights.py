@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from math import prod
 
-from caffelite.backends.contract import Array
+from caffelite.backends.contract import Array, is_usual
 from caffelite.backends.onednn.convolution_geometry import Geometry
 from caffelite.backends.onednn.dnnl import (
     CONVOLUTION_DIRECT,
@@ -25,7 +25,7 @@ from caffelite.backends.onednn.dnnl import (
     Unsupported,
 )
 from caffelite.backends.onednn.matmul import column_sums, product
-from caffelite.backends.onednn.plan import Drain, Feed, Run, describe, is_usual
+from caffelite.backends.onednn.plan import Drain, Feed, Run, describe
 
 FEW_CHANNELS = 3  # up to here oneDNN has kernels that read whole planes
 FEW_THREADS = 8  # a small product does not feed more; the convolution primitive also splits the images

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from caffelite.backends.contract import Array, DropoutKey
+from caffelite.backends.contract import Array, DropoutKey, is_usual
 from caffelite.backends.numpy.dropout import draw_mask
 from caffelite.backends.onednn.dnnl import ATTR_SCALES, BINARY_MUL, DST, SRC, SRC1, Dnnl, Primitive
-from caffelite.backends.onednn.plan import PlanningBackend, Run, describe_flat, is_usual, signature
+from caffelite.backends.onednn.plan import PlanningBackend, Run, describe_flat, signature
 
 WORDS = 1 << 14  # 64-bit words drawn at once; they stay in a core's own cache
 PIECE = 1 << 18  # elements drawn by one task

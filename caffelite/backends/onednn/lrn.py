@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints, strides_of
+from caffelite.backends.contract import Array, Ints, is_usual, strides_of
 from caffelite.backends.onednn.dnnl import (
     BFLOAT16,
     DIFF_DST,
@@ -25,7 +25,7 @@ from caffelite.backends.onednn.dnnl import (
     PrimitiveDescriptor,
     Unsupported,
 )
-from caffelite.backends.onednn.plan import Drain, Feed, PlanningBackend, Run, describe, is_usual, signature
+from caffelite.backends.onednn.plan import Drain, Feed, PlanningBackend, Run, describe, signature
 
 
 class Numbers(NamedTuple):

@@ -91,11 +91,6 @@ def element_strides(x: Array) -> Ints:
     return tuple(s // itemsize for s in x.strides)
 
 
-def is_usual(x: Array) -> bool:
-    """x lies as strides_of says: channels last for 4 axes, C order otherwise."""
-    return all(size == 1 or have == want for size, have, want in zip(x.shape, x.strides, strides_of(x.shape, x.itemsize)))
-
-
 def is_dense(x: Array) -> bool:
     """x's elements fill one run of memory, in whatever order of axes."""
     step = x.itemsize

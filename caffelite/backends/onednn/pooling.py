@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints
+from caffelite.backends.contract import Array, Ints, is_usual
 from caffelite.backends.onednn.dnnl import (
     BFLOAT16,
     DIFF_DST,
@@ -24,7 +24,7 @@ from caffelite.backends.onednn.dnnl import (
     PrimitiveDescriptor,
     Unsupported,
 )
-from caffelite.backends.onednn.plan import Drain, Feed, PlanningBackend, Run, describe, element_strides, is_usual, signature, type_of
+from caffelite.backends.onednn.plan import Drain, Feed, PlanningBackend, Run, describe, element_strides, signature, type_of
 
 WIDE_BYTES = 1 << 24  # float32 copy of a piece: stays in the last-level cache, and few pieces mean few waits for other threads
 LOWEST = np.float32(np.finfo(np.float32).min)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from caffelite.backends.contract import Array
+from caffelite.backends.contract import Array, is_usual
 from caffelite.backends.numpy.common import store_gradient
 from caffelite.backends.onednn.channels import ChannelOps, Pieces, is_per_channel, layout
 from caffelite.backends.onednn.dnnl import (
@@ -25,7 +25,7 @@ from caffelite.backends.onednn.dnnl import (
     Unsupported,
 )
 from caffelite.backends.onednn.matmul import column_sums
-from caffelite.backends.onednn.plan import Run, is_usual, signature, type_of
+from caffelite.backends.onednn.plan import Run, signature, type_of
 
 
 def plan_factor(dnnl: Dnnl, x: Array, dy: Array, threads: int) -> Run:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Backend
+from caffelite.backends.contract import Array, Backend, c_order
 from caffelite.blob import Blob, Param, Shape
 from caffelite.errors import CaffeliteError, SpecError
 from caffelite.graph import Graph, Node, ParamInfo, build_graph, fuse
 from caffelite.layer import Layer, RunContext
-from caffelite.layers.shapes import c_order
 from caffelite.memory import MemoryPlan, plan_memory
 from caffelite.params import ParamArena, initial_values
 from caffelite.schema import NetSpec, pb

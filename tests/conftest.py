@@ -69,6 +69,17 @@ def backend(request: pytest.FixtureRequest) -> Any:
     return chosen
 
 
+@pytest.fixture(scope="session")
+def cuda() -> Any:
+    """The cuda backend, on a GPU or emulated. Skips where neither is asked for; where CAFFELITE_CUDA_DRIVER names a driver, it must load."""
+    try:
+        return backends.get("cuda")
+    except BackendError as error:
+        if os.environ.get("CAFFELITE_CUDA_DRIVER"):
+            raise
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def reference() -> Any:
     """The numpy backend, whose float64 arithmetic gradient checks use."""

@@ -8,21 +8,11 @@ import numpy as np
 import pytest
 from arrays import DTYPES, assert_close
 
-from caffelite import backends
 from caffelite.backends.contract import Backend
 from caffelite.backends.cuda.gemm import BM, BN, DEPTH, ENOUGH_BLOCKS, LEAST_SLICES, _Plan
-from caffelite.errors import BackendError
 
 KINDS = {"float32": "float", "bfloat16": "bf16"}
 ONE = {"stride": (1, 1), "pad": (0, 0), "dilation": (1, 1), "group": 1}
-
-
-@pytest.fixture(scope="module")
-def cuda() -> Backend:
-    try:
-        return backends.get("cuda")
-    except BackendError as error:
-        pytest.skip(str(error))
 
 
 def put(cuda: Backend, values: np.ndarray, dtype: str, offset: int = 0) -> tuple[Any, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,23 +9,11 @@ import pytest
 
 from caffelite import backends
 from caffelite.backends.contract import Backend
-from caffelite.errors import BackendError
 from caffelite.schema import pb, read_net, solver_from_text, to_text
 from caffelite.solver.loop import Solver
 
 MODEL = Path(__file__).parent.parent / "models" / "nin_crop48" / "train_val.prototxt"
 SIZE, BATCH, NARROWER, ITERATIONS = 12, 3, 12, 10
-
-
-@pytest.fixture(scope="module")
-def cuda() -> Backend:
-    """On a GPU, or emulated; one of the two must be there where the driver is named."""
-    try:
-        return backends.get("cuda")
-    except BackendError as error:
-        if os.environ.get("CAFFELITE_CUDA_DRIVER"):
-            raise
-        pytest.skip(str(error))
 
 
 def solver_for(folder: Path, backend: Backend, precision: str = "float32") -> Solver:

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 
 from caffelite.backends import get
-from caffelite.layers.shapes import c_order, viewable
+from caffelite.backends.contract import c_order
+from caffelite.layers.shapes import viewable
 
 
 def test_a_view_is_promised_only_where_numpy_needs_no_copy() -> None:

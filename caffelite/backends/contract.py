@@ -51,6 +51,11 @@ def strides_of(shape: Ints, itemsize: int) -> Ints:
     return tuple(strides)
 
 
+def c_order(shape: Ints) -> bool:
+    """Whether a blob of this shape lies in memory in C order (a 4-D one lies channels last, see strides_of)."""
+    return len(shape) != 4 or shape[1] == 1 or shape[2] * shape[3] == 1
+
+
 def is_usual(x: Array) -> bool:
     """x lies as strides_of says: channels last for 4 axes, C order otherwise."""
     return all(size == 1 or have == want for size, have, want in zip(x.shape, x.strides, strides_of(x.shape, x.itemsize)))

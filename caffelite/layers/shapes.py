@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from caffelite.backends.contract import Backend
+from caffelite.backends.contract import Backend, c_order
 from caffelite.blob import Array, Shape
 from caffelite.layer import Layer
 
@@ -18,11 +18,6 @@ def axis_index(layer: Layer, axis: int, axes: int, *path: str | int) -> int:
     raise layer.fail(
         f"axis {axis} does not exist in a bottom with {axes} axes", *path, hint=f"choose {-axes} to {axes - 1}" if axes else "a bottom without axes has none"
     )
-
-
-def c_order(shape: Shape) -> bool:
-    """Whether a blob of this shape lies in memory in C order (a 4-D one lies channels last, see strides_of)."""
-    return len(shape) != 4 or shape[1] == 1 or shape[2] * shape[3] == 1
 
 
 def viewable(shape: Shape, other: Shape) -> bool:

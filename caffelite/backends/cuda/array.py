@@ -46,6 +46,10 @@ class DeviceArray:
         after = before[items if Ellipsis in items else (*items, ...)]  # with "..." NumPy always gives a view
         return DeviceArray(self.memory, self.address + _start(after) - _start(before), after.shape, after.strides, self.dtype)
 
+    def host(self) -> Any:
+        """A numpy.ndarray of this shape, type and strides (which must leave no gaps), with undefined contents."""
+        return np.ndarray(self.shape, self.dtype, np.empty(max(self.size, 1) * self.itemsize, np.uint8), 0, self.strides)
+
     def _outline(self) -> Any:
         """A numpy.ndarray of this shape and strides, never to be read, on which NumPy works out views."""
         return as_strided(np.empty(1, self.dtype), self.shape, self.strides, writeable=False)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from caffelite.backends.contract import Array
-from caffelite.backends.cuda.common import MOST_BLOCKS, THREADS, Base, cname
+from caffelite.backends.cuda.common import MOST_BLOCKS, THREADS, WARP, Base, cname
 from caffelite.backends.cuda.launch import Module
 from caffelite.errors import BackendError
 
@@ -26,7 +26,6 @@ BATCH_NORM = Module(
         *(f"plane_pass<{kind}, {rule}>" for kind in ("float", "bf16") for rule in RULES),
     ],
 )
-WARP = 32
 SUM_BLOCKS = 512  # of all channels: enough to fill a large GPU, few enough for a short second pass
 PASS_BLOCKS = 4096  # few enough that reading a channel's parameters stays small beside its pixels
 LEAST = 4  # pixels to a thread, where that leaves fewer blocks

@@ -54,7 +54,7 @@ def reduce(ops: Base, module: Module, term: str, x: Array | None, dy: Array, out
     if len(runs) > 4:  # the innermost broadcast run first
         *outer, rows, between, columns = runs
         count = prod(outer) * rows * columns
-        middle = ops.part(ops.driver.allocate(4 * count), 0, (count,), "float32")
+        middle = ops.new((count,), "float32")
         _reduce(ops, module, term, x, dy, middle, (1, prod(outer) * rows, between, columns), False)
         reduce(ops, module, "SumTerm", None, middle, out, (*outer, rows * columns), accumulate)
     else:

@@ -19,7 +19,9 @@ from caffelite.errors import BackendError
 DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "uint8", "int32")} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 C_NAMES = {np.dtype(np.float32): "float", np.dtype(ml_dtypes.bfloat16): "bf16", np.dtype(np.uint8): "unsigned char", np.dtype(np.int32): "int"}
 THREADS = 256  # of a block, where nothing else is said
+WARP = 32
 MOST_BLOCKS = 1 << 16  # of a grid whose threads loop over items
+MOST_PARTIALS = 1024  # blocks of a kernel whose sums one further block adds up
 SCRATCH_ROUND = 1 << 16
 
 # The parameters of ops that are written, by name; and those that only the update rules, and scale_in_place, write.
@@ -35,6 +37,11 @@ FLOAT32 = np.dtype(np.float32)
 def blocks(items: int, threads: int = THREADS) -> int:
     """How many blocks give one thread to each item, at most MOST_BLOCKS; the kernel's threads then loop."""
     return max(1, min(-(-items // threads), MOST_BLOCKS))
+
+
+def partial_blocks(items: int) -> int:
+    """As blocks, for a kernel that leaves partial sums."""
+    return min(blocks(items), MOST_PARTIALS)
 
 
 def cname(x: Array) -> str:
@@ -84,23 +91,22 @@ class Base:
             self._scratch = self.driver.allocate(-(-nbytes // SCRATCH_ROUND) * SCRATCH_ROUND)
         return self._scratch
 
-    def part(self, buffer: Array, offset: int, shape: Ints, dtype: str) -> Array:
-        """An array at byte `offset` of `buffer`, laid out by strides_of."""
-        kind = DTYPES[dtype]
+    def part(self, buffer: Array, offset: int, shape: Ints, dtype: Any) -> Array:
+        """An array of NumPy type `dtype`, or of that name, at byte `offset` of `buffer`, laid out by strides_of."""
+        kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
         return self.driver.view(buffer, offset, shape, strides_of(shape, kind.itemsize), kind)
 
+    def new(self, shape: Ints, dtype: Any) -> Array:
+        """A new array, as `part` gives it."""
+        kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
+        return self.part(self.driver.allocate(prod(shape) * kind.itemsize), 0, shape, kind)
+
     def _dense(self, x: Array, dtype: Any = None) -> Array:
-        """A new array of x's shape, and its type or `dtype`, that lies as strides_of says; its contents are undefined."""
-        kind = np.dtype(dtype or x.dtype)
-        buffer = self.driver.allocate(max(x.size, 1) * kind.itemsize)
-        return self.driver.view(buffer, 0, x.shape, strides_of(x.shape, kind.itemsize), kind)
+        """A new array of x's shape, and its type or `dtype`."""
+        return self.new(x.shape, dtype or x.dtype)
 
     def _move(self, x: Array, y: Array) -> None:
         """y <- x for any strides; see memory.py."""
-        raise NotImplementedError
-
-    def bias_backward(self, dy: Array, db: Array, *, accumulate: bool) -> None:
-        """See scale_bias.py; other stems have biases too."""
         raise NotImplementedError
 
 

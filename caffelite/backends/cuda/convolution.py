@@ -6,8 +6,9 @@ import numpy as np
 
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda import gemm
-from caffelite.backends.cuda.common import THREADS, Base, blocks, cname
+from caffelite.backends.cuda.common import THREADS, blocks, cname
 from caffelite.backends.cuda.launch import Module, typed
+from caffelite.backends.cuda.scale_bias import ScaleBias
 from caffelite.errors import BackendError
 
 MOST_AXES = 6
@@ -24,7 +25,7 @@ CONVOLUTION = Module(
 )
 
 
-class Convolution(Base):
+class Convolution(ScaleBias):  # whose sum is the bias gradient too
     def convolution_forward(
         self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False
     ) -> None:

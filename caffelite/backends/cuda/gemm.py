@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 
 from caffelite.backends.contract import Array, Ints
-from caffelite.backends.cuda.common import DTYPES, FLOAT32, THREADS, Base, blocks, cname
+from caffelite.backends.cuda.common import FLOAT32, THREADS, Base, blocks, cname
 from caffelite.backends.cuda.launch import Module, typed
 
 GEMM = Module("gemm", [*typed("gemm_forward", "gemm_data", "gemm_weights", "gemm_finish"), *typed("gemm_pack", arguments=2)])
@@ -126,7 +127,7 @@ class _Space:
 
     def packed(self, like: Array, count: int) -> Array:
         """Room for `count` weights in the type of `like`."""
-        return self._part(0, count, next(name for name, kind in DTYPES.items() if kind == like.dtype))
+        return self._part(0, count, like.dtype)
 
     def floats(self, b: Array | None) -> Array | None:
         """b in float32."""
@@ -138,7 +139,7 @@ class _Space:
         """Room for the partial sums; None where there is one split."""
         return self._part(2, self._sizes[2] // 4, "float32") if self._sizes[2] else None
 
-    def _part(self, number: int, count: int, dtype: str) -> Array:
+    def _part(self, number: int, count: int, dtype: Any) -> Array:
         return self._ops.part(self._buffer, self._starts[number], (count,), dtype)
 
 

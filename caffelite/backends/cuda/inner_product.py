@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from caffelite.backends.contract import Array
-from caffelite.backends.cuda.common import Base
 from caffelite.backends.cuda.gemm import Geometry, backward_data, backward_weights, forward
+from caffelite.backends.cuda.scale_bias import ScaleBias
 
 
-class InnerProduct(Base):
+class InnerProduct(ScaleBias):  # whose sum is the bias gradient too
     def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False) -> None:
         forward(self, _geometry(x, y), x, w, b, y, relu=relu, transposed=transpose)
 

@@ -6,8 +6,8 @@ from math import prod
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints
-from caffelite.backends.cuda.common import THREADS, Base, blocks, cname
+from caffelite.backends.contract import Array, Ints, c_order
+from caffelite.backends.cuda.common import MOST_PARTIALS, THREADS, WARP, Base, blocks, cname, partial_blocks
 from caffelite.backends.cuda.launch import Module, typed
 from caffelite.backends.numpy.common import class_numbers
 
@@ -24,8 +24,6 @@ LOSSES = Module(
         "euclidean_loss_result",
     ],
 )
-MOST_PARTIALS = 1024  # blocks of a kernel whose sums one further block adds up
-WARP = 32
 PARTIALS, WORD = 3 * 8 * MOST_PARTIALS, 64  # bytes of scratch for the partial sums of up to three kinds, and for one int after them
 
 
@@ -42,7 +40,7 @@ class Losses(Base):
         self, x: Array, label: Array, prob: Array, loss: Array, normalizer: Array, *, axis: int, ignore_label: int | None, normalization: str
     ) -> None:
         lanes, shape = _rows(x.shape, axis, x.itemsize)
-        grid, scratch = _partial_blocks(lanes), self.scratch(PARTIALS + WORD)
+        grid, scratch = partial_blocks(lanes), self.scratch(PARTIALS + WORD)
         bad = self.part(scratch, PARTIALS, (1,), "int32")
         ordered = self._ordered(label, x.shape, axis)
         self.launch(LOSSES, f"softmax_loss_forward<{cname(x)}>", grid, THREADS, x, ordered, prob, scratch, *shape, _ignored(ignore_label))
@@ -58,7 +56,7 @@ class Losses(Base):
         self.launch(LOSSES, name, blocks(lanes), THREADS, prob, ordered, dloss, normalizer, dx, *shape, _ignored(ignore_label))
 
     def euclidean_loss_forward(self, a: Array, b: Array, loss: Array) -> None:
-        grid, scratch = _partial_blocks(a.size // 4), self.scratch(PARTIALS)
+        grid, scratch = partial_blocks(a.size // 4), self.scratch(PARTIALS)
         self.launch(LOSSES, f"euclidean_loss_forward<{cname(a)}, {cname(b)}>", grid, THREADS, a, b, scratch, np.int64(a.size))
         self.launch(LOSSES, "euclidean_loss_result", 1, THREADS, scratch, np.int32(grid), np.float64(2 * a.shape[0]), loss)
 
@@ -69,7 +67,7 @@ class Losses(Base):
     def accuracy(self, x: Array, label: Array, accuracy: Array, per_class: Array | None, *, top_k: int, axis: int, ignore_label: int | None) -> None:
         classes = x.shape[axis]
         lanes, shape = _rows(x.shape, axis, 0)
-        grid, scratch = _partial_blocks(lanes), self.scratch(PARTIALS + WORD + 8 * classes)
+        grid, scratch = partial_blocks(lanes), self.scratch(PARTIALS + WORD + 8 * classes)
         bad = self.part(scratch, PARTIALS, (1,), "int32")
         counts = None if per_class is None else self.part(scratch, PARTIALS + WORD, (2 * classes,), "int32")
         if counts is not None:
@@ -85,9 +83,9 @@ class Losses(Base):
     def _ordered(self, label: Array, shape: Ints, axis: int) -> Array:
         """The labels in the memory order of x's rows: themselves, but for 4 axes with classes elsewhere than along axis 1, and for labels that are 4-D maps."""
         others = (*shape[:axis], 1, *shape[axis + 1 :])
-        if _c_order(others) and _c_order(label.shape):
+        if c_order(others) and c_order(label.shape):
             return label
-        ordered = self.part(self.driver.allocate(4 * label.size), 0, others, "float32")
+        ordered = self.new(others, label.dtype)
         self._move(label, ordered)
         return ordered
 
@@ -98,14 +96,9 @@ class Losses(Base):
             class_numbers(self.driver.to_host(held), held.shape, classes, ignore_label)
 
     def _dense_in_c_order(self, x: Array) -> Array:
-        flat = self.part(self.driver.allocate(x.size * x.itemsize), 0, (x.size,), "float32")
+        flat = self.new((x.size,), x.dtype)
         self._move(x, flat)
         return flat
-
-
-def _c_order(shape: Ints) -> bool:
-    """Whether an array of this shape lies in C order: one of 4 axes has its channels last."""
-    return len(shape) != 4 or shape[1] == 1 or shape[2] * shape[3] == 1
 
 
 def _rows(shape: Ints, axis: int, narrowest: int) -> tuple[int, tuple[np.int64, np.int32, np.int64, np.int32]]:
@@ -121,10 +114,6 @@ def _rows(shape: Ints, axis: int, narrowest: int) -> tuple[int, tuple[np.int64, 
     while inner == 1 and width < WARP and width * run < classes:
         width *= 2
     return rows * width, (np.int64(rows), np.int32(classes), np.int64(inner), np.int32(width))
-
-
-def _partial_blocks(items: int) -> int:
-    return min(blocks(items), MOST_PARTIALS)
 
 
 def _ignored(label: int | None) -> np.float64:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import cast
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints, is_usual, strides_of
+from caffelite.backends.contract import Array, Ints, c_order, is_usual
 from caffelite.backends.cuda.common import C_NAMES, DTYPES, THREADS, Base, blocks
 from caffelite.backends.cuda.launch import Module
 from caffelite.errors import BackendError
@@ -41,25 +40,23 @@ class Memory(Base, any_layout=True):
         return self.part(buffer, offset, shape, dtype)
 
     def empty(self, shape: Ints, dtype: str) -> Array:
-        return self.part(self.driver.allocate(prod(shape) * DTYPES[dtype].itemsize), 0, shape, dtype)
+        return self.new(shape, dtype)
 
     def to_host(self, x: Array) -> Array:
+        there = x
         if not is_usual(x):
-            dense = self._dense(x)
-            self._move(x, dense)
-            x = dense
-        values = self.driver.to_host(x)
+            there = self._dense(x)
+            self._move(x, there)
+        values = self.driver.to_host(there)
         return np.array(values, np.float32 if x.dtype == DTYPES["bfloat16"] else x.dtype, order="C")
 
     def from_host(self, values: Array, x: Array) -> None:
-        held = np.ndarray(x.shape, x.dtype, strides=strides_of(x.shape, x.itemsize), buffer=np.empty(max(x.size, 1) * x.itemsize, np.uint8))
+        there = x if is_usual(x) else self._dense(x)
+        held = there.host()
         np.copyto(held, values, casting="unsafe")
-        if is_usual(x):
-            self.driver.from_host(held, x)
-            return
-        dense = self._dense(x)
-        self.driver.from_host(held, dense)
-        self._move(dense, x)
+        self.driver.from_host(held, there)
+        if there is not x:
+            self._move(there, x)
 
     def fill(self, x: Array, value: float) -> None:
         if not x.size:
@@ -73,7 +70,7 @@ class Memory(Base, any_layout=True):
         if not x.size:
             return
         types = f"<{_cname(x)}, {_cname(y)}>"
-        if is_usual(x) and is_usual(y) and (x.shape == y.shape or (_plain(x) and _plain(y))):
+        if is_usual(x) and is_usual(y) and (x.shape == y.shape or (c_order(x.shape) and c_order(y.shape))):
             self.launch(MEMORY, f"copy_dense{types}", blocks(x.size), THREADS, x, y, np.int64(x.size))
         else:
             self.launch(MEMORY, f"copy_any{types}", blocks(x.size), THREADS, x, _layout(x), y, _layout(y), np.int64(x.size))
@@ -88,11 +85,6 @@ class Memory(Base, any_layout=True):
 def _cname(x: Array) -> str:
     """As common.cname; float64 may lie in memory too, though no op computes in it."""
     return C_NAMES.get(x.dtype, "double")
-
-
-def _plain(x: Array) -> bool:
-    """Whether a usual array's memory order is its C order."""
-    return bool(x.ndim != 4 or x.shape[1] == 1 or x.shape[2] * x.shape[3] == 1)
 
 
 def _layout(x: Array) -> np.void:

@@ -8,7 +8,7 @@ import numpy as np
 
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.broadcast import as_struct, reduce, runs_of, sums
-from caffelite.backends.cuda.common import DTYPES, THREADS, Base, blocks, cname
+from caffelite.backends.cuda.common import THREADS, Base, blocks, cname
 from caffelite.backends.cuda.elementwise import vectors
 from caffelite.backends.cuda.launch import Module, typed
 
@@ -59,7 +59,7 @@ def _spread(ops: Base, operand: Array, runs: Ints, most: int) -> tuple[Array, In
 
 
 def _spread_once(ops: Base, operand: Array, runs: Ints) -> Array:
-    count, name = prod(runs), next(name for name, kind in DTYPES.items() if kind == operand.dtype)
-    wide = ops.part(ops.driver.allocate(count * operand.itemsize), 0, (count,), name)
+    count = prod(runs)
+    wide = ops.new((count,), operand.dtype)
     ops.launch(SCALE_BIAS, f"spread<{cname(operand)}>", blocks(count), THREADS, operand, wide, as_struct(runs), np.int64(count))
     return wide

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from caffelite.backends.contract import Array, Segment
-from caffelite.backends.cuda.common import THREADS, Base, blocks, cname
+from caffelite.backends.cuda.common import MOST_PARTIALS, THREADS, Base, blocks, cname, partial_blocks
 from caffelite.backends.cuda.driver import Driver
 from caffelite.backends.cuda.launch import Module, typed
 
@@ -25,7 +25,6 @@ UPDATES = Module(
         *(f"{rule}_update" for rule in RULES),
     ],
 )
-MOST_PARTIALS = 1024  # blocks whose sums one further block adds up
 CHUNK = 4096  # elements of the arena to a block; updates.cu knows it too
 ROW = np.dtype([("start", np.int64), ("stop", np.int64), ("block", np.int64), ("rate", np.float32), ("decay", np.float32)])  # struct Segment
 
@@ -128,7 +127,7 @@ class Updates(Base):
 
     def _sum(self, x: Array, term: str) -> float:
         """The sum of a term over x, in float64; waits for it."""
-        grid, offset = min(blocks(x.size // 4), MOST_PARTIALS), 8 * MOST_PARTIALS
+        grid, offset = partial_blocks(x.size // 4), 8 * MOST_PARTIALS
         scratch = self.scratch(offset + 8)
         total = self.part(scratch, offset, (8,), "uint8")
         self.launch(UPDATES, f"sum_terms<{cname(x)}, {term}>", grid, THREADS, x, scratch, np.int64(x.size))

@@ -12,29 +12,6 @@ struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Pack {  // V elements, m
   __device__ __forceinline__ const T& operator[](int i) const { return items[i]; }
 };
 
-template <int bytes>
-struct Word;
-template <>
-struct Word<1> {
-  typedef unsigned char type;
-};
-template <>
-struct Word<2> {
-  typedef unsigned short type;
-};
-template <>
-struct Word<4> {
-  typedef unsigned type;
-};
-template <>
-struct Word<8> {
-  typedef uint2 type;
-};
-template <>
-struct Word<16> {
-  typedef uint4 type;
-};
-
 // p lies on a boundary of V elements or of 16 bytes, whichever is less, in an array that the kernel does not write. (Plain loads, through
 // which the compiler sees, came out as several narrow ones where the elements of a pack go different ways.)
 template <int V, class T>

@@ -51,6 +51,27 @@ __device__ __forceinline__ void store_vec(T* p, const Vec<T>& v) {
   memcpy(&raw, &v, 16);
   *reinterpret_cast<uint4*>(p) = raw;
 }
+template <int BYTES>
+struct Word {  // what moves BYTES in one instruction, or in BYTES / 16 of them
+  typedef uint4 type;
+};
+template <>
+struct Word<1> {
+  typedef unsigned char type;
+};
+template <>
+struct Word<2> {
+  typedef unsigned short type;
+};
+template <>
+struct Word<4> {
+  typedef unsigned type;
+};
+template <>
+struct Word<8> {
+  typedef uint2 type;
+};
+
 __device__ __forceinline__ bool is_aligned16(const void* p) { return ((unsigned long long)p & 15) == 0; }
 
 // --- a loop over items by all threads of the grid --------------------------------------------------------------------------

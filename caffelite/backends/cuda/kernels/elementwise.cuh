@@ -10,35 +10,14 @@ struct Floats {
   __device__ __forceinline__ const float& operator[](int i) const { return items[i]; }
 };
 
-template <int BYTES>
-struct Raw {  // what moves BYTES in one instruction, or in BYTES / 16 of them
-  typedef uint4 type;
-};
-template <>
-struct Raw<1> {
-  typedef unsigned char type;
-};
-template <>
-struct Raw<2> {
-  typedef unsigned short type;
-};
-template <>
-struct Raw<4> {
-  typedef unsigned type;
-};
-template <>
-struct Raw<8> {
-  typedef uint2 type;
-};
-
 template <int N, class X>
 __device__ __forceinline__ bool packed(const X* p) {  // p allows load<N> and store<N>; so does a null pointer, which its user must not follow
-  constexpr int bytes = sizeof(typename Raw<N * sizeof(X)>::type);
+  constexpr int bytes = sizeof(typename Word<N * sizeof(X)>::type);
   return ((unsigned long long)p & (bytes - 1)) == 0;
 }
 template <int N, class X>
 __device__ __forceinline__ Floats<N> load(const X* p) {
-  typedef typename Raw<N * sizeof(X)>::type R;
+  typedef typename Word<N * sizeof(X)>::type R;
   constexpr int count = N * sizeof(X) / sizeof(R);
   R raw[count];
   for (int i = 0; i < count; ++i) raw[i] = reinterpret_cast<const R*>(p)[i];
@@ -56,7 +35,7 @@ __device__ __forceinline__ Floats<N> load_singles(const X* p) {
 }
 template <int N, class X>
 __device__ __forceinline__ void store(X* p, const Floats<N>& values) {
-  typedef typename Raw<N * sizeof(X)>::type R;
+  typedef typename Word<N * sizeof(X)>::type R;
   constexpr int count = N * sizeof(X) / sizeof(R);
   X items[N];
   for (int i = 0; i < N; ++i) items[i] = from_float<X>(values[i]);

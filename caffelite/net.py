@@ -215,6 +215,7 @@ class Net:
     def forward_step(self, step: Step) -> None:
         """Runs one layer forward; an error gains the layer's name."""
         try:
+            step.layer.feed(self.backend, step.tops)
             step.layer.forward(self.backend, step.bottoms, step.tops)
         except CaffeliteError as error:
             error.layer = error.layer or step.layer.name

@@ -115,6 +115,7 @@ class Rig:
         return np.array(array, np.float64) if self.dtype == "float64" else np.array(self.ops.to_host(array), np.float64)
 
     def forward(self) -> list[np.ndarray]:
+        self.layer.feed(self.ops, self.tops)
         self.layer.forward(self.ops, self.bottoms, self.tops)
         return [self.host(top.data) for top in self.tops]
 

@@ -46,7 +46,7 @@ def test_shapes_types_and_values(tmp_path: Path) -> None:
     assert layer.top_dtypes([], "bfloat16") == ["bfloat16", "float32"]
     tops = tops_of(layer)
     for expected in ([0, 1, 2, 3], [4, 5, 0, 1]):
-        layer.forward(NumpyBackend(), [], tops)
+        layer.feed(NumpyBackend(), tops)
         assert tops[1].data.tolist() == expected
         np.testing.assert_array_equal(tops[0].data, images[expected][:, :, 1:7, 2:8] * np.float32(0.5))
     assert source_of(layer).position == 8
@@ -57,7 +57,7 @@ def test_one_top_leaves_labels_out(tmp_path: Path) -> None:
     layer = layer_of(numbered(tmp_path / "db", 6)[0], 'top: "data"')
     tops = tops_of(layer)
     assert [top.shape for top in tops] == [(4, 3, 8, 10)]
-    layer.forward(NumpyBackend(), [], tops)
+    layer.feed(NumpyBackend(), tops)
     assert tops[0].data.any()
     layer.close()
 
@@ -69,7 +69,7 @@ def test_the_runs_seed_counts(tmp_path: Path) -> None:
         layer = layer_of(path, data="shuffle: true", transform="crop_size: 5 mirror: true")
         layer.context.seed = seed
         tops = tops_of(layer)
-        layer.forward(NumpyBackend(), [], tops)
+        layer.feed(NumpyBackend(), tops)
         results.append(tops[0].data.copy())
         layer.close()
     np.testing.assert_array_equal(results[0], results[2])
@@ -96,7 +96,7 @@ def test_caffes_golden_database(testdata: Path) -> None:
     first = pb.Datum.FromString(_first_value(testdata / "golden/training/lmdb"))
     layer = layer_of(testdata / "golden/training/lmdb", transform="scale: 0.0078125 mean_value: 104 mean_value: 117 mean_value: 123")
     tops = tops_of(layer)
-    layer.forward(NumpyBackend(), [], tops)
+    layer.feed(NumpyBackend(), tops)
     assert tops[1].data.tolist() == [0, 1, 2, 3]
     expected = (np.frombuffer(first.data, np.uint8).reshape(3, 64, 64).astype(np.float64) - np.array([104, 117, 123])[:, None, None]) / 128
     np.testing.assert_allclose(tops[0].data[0], expected, rtol=1e-6)

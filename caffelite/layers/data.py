@@ -38,7 +38,7 @@ class DataLayer(Layer):
     def backward_reads(self) -> frozenset[str]:
         return frozenset()
 
-    def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
+    def feed(self, ops: Backend, tops: Sequence[Blob]) -> None:
         self.source.seed = self.context.seed
         self.source.start(tops[0].shape[0], tops[0].dtype)
 
@@ -47,6 +47,9 @@ class DataLayer(Layer):
                 ops.from_host(values, top.data)
 
         self.source.take(load)
+
+    def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
+        """Nothing: `feed` has filled the tops."""
 
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
         """Nothing: no gradient leaves a data layer."""

@@ -70,7 +70,7 @@ class DummyData(Layer):
     def backward_reads(self) -> frozenset[str]:
         return frozenset()
 
-    def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
+    def feed(self, ops: Backend, tops: Sequence[Blob]) -> None:
         for i, (top, filler) in enumerate(zip(tops, self.fillers)):
             if filler.type == "constant":
                 if self._filled.get(i) is not top.data:
@@ -78,6 +78,9 @@ class DummyData(Layer):
                     self._filled[i] = top.data
                 continue
             ops.from_host(self._draw(i, filler, top.shape), top.data)
+
+    def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
+        """Nothing: `feed` has filled the tops."""
 
     def _draw(self, index: int, filler: pb.FillerParameter, shape: Shape) -> Values:
         def fail(message: str) -> SpecError:

@@ -70,10 +70,16 @@ class Node:
     propagate_down: list[bool] = field(default_factory=list)
     learn: list[bool] = field(default_factory=list)  # one per parameter: backward computes its gradient
     forward_fused: bool = False  # an earlier node's op already does this node's forward
+    backward_fused: bool = False  # a later or an earlier node's op already does this node's backward
 
     @property
     def name(self) -> str:
         return self.layer.name
+
+    @property
+    def runs_backward(self) -> bool:
+        """Whether the node has a backward step of its own."""
+        return self.needs_backward and not self.backward_fused
 
     def in_place(self, index: int = 0) -> bool:
         """Whether top `index` is bottom `index`."""
@@ -339,14 +345,3 @@ def _prune(graph: Graph) -> None:
                 node.propagate_down[i] = False
             if not node.propagate_down[i]:
                 skip.add(bottom.name)
-
-
-def fuse(graph: Graph) -> None:
-    """Lets a Convolution or InnerProduct do the forward of a ReLU that follows in place; its backward stays a step of its own."""
-    for node in graph.nodes:
-        if hasattr(node.layer, "relu") and len(node.tops) == 1:
-            writers = node.tops[0].writers
-            after = writers[writers.index(node) + 1 :][:1]
-            if after and after[0].layer.type == "ReLU" and after[0].layer.param.relu_param.negative_slope == 0:
-                node.layer.relu = True
-                after[0].forward_fused = True

@@ -102,8 +102,8 @@ def _blob_regions(graph: Graph, backward: bool) -> Iterable[Region]:
 def _data_uses(blob: BlobInfo, steps: dict[int, int], end: int, backward: bool) -> list[int]:
     uses = [steps[id(node)] for node in [*blob.writers, *blob.readers]]
     if backward:
-        late = [n for n in blob.writers if n.needs_backward and n.layer.backward_reads() & {TOP, SIGN}]
-        late += [n for n in blob.readers if n.needs_backward and BOTTOM in n.layer.backward_reads()]
+        late = [n for n in blob.writers if n.runs_backward and n.layer.backward_reads() & {TOP, SIGN}]
+        late += [n for n in blob.readers if n.runs_backward and BOTTOM in n.layer.backward_reads()]
         uses += [end - 1 - steps[id(node)] for node in late]
     return uses
 
@@ -129,7 +129,7 @@ def _buffer_regions(graph: Graph, backend: Backend, backward: bool) -> Iterable[
     end = 2 * len(graph.nodes)
     for i, node in enumerate(graph.nodes):
         for name, spec in buffer_specs(node, backend).items():
-            runs_back = backward and node.needs_backward
+            runs_back = backward and node.runs_backward
             for part, first, last in _buffer_lives(spec, i, end - 1 - i, runs_back):
                 yield Region((part, node.name, name), spec.shape, spec.dtype, first, last)
 

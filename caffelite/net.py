@@ -11,7 +11,8 @@ import numpy as np
 from caffelite.backends.contract import Array, Backend, c_order
 from caffelite.blob import Blob, Param, Shape
 from caffelite.errors import CaffeliteError, SpecError
-from caffelite.graph import Graph, Node, ParamInfo, build_graph, fuse
+from caffelite.fusion import fuse
+from caffelite.graph import Graph, Node, ParamInfo, build_graph
 from caffelite.layer import Layer, RunContext
 from caffelite.memory import MemoryPlan, plan_memory
 from caffelite.params import ParamArena, initial_values
@@ -222,11 +223,14 @@ class Net:
             raise
 
     def backward(self, start: int | None = None, end: int = 0) -> None:
-        """Runs backward from layer `start` (the last by default) down to layer `end`, both included, skipping layers that need none."""
+        """Runs backward from layer `start` (the last by default) down to layer `end`, both included, skipping layers that need none.
+
+        A part of the net is a net made with observe=True: elsewhere another layer's step may do what this one's would, and
+        gradients that are not needed any more lie under others."""
         for index in range(len(self.steps) - 1 if start is None else start, end - 1, -1):
             for hook in self.hooks.before_backward:
                 hook(index)
-            if self.steps[index].node.needs_backward:
+            if self.steps[index].node.runs_backward:
                 self.backward_step(self.steps[index])
             for hook in self.hooks.after_backward:
                 hook(index)

@@ -10,7 +10,8 @@ from typing import Any
 from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, megabytes, open_backend, table
 from caffelite.cli.specs import is_solver
 from caffelite.errors import DataError
-from caffelite.graph import Graph, Node, build_graph, fuse
+from caffelite.fusion import fuse
+from caffelite.graph import Graph, Node, build_graph
 from caffelite.layer import Layer
 from caffelite.layers.data import DataLayer
 from caffelite.memory import ITEM_BYTES, plan_memory

@@ -36,12 +36,14 @@ class Convolution(ScaleBias):  # whose sum is the bias gradient too
         space = _space(x.shape, w.shape, y.shape, stride, pad, dilation, group)
         self.launch(CONVOLUTION, name, blocks(y.size), THREADS, x, w, b, y, space, np.bool_(relu), np.int64(y.size))
 
-    def convolution_backward_data(self, dy: Array, w: Array, dx: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int) -> None:
+    def convolution_backward_data(
+        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int
+    ) -> None:
         if dx.ndim == 4:
-            gemm.backward_data(self, gemm.Geometry(dx.shape, w.shape, dy.shape, stride, pad, dilation, group), dy, w, dx)
+            gemm.backward_data(self, gemm.Geometry(dx.shape, w.shape, dy.shape, stride, pad, dilation, group), dy, w, dx, positive)
             return
         space = _space(dx.shape, w.shape, dy.shape, stride, pad, dilation, group)
-        self.launch(CONVOLUTION, f"convolution_backward_data<{cname(dx)}, {cname(w)}>", blocks(dx.size), THREADS, dy, w, dx, space, np.int64(dx.size))
+        self.launch(CONVOLUTION, f"convolution_backward_data<{cname(dx)}, {cname(w)}>", blocks(dx.size), THREADS, dy, w, dx, positive, space, np.int64(dx.size))
 
     def convolution_backward_weights(
         self,

@@ -72,8 +72,8 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
         _finish(ops, partial, bias, y, plan, columns=g.y[1], relu=relu)
 
 
-def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, *, packed: bool = False) -> None:
-    """dx = the transpose of w, applied to dy. packed: w lies as (group, C/group, kH, kW, O/group) already."""
+def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positive: Array | None, *, packed: bool = False) -> None:
+    """dx = the transpose of w, applied to dy; positive as in the contract. packed: w lies as (group, C/group, kH, kW, O/group) already."""
     kind = cname(dx)
     plan = _Plan(kind, rows=dx.size // g.x[1], columns=g.w[1], depth=g.cells * g.group_outputs, groups=g.group, outputs=dx.size)
     ready = packed and w.dtype == dx.dtype
@@ -84,9 +84,9 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, *, pac
         w = _packed(ops, w, space.packed(dx, w.size), shape)
     partial = space.partial()
     aligned = np.bool_(_whole_vectors(g.group_outputs, dy, w))
-    ops.launch(GEMM, f"gemm_data<{kind}>", plan.grid, THREADS, dy, w, dx, partial, plan.struct(g), aligned)
+    ops.launch(GEMM, f"gemm_data<{kind}>", plan.grid, THREADS, dy, w, dx, positive, partial, plan.struct(g), aligned)
     if partial is not None:
-        _finish(ops, partial, None, dx, plan, columns=g.x[1])
+        _finish(ops, partial, None, dx, plan, columns=g.x[1], positive=positive)
 
 
 def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, dw: Array, accumulate: bool) -> None:
@@ -158,6 +158,17 @@ def _packed(ops: Base, w: Array, out: Array, shape: Ints) -> Array:
     return out
 
 
-def _finish(ops: Base, partial: Array, bias: Array | None, y: Array, plan: _Plan, *, columns: int, relu: bool = False, accumulate: bool = False) -> None:
-    flags = (np.bool_(relu), np.bool_(accumulate))
-    ops.launch(GEMM, f"gemm_finish<{cname(y)}>", blocks(y.size), THREADS, partial, bias, y, np.int64(y.size), np.int32(columns), np.int32(plan.splits), *flags)
+def _finish(
+    ops: Base,
+    partial: Array,
+    bias: Array | None,
+    y: Array,
+    plan: _Plan,
+    *,
+    columns: int,
+    relu: bool = False,
+    accumulate: bool = False,
+    positive: Array | None = None,
+) -> None:
+    numbers = (np.int64(y.size), np.int32(columns), np.int32(plan.splits), np.bool_(relu), np.bool_(accumulate))
+    ops.launch(GEMM, f"gemm_finish<{cname(y)}>", blocks(y.size), THREADS, partial, bias, positive, y, *numbers)

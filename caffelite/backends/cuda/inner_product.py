@@ -11,11 +11,11 @@ class InnerProduct(ScaleBias):  # whose sum is the bias gradient too
     def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False) -> None:
         forward(self, _geometry(x, y), x, w, b, y, relu=relu, transposed=transpose)
 
-    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, *, transpose: bool) -> None:
+    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool) -> None:
         if transpose:  # (K,N) lies packed
-            backward_data(self, _geometry(dx, dy), dy, w, dx, packed=True)
+            backward_data(self, _geometry(dx, dy), dy, w, dx, positive, packed=True)
         else:
-            backward_data(self, _geometry(dx, dy), dy, w, dx)
+            backward_data(self, _geometry(dx, dy), dy, w, dx, positive)
 
     def inner_product_backward_weights(
         self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool

@@ -4,7 +4,7 @@
 //                other way round, which adds an image's few channels in the order of Caffe, whose near-ties of max pooling then fall alike.
 // gemm_data      dx: m = pixel of x, n = channel of the group, k = (cell, output). B = weights packed as (channels, cells x outputs) by gemm_pack.
 // gemm_weights   dw: m = output of the group, n = (cell, channel), k = pixel of y. The last split runs past the end, where operands are 0.
-// With one split the result is final: bias and ReLU, rounding or accumulating are done on the way out. With more, partial sums (split, C)
+// With one split the result is final: bias and ReLU (gemm_data: the backward of the ReLU below), rounding or accumulating are done on the way out. With more, partial sums (split, C)
 // go to `partial` in float, and gemm_finish adds them in order. Main loop, bytes and operations: gemm.cuh. Ladder: not measured.
 #include "gemm.cuh"
 
@@ -13,9 +13,11 @@ struct Finish {  // what happens to a sum before it is stored in y[at]; `column`
   T* y;
   const float* bias;
   bool relu, accumulate;
+  const T* positive;  // y's shape: what a ReLU put out whose backward y goes on through
   __device__ __forceinline__ void store(long long at, long long column, float sum) const {
     if (bias) sum += bias[column];
     if (relu && !(sum > 0) && !is_nan(sum)) sum = 0;
+    if (positive) sum = rectified(sum, positive[at]);
     y[at] = from_float<T>(accumulate ? to_float(y[at]) + sum : sum);
   }
 };
@@ -27,7 +29,7 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_forward(const T* x, const T* 
   long long count = a.columns(), rows = a.rows();
   Matrix<T> b{w + (long long)group * g.group_outputs * count, g.group_outputs, (int)count, count, aligned};
   long long m0 = (long long)blockIdx.x * BM, n0 = blockIdx.y * BN, first = split * g.per_split, last = min(first + g.per_split, count);
-  Finish<T> finish{y, bias, relu, false};
+  Finish<T> finish{y, bias, relu, false, nullptr};
   multiply_tables<T, true, true>(a, b, m0, n0, first, last, [&](int i, int j, float sum) {
     long long m = m0 + i, n = n0 + j;
     if (m >= rows || n >= g.group_outputs) return;
@@ -38,18 +40,19 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_forward(const T* x, const T* 
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 2) gemm_data(const T* dy, const T* packed, T* dx, float* partial, Geometry g, bool aligned) {
+__global__ void __launch_bounds__(THREADS, 2) gemm_data(const T* dy, const T* packed, T* dx, const T* positive, float* partial, Geometry g, bool aligned) {
   int group = blockIdx.z % g.groups, split = blockIdx.z / g.groups;
   Windows<T, true> a{dy, g, group * g.group_outputs, aligned, false};
   long long count = a.columns(), rows = a.rows();
   Matrix<T> b{packed + (long long)group * g.group_channels * count, g.group_channels, (int)count, count, aligned};
   long long m0 = (long long)blockIdx.x * BM, n0 = blockIdx.y * BN, first = split * g.per_split, last = min(first + g.per_split, count);
+  Finish<T> finish{dx, nullptr, false, false, positive};
   multiply_tables<T, true, true>(a, b, m0, n0, first, last, [&](int i, int j, float sum) {
     long long m = m0 + i, n = n0 + j;
     if (m >= rows || n >= g.group_channels) return;
     long long at = m * g.channels + group * g.group_channels + n;
     if (partial) partial[split * rows * g.channels + at] = sum;
-    else dx[at] = from_float<T>(sum);
+    else finish.store(at, 0, sum);
   });
 }
 
@@ -61,7 +64,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   long long pixels = b.rows(), count = b.columns();
   Matrix<T> a{dy + group * g.group_outputs, pixels, g.group_outputs, g.outputs, aligned_dy};
   long long m0 = (long long)blockIdx.x * BM, n0 = (long long)blockIdx.y * BN, first = split * g.per_split, last = min(first + g.per_split, pixels);
-  Finish<float> finish{dw, nullptr, false, accumulate};
+  Finish<float> finish{dw, nullptr, false, accumulate, nullptr};
   multiply_tables<T, false, false>(a, b, m0, n0, first, last, [&](int i, int j, float sum) {
     long long m = m0 + i, n = n0 + j;
     if (m >= g.group_outputs || n >= count) return;
@@ -73,8 +76,8 @@ __global__ void __launch_bounds__(THREADS, 2)
 
 // y[i] = the sum of partial[s][i] in the order of s, finished; columns: outputs, for the bias.
 template <class T>
-__global__ void gemm_finish(const float* partial, const float* bias, T* y, long long n, int columns, int splits, bool relu, bool accumulate) {
-  Finish<T> finish{y, bias, relu, accumulate};
+__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, T* y, long long n, int columns, int splits, bool relu, bool accumulate) {
+  Finish<T> finish{y, bias, relu, accumulate, positive};
   for (long long i = thread_index(); i < n; i += thread_count()) {
     float sum = partial[i];
     for (int s = 1; s < splits; ++s) sum += partial[s * n + i];

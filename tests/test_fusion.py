@@ -1,0 +1,145 @@
+"""Fused layers: what is fused and what is not, and that a fused net computes what the same net computes layer by layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from caffelite.fusion import fuse
+from caffelite.graph import Graph, build_graph
+from caffelite.memory import plan_memory
+from caffelite.net import Net
+from caffelite.schema import net_from_text, pb
+
+DATA = """layer { name: "d" type: "DummyData" top: "x" top: "t" dummy_data_param { shape { dim: 3 dim: 3 dim: 11 dim: 7 } shape { dim: 3 }
+  data_filler { type: "gaussian" std: 1 } data_filler { type: "constant" value: 2 } } }
+"""
+LOSS = """layer { name: "ip" type: "InnerProduct" bottom: "z" top: "ip" inner_product_param { num_output: 5 weight_filler { type: "xavier" } } }
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "ip" bottom: "t" top: "loss" }
+"""
+
+
+def layer(kind: str, name: str, bottom: str, top: str, fields: str = "") -> str:
+    return f'layer {{ name: "{name}" type: "{kind}" bottom: "{bottom}" top: "{top}" {fields} }}\n'
+
+
+def conv(name: str, bottom: str, top: str, fields: str = "kernel_size: 3 pad: 1", outputs: int = 8) -> str:
+    fillers = 'weight_filler { type: "msra" } bias_filler { type: "gaussian" std: 0.3 }'
+    return layer("Convolution", name, bottom, top, f"convolution_param {{ num_output: {outputs} {fields} {fillers} }}")
+
+
+def relu(blob: str, name: str = "relu", fields: str = "") -> str:
+    return layer("ReLU", name, blob, blob, fields)
+
+
+# What takes the ReLU's top "a" and makes "z".
+TAKERS = {
+    "convolution": conv("c", "a", "z"),
+    "convolution of one cell, two groups": conv("c", "a", "z", "kernel_size: 1 group: 2"),
+    "inner product": layer("InnerProduct", "i", "a", "z", 'inner_product_param { num_output: 7 weight_filler { type: "xavier" } }'),
+    "inner product of rows": conv("g", "x", "a", "kernel_h: 11 kernel_w: 7")
+    + relu("a")
+    + layer("InnerProduct", "i", "a", "z", 'inner_product_param { num_output: 7 weight_filler { type: "xavier" } }'),
+    "max pooling": layer("Pooling", "p", "a", "z", "pooling_param { kernel_size: 3 stride: 2 }"),
+    "max pooling and dropout": layer("Pooling", "p", "a", "z", "pooling_param { kernel_size: 3 stride: 2 }") + layer("Dropout", "q", "z", "z"),
+    "average pooling": layer("Pooling", "p", "a", "z", "pooling_param { pool: AVE kernel_size: 3 stride: 2 }"),
+    "normalisation across": layer("LRN", "n", "a", "z"),
+    "normalisation within": layer("LRN", "n", "a", "z", "lrn_param { norm_region: WITHIN_CHANNEL local_size: 3 }"),
+    "dropout in place": layer("Dropout", "q", "a", "a") + conv("c", "a", "z"),
+    "dropout": layer("Dropout", "q", "a", "z"),
+}
+FIRST = conv("first", "x", "a") + relu("a")
+
+
+def text_of(name: str) -> str:
+    taker = TAKERS[name]
+    return DATA + ("" if 'top: "a" convolution_param' in taker else FIRST) + taker + LOSS
+
+
+def fused(text: str, phase: int = pb.TRAIN) -> Graph:
+    graph = build_graph(net_from_text(text), phase=phase)
+    fuse(graph)
+    return graph
+
+
+def skipped(graph: Graph) -> list[str]:
+    """The layers whose backward another layer does."""
+    return [node.name for node in graph.nodes if node.backward_fused]
+
+
+def gradients(backend, text: str, precision: str, observe: bool) -> list[np.ndarray]:
+    """The loss and all parameter gradients of the third of three passes, and the values of all parameters."""
+    net = Net(net_from_text(text), phase=pb.TRAIN, backend=backend, precision=precision, observe=observe, seed=5)
+    assert observe == (not skipped(net.graph))
+    for count in range(3):
+        net.context.forward_count = count
+        net.zero_grads()
+        net.forward()
+        net.backward()
+    learned = [np.array(backend.to_host(p.diff)) for p in net.learnable if p.lr_mult]
+    return [np.float32(net.loss()), *learned, *(np.array(backend.to_host(p.master)) for p in net.learnable)]
+
+
+# --- a ReLU's backward -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TAKERS)
+def test_a_relu_taken_by_the_next_layer_changes_no_bit(backend, name: str, precision: str) -> None:
+    ours, theirs = (gradients(backend, text_of(name), precision, observe) for observe in (False, True))
+    assert len(ours) >= 1 + 2 * 4
+    assert np.abs(theirs[1]).max() > 0
+    for got, want in zip(ours, theirs):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", TAKERS)
+def test_the_next_layer_takes_the_relu(name: str) -> None:
+    assert skipped(fused(text_of(name))) == ["relu"]
+
+
+NOT_TAKEN = {
+    "a slope": conv("first", "x", "a") + relu("a", fields="relu_param { negative_slope: 0.1 }") + conv("c", "a", "z"),
+    "a top of its own": conv("first", "x", "b") + layer("ReLU", "relu", "b", "a") + conv("c", "a", "z"),
+    "two layers take it": FIRST + conv("c", "a", "b") + conv("e", "a", "h") + 'layer { name: "s" type: "Eltwise" bottom: "b" bottom: "h" top: "z" }\n',
+    "a layer that does not": FIRST + layer("TanH", "h", "a", "z"),
+    "no gradient comes back": FIRST + conv("c", "a", "z").replace("top:", "propagate_down: false top:"),
+    "no layer below learns": relu("x") + conv("c", "x", "z"),
+    "the pooled values are overwritten": FIRST + layer("Pooling", "p", "a", "z", "pooling_param { kernel_size: 3 }") + layer("BatchNorm", "n", "z", "z"),
+    "dropout that drops nothing": FIRST + layer("Dropout", "q", "a", "a", "phase: TEST") + conv("c", "a", "z"),
+    "values that pass through a buffer": FIRST + conv("c", "a", "z", "kernel_size: 3 axis: 2"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_no_other_relu_is_taken(name: str) -> None:
+    graph = fused(DATA + NOT_TAKEN[name] + LOSS)
+    assert skipped(graph) == []
+    assert not any(node.layer.relu_bottoms for node in graph.nodes)
+
+
+def test_a_relu_of_several_is_taken_by_its_own_taker() -> None:
+    two = 'layer { name: "c" type: "Convolution" bottom: "x" bottom: "a" top: "y" top: "z" convolution_param { num_output: 3 kernel_size: 1 } }\n'
+    text = DATA + conv("first", "x", "a", outputs=3) + relu("a") + two + LOSS
+    graph = fused(text)
+    assert skipped(graph) == ["relu"]
+    assert graph.nodes[-3].layer.relu_bottoms == {1}
+
+
+def test_memory_of_a_pooled_relu_ends_with_forward(reference) -> None:
+    """Max pooling's gradient needs its own top alone; the convolution's output is free again as soon as it is pooled."""
+    text = text_of("max pooling and dropout")
+    lives = []
+    for fusing in (False, True):
+        graph = fused(text) if fusing else build_graph(net_from_text(text), phase=pb.TRAIN)
+        plan = plan_memory(graph, reference, backward=True)
+        steps = {node.name: i for i, node in enumerate(graph.nodes)}
+        last, end = plan.by_key["data", "a"].last, 2 * len(steps) - 1
+        lives.append((last == steps["p"], last == end - steps["relu"], plan.by_key["data", "z"].last >= end - steps["p"]))
+    assert lives == [(False, True, False), (True, False, True)]
+
+
+def test_memory_of_what_average_pooling_reads_again(reference) -> None:
+    graph = fused(text_of("average pooling"))
+    steps = {node.name: i for i, node in enumerate(graph.nodes)}
+    assert plan_memory(graph, reference, backward=True).by_key["data", "a"].last == 2 * len(steps) - 1 - steps["p"]

@@ -75,3 +75,24 @@ def test_a_sum_of_nothing_is_zero(cuda: Backend, dtype: str) -> None:
     cuda.convolution_forward(x, put(cuda, np.ones((4, 3, 1, 1)), dtype)[0], None, dy, **ONE)
     cuda.convolution_backward_weights(x, dy, dw, None, **ONE, accumulate_w=False, accumulate_b=False)
     assert not cuda.to_host(dw).any()
+
+
+BIASES = [((2, 6, 3, 3), 9, 1), ((5, 4, 17, 19), 6, 2), ((3, 3, 23, 29), 150, 1)]  # x, outputs, groups: one split, many, more outputs than a block has rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "outputs", "group"), BIASES, ids=str)
+def test_the_bias_gradient_is_summed_beside_the_weights(
+    cuda: Backend, rng: np.random.Generator, monkeypatch, shape, outputs: int, group: int, dtype: str
+) -> None:
+    monkeypatch.setattr(type(cuda), "bias_backward", None)  # no second pass over dy
+    (n, channels, h, w), options = shape, ONE | {"group": group}
+    plan = _Plan(KINDS[dtype], rows=outputs // group, columns=channels // group, depth=n * h * w, groups=group, outputs=1)
+    assert (plan.splits > 1) == (n * h * w > 1000)
+    (x, xs), (dy, dys) = (put(cuda, 1 + rng.standard_normal((n, c, h, w)), dtype) for c in (channels, outputs))
+    wanted = np.stack([np.einsum("nohw,nchw->oc", *parts) for parts in zip(np.split(dys, group, axis=1), np.split(xs, group, axis=1))])
+    for more_w, more_b in ((False, True), (True, False)):
+        dw, db = put(cuda, np.full((outputs, channels // group, 1, 1), 2.0), "float32")[0], put(cuda, np.full(outputs, 2.0), "float32")[0]
+        cuda.convolution_backward_weights(x, dy, dw, db, **options, accumulate_w=more_w, accumulate_b=more_b)
+        assert_close(cuda.to_host(dw)[:, :, 0, 0], wanted.reshape(outputs, -1) + 2 * more_w)
+        assert_close(cuda.to_host(db), dys.sum(axis=(0, 2, 3)) + 2 * more_b)

@@ -60,8 +60,10 @@ class Convolution(ScaleBias):  # whose sum is the bias gradient too
         accumulate_b: bool,
     ) -> None:
         if dw is not None and x.ndim == 4:
-            gemm.backward_weights(self, gemm.Geometry(x.shape, dw.shape, dy.shape, stride, pad, dilation, group), x, dy, dw, accumulate_w)
-        elif dw is not None:
+            g = gemm.Geometry(x.shape, dw.shape, dy.shape, stride, pad, dilation, group)
+            gemm.backward_weights(self, g, x, dy, dw, db, accumulate_w, accumulate_b)
+            return
+        if dw is not None:
             space = _space(x.shape, dw.shape, dy.shape, stride, pad, dilation, group)
             name = f"convolution_backward_weights<{cname(x)}>"
             self.launch(CONVOLUTION, name, blocks(dw.size), THREADS, x, dy, dw, space, np.bool_(accumulate_w), np.int64(dw.size))

@@ -12,7 +12,7 @@ from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.common import FLOAT32, THREADS, Base, blocks, cname
 from caffelite.backends.cuda.launch import Module, typed
 
-GEMM = Module("gemm", [*typed("gemm_forward", "gemm_data", "gemm_weights", "gemm_finish"), *typed("gemm_pack", arguments=2)])
+GEMM = Module("gemm", [*typed("gemm_forward", "gemm_data", "gemm_weights", "gemm_finish"), "gemm_weights_finish<float>", *typed("gemm_pack", arguments=2)])
 BM, BN = 128, 64  # a block's part of the product, as in gemm.cuh
 DEPTH = {"float": 16, "bf16": 32}  # BK there
 ENOUGH_BLOCKS = 264  # two for each multiprocessor of an H100; a constant, so that sums do not depend on the machine
@@ -89,16 +89,19 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positi
         _finish(ops, partial, None, dx, plan, columns=g.x[1], positive=positive)
 
 
-def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, dw: Array, accumulate: bool) -> None:
-    """dw (+)= the sum over all pixels of dy times what their windows hold of x; dw (float32) lies as (O, kH, kW, C/group)."""
+def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, dw: Array, db: Array | None, accumulate_w: bool, accumulate_b: bool) -> None:
+    """dw (+)= the sum over all pixels of dy times what their windows hold of x; dw (float32) lies as (O, kH, kW, C/group).
+    db (O), or None: (+)= the sum over all pixels of dy."""
     kind, columns = cname(x), g.cells * g.w[1]
-    plan = _Plan(kind, rows=g.group_outputs, columns=columns, depth=dy.size // g.y[1], groups=g.group, outputs=dw.size)
+    plan = _Plan(kind, rows=g.group_outputs, columns=columns, depth=dy.size // g.y[1], groups=g.group, outputs=dw.size + (0 if db is None else db.size))
     partial = _Space(ops, packed=0, bias=0, partial=plan.partial_bytes).partial()
     whole = [np.bool_(_whole_vectors(channels, operand)) for channels, operand in ((g.w[1], x), (g.group_outputs, dy))]
-    final = np.bool_(accumulate and partial is None)
-    ops.launch(GEMM, f"gemm_weights<{kind}>", plan.grid, THREADS, x, dy, dw, partial, plan.struct(g), *whole, final)
+    adds = (np.bool_(accumulate_w), np.bool_(accumulate_b))
+    ops.launch(GEMM, f"gemm_weights<{kind}>", plan.grid, THREADS, x, dy, dw, db, partial, plan.struct(g), *whole, *adds)
     if partial is not None:
-        _finish(ops, partial, None, dw, plan, columns=1, accumulate=accumulate)
+        results = dw.size + (0 if db is None else db.size)
+        sizes = (np.int64(dw.size), np.int32(g.y[1]), np.int32(plan.splits))
+        ops.launch(GEMM, "gemm_weights_finish<float>", blocks(results), THREADS, partial, dw, db, *sizes, *adds)
 
 
 class _Plan:
@@ -167,8 +170,7 @@ def _finish(
     *,
     columns: int,
     relu: bool = False,
-    accumulate: bool = False,
     positive: Array | None = None,
 ) -> None:
-    numbers = (np.int64(y.size), np.int32(columns), np.int32(plan.splits), np.bool_(relu), np.bool_(accumulate))
+    numbers = (np.int64(y.size), np.int32(columns), np.int32(plan.splits), np.bool_(relu))
     ops.launch(GEMM, f"gemm_finish<{cname(y)}>", blocks(y.size), THREADS, partial, bias, positive, y, *numbers)

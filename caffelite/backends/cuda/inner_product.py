@@ -20,9 +20,11 @@ class InnerProduct(ScaleBias):  # whose sum is the bias gradient too
     def inner_product_backward_weights(
         self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool
     ) -> None:
-        if dw is not None:
-            inputs, outputs = (dy, x) if transpose else (x, dy)
-            backward_weights(self, _geometry(inputs, outputs), inputs, outputs, dw, accumulate_w)
+        if dw is not None and transpose:
+            backward_weights(self, _geometry(dy, x), dy, x, dw, None, accumulate_w, False)
+        elif dw is not None:
+            backward_weights(self, _geometry(x, dy), x, dy, dw, db, accumulate_w, accumulate_b)
+            return
         if db is not None:
             self.bias_backward(dy, db.reshape((1, -1)), accumulate=accumulate_b)
 

@@ -4,6 +4,8 @@
 //                other way round, which adds an image's few channels in the order of Caffe, whose near-ties of max pooling then fall alike.
 // gemm_data      dx: m = pixel of x, n = channel of the group, k = (cell, output). B = weights packed as (channels, cells x outputs) by gemm_pack.
 // gemm_weights   dw: m = output of the group, n = (cell, channel), k = pixel of y. The last split runs past the end, where operands are 0.
+//                db: the blocks of the first columns also add up the slices of dy that they have in shared memory, which saves reading dy again
+//                (2 bytes an element in bfloat16) for BK/lanes loads of 4 bytes from shared memory a slice and thread.
 // With one split the result is final: bias and ReLU (gemm_data: the backward of the ReLU below), rounding or accumulating are done on the way out. With more, partial sums (split, C)
 // go to `partial` in float, and gemm_finish adds them in order. Main loop, bytes and operations: gemm.cuh. Ladder: not measured.
 #include "gemm.cuh"
@@ -58,26 +60,51 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_data(const T* dy, const T* pa
 
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2)
-    gemm_weights(const T* x, const T* dy, float* dw, float* partial, Geometry g, bool aligned_x, bool aligned_dy, bool accumulate) {
+    gemm_weights(const T* x, const T* dy, float* dw, float* db, float* partial, Geometry g, bool aligned_x, bool aligned_dy, bool accumulate_w, bool accumulate_b) {
   int group = blockIdx.z % g.groups, split = blockIdx.z / g.groups;
   Windows<T, false> b{x, g, group * g.group_channels, aligned_x, false};
   long long pixels = b.rows(), count = b.columns();
   Matrix<T> a{dy + group * g.group_outputs, pixels, g.group_outputs, g.outputs, aligned_dy};
   long long m0 = (long long)blockIdx.x * BM, n0 = (long long)blockIdx.y * BN, first = split * g.per_split, last = min(first + g.per_split, pixels);
-  Finish<float> finish{dw, nullptr, false, accumulate, nullptr};
-  multiply_tables<T, false, false>(a, b, m0, n0, first, last, [&](int i, int j, float sum) {
+  Finish<float> finish{dw, nullptr, false, accumulate_w, nullptr}, finish_bias{db, nullptr, false, accumulate_b, nullptr};
+  long long results = g.outputs * count, each = results + (db ? g.outputs : 0);  // of a split
+  ColumnSums<T> bias;
+  bool sums = db && blockIdx.y == 0;
+  auto write = [&](int i, int j, float sum) {
     long long m = m0 + i, n = n0 + j;
     if (m >= g.group_outputs || n >= count) return;
     long long at = (group * g.group_outputs + m) * count + n;
-    if (partial) partial[split * g.outputs * count + at] = sum;
+    if (partial) partial[split * each + at] = sum;
     else finish.store(at, 0, sum);
+  };
+  multiply_tables<T, false, false>(a, b, m0, n0, first, last, write, [&](const T* slice, int pitch) {
+    if (sums) bias.add(slice, pitch);
   });
+  if (!sums) return;
+  bias.each([&](int i, float sum) {
+    if (m0 + i >= g.group_outputs) return;
+    long long at = group * g.group_outputs + m0 + i;
+    if (partial) partial[split * each + results + at] = sum;
+    else finish_bias.store(at, 0, sum);
+  });
+}
+
+// dw and db (may be null) from the partial sums of gemm_weights, in the order of the splits. results, outputs: their elements.
+template <class T>
+__global__ void gemm_weights_finish(const T* partial, T* dw, T* db, long long results, int outputs, int splits, bool accumulate_w, bool accumulate_b) {
+  long long each = results + (db ? outputs : 0);
+  for (long long i = thread_index(); i < each; i += thread_count()) {
+    T sum = partial[i];
+    for (int s = 1; s < splits; ++s) sum += partial[s * each + i];
+    T* target = i < results ? dw + i : db + (i - results);
+    *target = (i < results ? accumulate_w : accumulate_b) ? *target + sum : sum;
+  }
 }
 
 // y[i] = the sum of partial[s][i] in the order of s, finished; columns: outputs, for the bias.
 template <class T>
-__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, T* y, long long n, int columns, int splits, bool relu, bool accumulate) {
-  Finish<T> finish{y, bias, relu, accumulate, positive};
+__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, T* y, long long n, int columns, int splits, bool relu) {
+  Finish<T> finish{y, bias, relu, false, positive};
   for (long long i = thread_index(); i < n; i += thread_count()) {
     float sum = partial[i];
     for (int s = 1; s < splits; ++s) sum += partial[s * n + i];

@@ -267,9 +267,47 @@ struct Core<bf16, A_KMAJOR, B_KMAJOR, A_PITCH, B_PITCH> {
   }
 };
 
+// Sums over k of an operand that is read [k][m], from its slices in shared memory: the bias gradient beside the weight gradient. Neighbouring lanes
+// share a word of columns, and each takes every LANES-th row of a slice; a slice's terms are added in float, the slices in double.
+template <class T>
+struct ColumnSums {
+  static constexpr int wide = 4 / sizeof(T), lanes = THREADS * wide / BM;  // columns in a word; lanes that share one
+  static_assert(lanes * BM == THREADS * wide && Depth<T>::BK % lanes == 0, "every lane adds as many terms");
+  double sum[wide] = {};
+  __device__ __forceinline__ int column() const { return threadIdx.x / lanes * wide; }
+  __device__ __forceinline__ void add(const T* slice, int pitch) {
+    float part[wide] = {};
+    const T* own = slice + threadIdx.x % lanes * pitch + column();
+#pragma unroll
+    for (int k = 0; k < Depth<T>::BK; k += lanes) {
+      unsigned word = *reinterpret_cast<const unsigned*>(own + k * pitch);
+      T items[wide];
+      memcpy(items, &word, 4);
+#pragma unroll
+      for (int i = 0; i < wide; ++i) part[i] += to_float(items[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < wide; ++i) sum[i] += part[i];
+  }
+  template <class Write>
+  __device__ __forceinline__ void each(Write write) {  // write(m, sum) from one lane for each m; all lanes of the warp call it
+#pragma unroll
+    for (int i = 0; i < wide; ++i) {
+      for (int offset = lanes / 2; offset; offset >>= 1) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], offset);
+      if (threadIdx.x % lanes == 0) write(column() + i, (float)sum[i]);
+    }
+  }
+};
+struct NoSums {
+  template <class T>
+  __device__ __forceinline__ void operator()(const T*, int) const {}
+};
+
 // The loop over columns first..last-1 of the operands; write(m, n, sum) gets each element of the block's part of C, inside or not.
-template <class T, bool A_KMAJOR, bool B_KMAJOR, class A, class B, class Write>
-__device__ __forceinline__ void multiply_tables(const A& a, const B& b, long long m0, long long n0, long long first, long long last, Write write) {
+// watch(slice, pitch) sees every slice of A in shared memory.
+template <class T, bool A_KMAJOR, bool B_KMAJOR, class A, class B, class Write, class Watch = NoSums>
+__device__ __forceinline__ void multiply_tables(const A& a, const B& b, long long m0, long long n0, long long first, long long last, Write write,
+                                                Watch watch = Watch()) {
   constexpr int BK = Depth<T>::BK;
   using SliceA = Slice<T, A, A_KMAJOR ? BM : BK, A_KMAJOR ? BK : BM, A_KMAJOR>;
   using SliceB = Slice<T, B, B_KMAJOR ? BN : BK, B_KMAJOR ? BK : BN, B_KMAJOR>;
@@ -296,6 +334,7 @@ __device__ __forceinline__ void multiply_tables(const A& a, const B& b, long lon
     bool more = k + BK < last;
     if (more) fetch();
     core.multiply(shared_a[slot], shared_b[slot]);
+    watch(shared_a[slot], SliceA::pitch);
     if (more) put(slot ^ 1);
     __syncthreads();
   }

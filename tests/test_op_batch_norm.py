@@ -53,6 +53,24 @@ def test_all(backend, make, rng, shape, dtype: str, layout: str) -> None:
     np.testing.assert_array_equal(make.host(x), make.host(y))
 
 
+def test_moving_sums_and_what_they_say(backend, make, rng) -> None:
+    batches = [(rng.standard_normal(5), rng.random(5)) for _ in range(3)]
+    sums = [make(np.zeros(5)), make(np.zeros(5)), make(np.zeros(1))]
+    mean, variance = make.empty((5,)), make.empty((5,))
+    backend.batch_norm_global_statistics(*sums, mean, variance)
+    assert not make.host(mean).any()
+    assert not make.host(variance).any()
+    want = [np.zeros(5), np.zeros(5), np.zeros(1)]
+    for centre, spread in batches:
+        backend.batch_norm_accumulate(make(centre), make(spread), *sums, fraction=0.9, correction=7 / 6)
+        want = [0.9 * old + new for old, new in zip(want, (centre, spread * 7 / 6, np.ones(1)))]
+    for got, expected in zip(sums, want):
+        assert_close(make.host(got), expected)
+    backend.batch_norm_global_statistics(*sums, mean, variance)
+    assert_close(make.host(mean), want[0] / 2.71)
+    assert_close(make.host(variance), want[1] / 2.71)
+
+
 def test_variance_of_values_far_from_zero(backend, make, rng) -> None:
     """The mean is subtracted before squaring; E[x^2]-E[x]^2 in float32 would be off by several units here."""
     values = (1000 + rng.standard_normal((8, 3, 5, 5))).astype(np.float32)

@@ -298,6 +298,17 @@ class Backend(Protocol):
         """Per channel (axis 1) over all other axes: mean (C) and biased variance (C)."""
         ...
 
+    def batch_norm_accumulate(
+        self, mean: Array, variance: Array, mean_sum: Array, variance_sum: Array, weight: Array, *, fraction: float, correction: float
+    ) -> None:
+        """mean_sum <- fraction mean_sum + mean; variance_sum <- fraction variance_sum + correction variance; weight <- fraction weight + 1.
+        All (C) but weight (1), float32; products and sums are rounded one by one."""
+        ...
+
+    def batch_norm_global_statistics(self, mean_sum: Array, variance_sum: Array, weight: Array, mean: Array, variance: Array) -> None:
+        """mean = mean_sum / weight and variance = variance_sum / weight by way of 1 / weight in float32; 0 and 0 while weight is 0."""
+        ...
+
     def batch_norm_forward(self, x: Array, mean: Array, variance: Array, y: Array, *, eps: float) -> None:
         """y = (x - mean_c) / sqrt(variance_c + eps). In place allowed."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from caffelite.backends.contract import Array, Backend
+from caffelite.backends.contract import Backend
 from caffelite.blob import Blob, Shape
 from caffelite.layer import BufferSpec, ParamSpec, register
 from caffelite.layers.elementwise import Elementwise
@@ -60,7 +60,7 @@ class BatchNorm(Elementwise):
         channels = (bottoms[0][1],)
         specs = {"mean": BufferSpec(channels, "float32", kept=False), "variance": BufferSpec(channels, "float32")}
         if not self.global_stats:
-            specs |= {"normalised": BufferSpec(bottoms[0], dtypes[0]), "one": BufferSpec((1,), "float32", kept=False)}
+            specs["normalised"] = BufferSpec(bottoms[0], dtypes[0])
         return specs
 
     def backward_reads(self) -> frozenset[str]:
@@ -69,23 +69,21 @@ class BatchNorm(Elementwise):
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
         x, y, mean, variance = bottoms[0].data, tops[0].data, self.buffers["mean"], self.buffers["variance"]
         if self.global_stats:
-            weight = float(ops.to_host(self.params[2].data)[0])
-            factor = 0.0 if weight == 0 else 1.0 / weight
-            ops.eltwise_sum([self.params[0].data], mean, [factor])
-            ops.eltwise_sum([self.params[1].data], variance, [factor])
+            mean_sum, variance_sum, weight = (param.data for param in self.params)
+            ops.batch_norm_global_statistics(mean_sum, variance_sum, weight, mean, variance)
             ops.batch_norm_forward(x, mean, variance, y, eps=self.eps)
             return
         ops.batch_norm_statistics(x, mean, variance)
-        self._update_statistics(ops, bottoms[0].shape, mean, variance)
+        self._accumulate(ops, bottoms[0].shape)
         ops.batch_norm_forward(x, mean, variance, self.buffers["normalised"], eps=self.eps)
         ops.copy(self.buffers["normalised"], y)
 
-    def _update_statistics(self, ops: Backend, shape: Shape, mean: Array, variance: Array) -> None:
+    def _accumulate(self, ops: Backend, shape: Shape) -> None:
+        """Adds the batch's statistics to the moving sums, the variance as an unbiased estimate."""
         count = prod(shape) // shape[1]
-        unbiased = count / (count - 1) if count > 1 else 1.0
-        ops.fill(self.buffers["one"], 1.0)
-        for param, value, factor in zip(self.params, (mean, variance, self.buffers["one"]), (1.0, unbiased, 1.0)):
-            ops.eltwise_sum([param.data, value], param.data, [self.fraction, factor])
+        correction = count / (count - 1) if count > 1 else 1.0
+        sums = (param.data for param in self.params)
+        ops.batch_norm_accumulate(self.buffers["mean"], self.buffers["variance"], *sums, fraction=self.fraction, correction=correction)
 
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
         if not propagate_down[0]:

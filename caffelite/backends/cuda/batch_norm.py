@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from caffelite.backends.contract import Array
-from caffelite.backends.cuda.common import MOST_BLOCKS, THREADS, WARP, Base, cname
+from caffelite.backends.cuda.common import MOST_BLOCKS, THREADS, WARP, Base, blocks, cname
 from caffelite.backends.cuda.launch import Module
 from caffelite.errors import BackendError
 
@@ -20,6 +20,8 @@ BATCH_NORM = Module(
     [
         *(f"matrix_sums<{run}, {product}>" for run in RUNS for product in ("false", "true")),
         *(f"plane_sums<{kind}, {product}>" for kind in ("float", "bf16") for product in ("false", "true")),
+        "accumulate",
+        "global_statistics",
         "channel_means<false>",
         "channel_means<true>",
         *(f"matrix_pass<{run}, {rule}>" for run in RUNS for rule in RULES),
@@ -51,6 +53,15 @@ class Matrix(NamedTuple):
 class BatchNorm(Base):
     def batch_norm_statistics(self, x: Array, mean: Array, variance: Array) -> None:
         self._channel_means(x, None, self.scratch(_partial_bytes(x)), mean, variance)
+
+    def batch_norm_accumulate(
+        self, mean: Array, variance: Array, mean_sum: Array, variance_sum: Array, weight: Array, *, fraction: float, correction: float
+    ) -> None:
+        numbers = (np.float32(fraction), np.float32(correction), np.int32(mean.size))
+        self.launch(BATCH_NORM, "accumulate", blocks(mean.size), THREADS, mean, variance, mean_sum, variance_sum, weight, *numbers)
+
+    def batch_norm_global_statistics(self, mean_sum: Array, variance_sum: Array, weight: Array, mean: Array, variance: Array) -> None:
+        self.launch(BATCH_NORM, "global_statistics", blocks(mean.size), THREADS, mean_sum, variance_sum, weight, mean, variance, np.int32(mean.size))
 
     def batch_norm_forward(self, x: Array, mean: Array, variance: Array, y: Array, *, eps: float) -> None:
         self._pass("FORWARD", x, None, mean, None, variance, y, eps)

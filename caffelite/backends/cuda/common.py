@@ -26,7 +26,28 @@ SCRATCH_ROUND = 1 << 16
 
 # The parameters of ops that are written, by name; and those that only the update rules, and scale_in_place, write.
 OUTPUTS = frozenset(
-    ("y", "dx", "dw", "db", "ds", "da", "mask", "top", "work", "mean", "variance", "winner", "prob", "loss", "normalizer", "accuracy", "per_class")
+    (
+        "y",
+        "dx",
+        "dw",
+        "db",
+        "ds",
+        "da",
+        "mask",
+        "top",
+        "work",
+        "mean",
+        "variance",
+        "mean_sum",
+        "variance_sum",
+        "weight",
+        "winner",
+        "prob",
+        "loss",
+        "normalizer",
+        "accuracy",
+        "per_class",
+    )
 )
 UPDATED = frozenset(("w", "g", "h", "v"))
 IN_PLACE = frozenset("x")

@@ -16,6 +16,18 @@ class BatchNorm(Base):
         store(mean, centre)
         store(variance, column_sums(distance * distance) / len(matrix))
 
+    def batch_norm_accumulate(
+        self, mean: Array, variance: Array, mean_sum: Array, variance_sum: Array, weight: Array, *, fraction: float, correction: float
+    ) -> None:
+        store(mean_sum, fraction * mean_sum + mean)
+        store(variance_sum, fraction * variance_sum + correction * variance)
+        store(weight, fraction * weight + 1)
+
+    def batch_norm_global_statistics(self, mean_sum: Array, variance_sum: Array, weight: Array, mean: Array, variance: Array) -> None:
+        factor = np.where(weight == 0, 0, 1 / weight).astype(weight.dtype)
+        store(mean, mean_sum * factor)
+        store(variance, variance_sum * factor)
+
     def batch_norm_forward(self, x: Array, mean: Array, variance: Array, y: Array, *, eps: float) -> None:
         (values,) = widen(x)
         store(y, (values - per_channel(mean, x.ndim)) * _inverse_deviation(variance, eps, x.ndim))

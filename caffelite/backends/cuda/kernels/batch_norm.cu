@@ -112,6 +112,23 @@ __global__ void __launch_bounds__(256, 4) channel_means(const double* partial, i
   }
 }
 
+// --- moving sums -----------------------------------------------------------------------------------------------------------
+__global__ void accumulate(const float* mean, const float* variance, float* mean_sum, float* variance_sum, float* weight, float fraction, float correction,
+                           int channels) {
+  for (long long i = thread_index(); i < channels; i += thread_count()) {
+    mean_sum[i] = __fadd_rn(__fmul_rn(fraction, mean_sum[i]), mean[i]);
+    variance_sum[i] = __fadd_rn(__fmul_rn(fraction, variance_sum[i]), __fmul_rn(correction, variance[i]));
+  }
+  if (thread_index() == 0) *weight = __fadd_rn(__fmul_rn(fraction, *weight), 1.f);
+}
+__global__ void global_statistics(const float* mean_sum, const float* variance_sum, const float* weight, float* mean, float* variance, int channels) {
+  float factor = *weight == 0 ? 0 : 1 / *weight;
+  for (long long i = thread_index(); i < channels; i += thread_count()) {
+    mean[i] = mean_sum[i] * factor;
+    variance[i] = variance_sum[i] * factor;
+  }
+}
+
 // --- passes ----------------------------------------------------------------------------------------------------------------
 enum Rule { FORWARD, BACKWARD, GLOBAL };
 

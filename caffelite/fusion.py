@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from caffelite.graph import BlobInfo, Graph, Node
 from caffelite.layer import SIGN, TOP
+from caffelite.layers.batch_norm import BatchNorm
+from caffelite.layers.scale import Scale
+from caffelite.schema import pb
 
 
 def fuse(graph: Graph) -> None:
     """Marks all fusions of `graph`."""
     for node in graph.nodes:
+        if isinstance(node.layer, BatchNorm):
+            _fuse_batch_norm(graph, node, node.layer)
+    for node in graph.nodes:
         _fuse_relu_forward(node)
     for node in graph.nodes:
-        if _is_relu(node) and node.in_place() and node.needs_backward and node.propagate_down[0]:
+        if _is_relu(node) and not node.backward_fused and node.in_place() and node.needs_backward and node.propagate_down[0]:
             _fuse_relu_backward(node)
 
 
@@ -63,4 +69,43 @@ def _reads_what_it_wrote(node: Node) -> bool:
         for later in _later_writers(node, top):
             if TOP in reads or (SIGN in reads and not later.layer.keeps_sign):
                 return False
+    return True
+
+
+def _fuse_batch_norm(graph: Graph, norm: Node, layer: BatchNorm) -> None:
+    """BatchNorm does forward and backward of a Scale by channel that follows in place, and of a ReLU after that."""
+    blob, shape = norm.tops[0], norm.bottoms[0].shape
+    after = _later_writers(norm, blob)[:2]
+    scale = after[0].layer if after else None
+    if len(shape) not in (2, 4) or not isinstance(scale, Scale) or not scale.has_own_channels(shape) or any(p.share_name for p in after[0].params):
+        return
+    taken = after if len(after) == 2 and _is_relu(after[1]) else after[:1]
+    chain = [norm, *taken]
+    if graph.phase == pb.TRAIN and any(node.needs_backward for node in chain):
+        if not all(node.needs_backward and node.propagate_down[0] for node in chain):
+            return
+        if norm.in_place() and not _keep_bottom(graph, norm):
+            return
+    layer.scale, layer.then_relu = scale, len(taken) == 2
+    norm.absorbed = taken
+    for node in taken:
+        node.forward_fused = node.backward_fused = True
+
+
+def _keep_bottom(graph: Graph, node: Node) -> bool:
+    """Gives what the node finds in its in-place blob a memory of its own, so that backward may read it; the gradient stays where it is.
+    False for the top of a data layer or input, which is filled from outside."""
+    blob = node.tops[0]
+    start = blob.writers.index(node)
+    writers = blob.writers[:start]
+    if any(writer.layer.is_source for writer in writers):
+        return False
+    kept = BlobInfo(f"{blob.name} before {node.name}", blob.shape, blob.dtype, writers, [node], diff_of=blob)
+    graph.blobs[kept.name] = kept
+    blob.writers = blob.writers[start:]
+    for writer in writers:
+        writer.tops = [kept if top is blob else top for top in writer.tops]
+        if writer is not writers[0]:
+            writer.bottoms = [kept if bottom is blob else bottom for bottom in writer.bottoms]
+    node.bottoms = [kept]
     return True

@@ -29,12 +29,18 @@ class BlobInfo:
     writers: list[Node] = field(default_factory=list)
     readers: list[Node] = field(default_factory=list)
     data_of: BlobInfo | None = None  # lies in another blob's memory (a Split's tops)
+    diff_of: BlobInfo | None = None  # its gradient lies where another blob's does
     persistent: bool = False  # keeps its contents between iterations
 
     @property
     def data_root(self) -> BlobInfo:
         """The blob whose memory holds this blob's data."""
         return self.data_of.data_root if self.data_of else self
+
+    @property
+    def diff_root(self) -> BlobInfo:
+        """The blob whose memory holds this blob's gradient."""
+        return self.diff_of.diff_root if self.diff_of else self
 
 
 @dataclass(eq=False)
@@ -71,6 +77,7 @@ class Node:
     learn: list[bool] = field(default_factory=list)  # one per parameter: backward computes its gradient
     forward_fused: bool = False  # an earlier node's op already does this node's forward
     backward_fused: bool = False  # a later or an earlier node's op already does this node's backward
+    absorbed: list[Node] = field(default_factory=list)  # nodes whose parameters this node's backward gives gradients
 
     @property
     def name(self) -> str:

@@ -127,7 +127,7 @@ class Net:
         for name, info in self.graph.blobs.items():
             blob = self.blobs[name]
             blob.data = self._array(("data", info.data_root.name), info.shape)
-            blob.diff = self._array(("diff", name), info.shape)
+            blob.diff = self._array(("diff", info.diff_root.name), info.shape)
         self._bind_buffers()
         for blob, weight in self.weighted_tops():
             if blob.diff is not None:
@@ -240,7 +240,8 @@ class Net:
         layer = step.layer
         if step.repeats:
             self.arena.settle_grads()  # its first share of the gradient must not be overwritten by the second
-        for param, learn in zip(layer.params, step.node.learn):
+        learned = [(param, learn) for node in (step.node, *step.node.absorbed) for param, learn in zip(node.layer.params, node.learn)]
+        for param, learn in learned:
             param.learn = learn
             param.accumulate = (param.owner or param).accumulate
         forward_buffers, layer.buffers = layer.buffers, step.backward_buffers
@@ -248,8 +249,8 @@ class Net:
             layer.backward(self.backend, step.tops, step.node.propagate_down, step.bottoms)
         finally:
             layer.buffers = forward_buffers
-        for param in layer.params:
-            if param.learn:
+        for param, learn in learned:
+            if learn:
                 (param.owner or param).accumulate = param.accumulate = True
 
     def zero_grads(self) -> None:

@@ -143,3 +143,112 @@ def test_memory_of_what_average_pooling_reads_again(reference) -> None:
     graph = fused(text_of("average pooling"))
     steps = {node.name: i for i, node in enumerate(graph.nodes)}
     assert plan_memory(graph, reference, backward=True).by_key["data", "a"].last == 2 * len(steps) - 1 - steps["p"]
+
+
+# --- BatchNorm, Scale and ReLU -----------------------------------------------------------------------------------------------
+
+
+def norm(blob: str, top: str | None = None, fields: str = "batch_norm_param { moving_average_fraction: 0.9 }") -> str:
+    return layer("BatchNorm", "norm", blob, top or blob, fields)
+
+
+def scale(blob: str, fields: str = "", more: str = "") -> str:
+    fillers = 'filler { type: "gaussian" std: 1 } bias_filler { type: "gaussian" std: 0.5 }'
+    return layer("Scale", "scale", blob, blob, f"scale_param {{ bias_term: true {fillers} {fields} }} {more}")
+
+
+PLAIN = conv("first", "x", "a", outputs=16)
+NORMED = {
+    "in place, relu, convolution": PLAIN + norm("a") + scale("a") + relu("a") + conv("c", "a", "z"),
+    "in place, relu, max pooling": PLAIN + norm("a") + scale("a") + relu("a") + layer("Pooling", "p", "a", "z", "pooling_param { kernel_size: 3 stride: 2 }"),
+    "in place, dropout": PLAIN + norm("a") + scale("a") + layer("Dropout", "q", "a", "a") + conv("c", "a", "z"),
+    "after a bias in place": PLAIN + layer("Bias", "below", "a", "a") + norm("a") + scale("a") + relu("a") + conv("c", "a", "z"),
+    "a top of its own": PLAIN + norm("a", "h") + scale("h") + relu("h") + conv("c", "h", "z"),
+    "five channels": conv("first", "x", "a", outputs=5) + norm("a") + scale("a") + relu("a") + conv("c", "a", "z"),
+    "global statistics": PLAIN + norm("a", fields="batch_norm_param { use_global_stats: true }") + scale("a") + relu("a") + conv("c", "a", "z"),
+    "bias alone learned": PLAIN + norm("a") + scale("a", more="param { lr_mult: 0 } param { lr_mult: 1 }") + relu("a") + conv("c", "a", "z"),
+    "rows": layer("InnerProduct", "i", "x", "a", 'inner_product_param { num_output: 7 weight_filler { type: "xavier" } }')
+    + norm("a")
+    + scale("a")
+    + layer("TanH", "t2", "a", "z"),
+    "used twice": PLAIN + norm("a") + scale("a") + relu("a") + conv("c", "a", "u") + 'layer { name: "s" type: "Eltwise" bottom: "u" bottom: "v" top: "z" }\n',
+}
+NORMED["used twice"] = NORMED["used twice"].replace('bottom: "v"', 'bottom: "w"').replace('layer { name: "s"', conv("e", "a", "w") + 'layer { name: "s"')
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NORMED)
+def test_a_normalised_net_computes_what_its_layers_do(backend, name: str, precision: str) -> None:
+    """float32: sums in other orders, 2e-5 of the largest gradient. bfloat16: the unfused layers round the normalised values as well."""
+    ours, theirs = (gradients(backend, DATA + NORMED[name] + LOSS, precision, observe) for observe in (False, True))
+    assert len(ours) == len(theirs) >= 9
+    largest = max(np.abs(want).max() for want in theirs)  # not of each array: a normalised bias has no gradient but rounding
+    for got, want in zip(ours, theirs):
+        np.testing.assert_allclose(got, want, rtol=0, atol=(2e-5 if precision == "float32" else 0.02) * largest)
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_scale_and_relu_are_part_of_batch_norm(name: str) -> None:
+    graph = fused(DATA + NORMED[name] + LOSS)
+    nodes = {node.name: node for node in graph.nodes}
+    taken = ["scale", "relu"] if "relu" in nodes and "dropout" not in name else ["scale"]
+    assert [node.name for node in nodes["norm"].absorbed] == taken
+    assert nodes["norm"].layer.scale is nodes["scale"].layer
+    assert nodes["norm"].layer.then_relu == (len(taken) == 2)
+    assert all(nodes[n].forward_fused and nodes[n].backward_fused for n in taken)
+    assert not nodes["norm"].in_place()
+
+
+NOT_NORMED = {
+    "scale without a bias": PLAIN + norm("a") + layer("Scale", "scale", "a", "a") + conv("c", "a", "z"),
+    "scale of another axis": PLAIN + norm("a") + scale("a", "axis: 2") + conv("c", "a", "z"),
+    "scale of two axes": PLAIN + norm("a") + scale("a", "num_axes: 2") + conv("c", "a", "z"),
+    "a shared scale": PLAIN + norm("a") + scale("a", more='param { name: "s" }') + conv("c", "a", "z"),
+    "scale by another blob": PLAIN + norm("a", "h") + 'layer { name: "scale" type: "Scale" bottom: "h" bottom: "x" top: "z" scale_param { axis: 0 } }\n',
+    "nothing below learns": layer("Power", "w", "x", "a") + norm("a") + scale("a") + conv("c", "a", "z"),
+    "something between": PLAIN + norm("a") + layer("Dropout", "q", "a", "a") + scale("a") + conv("c", "a", "z"),
+}
+NOT_NORMED["scale by another blob"] = NOT_NORMED["scale by another blob"].replace(PLAIN, conv("first", "x", "a", outputs=3))
+
+
+@pytest.mark.parametrize("name", NOT_NORMED)
+def test_no_other_scale_is_part_of_batch_norm(name: str) -> None:
+    graph = fused(DATA + NOT_NORMED[name] + LOSS)
+    assert not any(node.absorbed for node in graph.nodes)
+    assert not any(node.forward_fused for node in graph.nodes)
+
+
+def test_what_batch_norm_finds_in_place_has_memory_of_its_own(reference) -> None:
+    graph = fused(DATA + NORMED["in place, relu, convolution"] + LOSS)
+    plan = plan_memory(graph, reference, backward=True)
+    steps, end = {node.name: i for i, node in enumerate(graph.nodes)}, 2 * len(graph.nodes) - 1
+    kept, own = plan.by_key["data", "a before norm"], plan.by_key["data", "a"]
+    assert (kept.first, kept.last) == (steps["first"], end - steps["norm"])
+    assert (own.first, own.last) == (steps["norm"], end - steps["norm"])
+    assert ("diff", "a before norm") not in plan.by_key
+    diff = plan.by_key["diff", "a"]
+    assert (diff.first, diff.last) == (end - steps["c"], end - steps["first"])
+    assert not [region for region in plan.regions if region.key[1] in ("scale", "relu") or region.key[2:] == ("normalised",)]
+
+
+def test_a_net_that_is_only_tested_stays_in_place() -> None:
+    graph = fused(DATA + NORMED["in place, relu, convolution"] + LOSS, phase=pb.TEST)
+    node = next(node for node in graph.nodes if node.name == "norm")
+    assert node.in_place()
+    assert [n.name for n in node.absorbed] == ["scale", "relu"]
+    assert "a before norm" not in graph.blobs
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["in place, relu, convolution", "a top of its own", "rows"])
+def test_a_tested_net_computes_what_its_layers_do(backend, name: str, precision: str) -> None:
+    train = Net(net_from_text(DATA + NORMED[name] + LOSS), phase=pb.TRAIN, backend=backend, precision=precision, seed=5)
+    for _ in range(3):
+        train.forward()
+    losses = []
+    for observe in (False, True):
+        net = Net(net_from_text(DATA + NORMED[name] + LOSS), phase=pb.TEST, backend=backend, precision=precision, observe=observe, seed=5)
+        net.copy_from(train.to_proto())
+        net.forward()
+        losses.append(net.loss())
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-6 if precision == "float32" else 0.02)

@@ -322,6 +322,36 @@ class Backend(Protocol):
         """dx = dy / sqrt(variance_c + eps). In place allowed (dx is dy)."""
         ...
 
+    # BatchNorm with the Scale (and ReLU) that follow, x (N,C) or (N,C,H,W); mean, variance, s, b, ds, db (C), float32.
+
+    def batch_norm_scale_forward(self, x: Array, mean: Array, variance: Array, s: Array, b: Array, y: Array, *, eps: float, relu: bool) -> None:
+        """y = s_c h + b_c with h = (x - mean_c) / sqrt(variance_c + eps); relu: max(y,0) after, NaN stays NaN. In place allowed."""
+        ...
+
+    def batch_norm_scale_backward(
+        self,
+        x: Array,
+        y: Array,
+        mean: Array,
+        variance: Array,
+        s: Array,
+        b: Array,
+        dy: Array,
+        dx: Array,
+        ds: Array | None,
+        db: Array | None,
+        *,
+        eps: float,
+        relu: bool,
+        fixed: bool,
+        accumulate_s: bool,
+        accumulate_b: bool,
+    ) -> None:
+        """ds (+)= sum g h, db (+)= sum g (None: left out); dx = s_c / sqrt(variance_c + eps) (g - mean(g) - h mean(g h)), means per channel.
+        g = dy; relu: dy where y > 0, else 0 dy, y being forward's, or computed again in forward's steps. fixed: mean and variance are
+        no functions of x, and dx = s_c / sqrt(variance_c + eps) g. In place allowed (dx is dy)."""
+        ...
+
     # --- scale_bias ------------------------------------------------------------------------------------------------
 
     def scale_forward(self, x: Array, s: Array, b: Array | None, y: Array) -> None:

@@ -25,6 +25,8 @@ BATCH_NORM = Module(
         "channel_means<false>",
         "channel_means<true>",
         *(f"matrix_pass<{run}, {rule}>" for run in RUNS for rule in RULES),
+        *(f"{kernel}<{run}>" for run in RUNS for kernel in ("matrix_scale", "matrix_scale_sums", "matrix_scale_pass")),
+        "channel_scale_sums",
         *(f"plane_pass<{kind}, {rule}>" for kind in ("float", "bf16") for rule in RULES),
     ],
 )
@@ -75,6 +77,44 @@ class BatchNorm(Base):
 
     def batch_norm_backward_global(self, variance: Array, dy: Array, dx: Array, *, eps: float) -> None:
         self._pass("GLOBAL", dy, None, None, None, variance, dx, eps)
+
+    def batch_norm_scale_forward(self, x: Array, mean: Array, variance: Array, s: Array, b: Array, y: Array, *, eps: float, relu: bool) -> None:
+        matrix, given = _rows(x), (mean, variance, s, b, np.float32(eps), np.bool_(relu))
+        name, grid, sizes = _matrix_run("matrix_scale", matrix, PASS_BLOCKS, x, y)
+        self.launch(BATCH_NORM, name, grid, THREADS, x, *given, y, *sizes)
+
+    def batch_norm_scale_backward(
+        self,
+        x: Array,
+        y: Array,
+        mean: Array,
+        variance: Array,
+        s: Array,
+        b: Array,
+        dy: Array,
+        dx: Array,
+        ds: Array | None,
+        db: Array | None,
+        *,
+        eps: float,
+        relu: bool,
+        fixed: bool,
+        accumulate_s: bool,
+        accumulate_b: bool,
+    ) -> None:
+        channels, used, matrix = x.shape[1], _partial_bytes(x), _rows(x)
+        given = (mean, variance, s, b, np.float32(eps), np.bool_(relu))
+        means: tuple[Array | None, ...] = (None, None)
+        if not fixed or ds is not None or db is not None:
+            scratch = self.scratch(used + 8 * channels)
+            means = tuple(self.part(scratch, used + i * 4 * channels, (channels,), "float32") for i in range(2))
+            name, grid, sizes = _matrix_run("matrix_scale_sums", matrix, SUM_BLOCKS, x, dy)
+            self.launch(BATCH_NORM, name, grid, THREADS, x, dy, *given, scratch, *sizes)
+            counts = (np.int32(grid[1]), np.int32(channels), np.float64(matrix.pixels))
+            flags = (np.bool_(accumulate_s), np.bool_(accumulate_b))
+            self.launch(BATCH_NORM, "channel_scale_sums", -(-channels * WARP // THREADS), THREADS, scratch, *counts, ds, db, *flags, *means)
+        name, grid, sizes = _matrix_run("matrix_scale_pass", matrix, PASS_BLOCKS, x, dy, dx)
+        self.launch(BATCH_NORM, name, grid, THREADS, x, dy, *given, *((None, None) if fixed else means), dx, *sizes)
 
     def _channel_means(self, x: Array, y: Array | None, partial: Array, first: Array, second: Array) -> None:
         """first, second <- mean and variance of x, or with y the means of x and of x y."""
@@ -129,6 +169,21 @@ def _matrix(x: Array) -> Matrix | None:
     groups = -(-channels // (run * WARP))
     columns = -(-channels // (run * groups))
     return Matrix(pixels, channels, run, groups, columns, THREADS // columns)
+
+
+def _rows(x: Array) -> Matrix:
+    """x as a matrix. BackendError for other than 2 or 4 axes, which the graph does not ask for."""
+    matrix = _matrix(x)
+    if matrix is None:
+        raise BackendError(f"batch normalisation with a scale takes 2 or 4 axes, found shape {x.shape}", hint="use BatchNorm and Scale one by one")
+    return matrix
+
+
+def _matrix_run(kernel: str, matrix: Matrix, most: int, *arrays: Array) -> tuple[str, tuple[int, int], tuple[np.generic, ...]]:
+    """Name, grid and last arguments of a kernel over the pixels of `arrays`, in at most `most` blocks."""
+    slabs, slab = matrix.slabs(most)
+    sizes = (np.int64(matrix.pixels), np.int32(matrix.channels), np.int32(matrix.columns), np.int64(slab))
+    return f"{kernel}<{_kind(*arrays)}, {matrix.run}>", (matrix.groups, slabs), sizes
 
 
 def _plane_slabs(x: Array) -> tuple[int, int]:

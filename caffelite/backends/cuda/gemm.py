@@ -93,15 +93,14 @@ def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, dw: Array, db:
     """dw (+)= the sum over all pixels of dy times what their windows hold of x; dw (float32) lies as (O, kH, kW, C/group).
     db (O), or None: (+)= the sum over all pixels of dy."""
     kind, columns = cname(x), g.cells * g.w[1]
-    plan = _Plan(kind, rows=g.group_outputs, columns=columns, depth=dy.size // g.y[1], groups=g.group, outputs=dw.size + (0 if db is None else db.size))
+    plan = _Plan(kind, rows=g.group_outputs, columns=columns, depth=dy.size // g.y[1], groups=g.group, outputs=dw.size + (0 if db is None else 2 * db.size))
     partial = _Space(ops, packed=0, bias=0, partial=plan.partial_bytes).partial()
     whole = [np.bool_(_whole_vectors(channels, operand)) for channels, operand in ((g.w[1], x), (g.group_outputs, dy))]
     adds = (np.bool_(accumulate_w), np.bool_(accumulate_b))
     ops.launch(GEMM, f"gemm_weights<{kind}>", plan.grid, THREADS, x, dy, dw, db, partial, plan.struct(g), *whole, *adds)
     if partial is not None:
-        results = dw.size + (0 if db is None else db.size)
         sizes = (np.int64(dw.size), np.int32(g.y[1]), np.int32(plan.splits))
-        ops.launch(GEMM, "gemm_weights_finish<float>", blocks(results), THREADS, partial, dw, db, *sizes, *adds)
+        ops.launch(GEMM, "gemm_weights_finish<float>", blocks(dw.size), THREADS, partial, dw, db, *sizes, *adds)
 
 
 class _Plan:

@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(THREADS, 2)
   long long pixels = b.rows(), count = b.columns();
   Matrix<T> a{dy + group * g.group_outputs, pixels, g.group_outputs, g.outputs, aligned_dy};
   long long m0 = (long long)blockIdx.x * BM, n0 = (long long)blockIdx.y * BN, first = split * g.per_split, last = min(first + g.per_split, pixels);
-  Finish<float> finish{dw, nullptr, false, accumulate_w, nullptr}, finish_bias{db, nullptr, false, accumulate_b, nullptr};
-  long long results = g.outputs * count, each = results + (db ? g.outputs : 0);  // of a split
+  Finish<float> finish{dw, nullptr, false, accumulate_w, nullptr};
+  long long results = g.outputs * count, each = results + (db ? 2 * g.outputs : 0);  // of a split: see gemm_weights_finish
   ColumnSums<T> bias;
   bool sums = db && blockIdx.y == 0;
   auto write = [&](int i, int j, float sum) {
@@ -81,23 +81,36 @@ __global__ void __launch_bounds__(THREADS, 2)
     if (sums) bias.add(slice, pitch);
   });
   if (!sums) return;
-  bias.each([&](int i, float sum) {
+  bias.each([&](int i, double sum) {
     if (m0 + i >= g.group_outputs) return;
     long long at = group * g.group_outputs + m0 + i;
-    if (partial) partial[split * each + results + at] = sum;
-    else finish_bias.store(at, 0, sum);
+    if (partial) {
+      float high = (float)sum, *pair = partial + split * each + results + 2 * at;
+      pair[0] = high;
+      pair[1] = (float)(sum - high);
+    } else {
+      db[at] = (float)(accumulate_b ? db[at] + sum : sum);
+    }
   });
 }
 
-// dw and db (may be null) from the partial sums of gemm_weights, in the order of the splits. results, outputs: their elements.
+// dw and db (may be null) from the partial sums of gemm_weights, in the order of the splits. results, outputs: their elements. A split leaves its
+// terms of dw, and after them those of db as pairs of floats that make a double.
 template <class T>
 __global__ void gemm_weights_finish(const T* partial, T* dw, T* db, long long results, int outputs, int splits, bool accumulate_w, bool accumulate_b) {
-  long long each = results + (db ? outputs : 0);
-  for (long long i = thread_index(); i < each; i += thread_count()) {
+  long long each = results + (db ? 2 * outputs : 0);
+  for (long long i = thread_index(); i < results; i += thread_count()) {
     T sum = partial[i];
     for (int s = 1; s < splits; ++s) sum += partial[s * each + i];
-    T* target = i < results ? dw + i : db + (i - results);
-    *target = (i < results ? accumulate_w : accumulate_b) ? *target + sum : sum;
+    dw[i] = accumulate_w ? dw[i] + sum : sum;
+  }
+  for (long long i = thread_index(); db && i < outputs; i += thread_count()) {
+    double sum = 0;
+    for (int s = 0; s < splits; ++s) {
+      const T* pair = partial + s * each + results + 2 * i;
+      sum += (double)pair[0] + pair[1];
+    }
+    db[i] = (T)(accumulate_b ? db[i] + sum : sum);
   }
 }
 

@@ -294,7 +294,7 @@ struct ColumnSums {
 #pragma unroll
     for (int i = 0; i < wide; ++i) {
       for (int offset = lanes / 2; offset; offset >>= 1) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], offset);
-      if (threadIdx.x % lanes == 0) write(column() + i, (float)sum[i]);
+      if (threadIdx.x % lanes == 0) write(column() + i, sum[i]);
     }
   }
 };

@@ -79,6 +79,18 @@ def test_variance_of_values_far_from_zero(backend, make, rng) -> None:
     np.testing.assert_allclose(make.host(variance), values.astype(np.float64).var(axis=(0, 2, 3)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(7, 24, 31, 37), (3, 5, 1009)], ids=str)
+def test_statistics_put_together_from_many_parts(backend, make, rng, shape) -> None:
+    """Each channel drifts from its first value to its last, so that the parts' means differ by many of their deviations."""
+    drift = np.linspace(-20, 20, shape[0] * shape[-1]).reshape(shape[0], 1, *(1,) * (len(shape) - 3), shape[-1])
+    values = (50 + drift + rng.standard_normal(shape)).astype(np.float32)
+    mean, variance = make.empty((shape[1],)), make.empty((shape[1],))
+    backend.batch_norm_statistics(make(values), mean, variance)
+    axes = (0, *range(2, len(shape)))
+    assert_close(make.host(mean), values.astype(np.float64).mean(axis=axes))
+    assert_close(make.host(variance), values.astype(np.float64).var(axis=axes))
+
+
 def test_gradient_agrees_with_differences(reference, rng) -> None:
     x, dy = (last(rng.standard_normal((3, 2, 2, 5))) for _ in range(2))
     mean, variance = np.empty(2), np.empty(2)

@@ -36,8 +36,8 @@ def _later_writers(node: Node, blob: BlobInfo) -> list[Node]:
 
 
 def _fuse_relu_forward(node: Node) -> None:
-    """Convolution and InnerProduct do the forward of a ReLU that follows in place."""
-    if hasattr(node.layer, "relu") and len(node.tops) == 1:
+    """Convolution, InnerProduct and sums do the forward of a ReLU that follows in place."""
+    if hasattr(node.layer, "relu") and getattr(node.layer, "may_do_relu", True) and len(node.tops) == 1:
         after = _later_writers(node, node.tops[0])[:1]
         if after and _is_relu(after[0]):
             node.layer.relu = True

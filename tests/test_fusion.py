@@ -32,6 +32,7 @@ def relu(blob: str, name: str = "relu", fields: str = "") -> str:
     return layer("ReLU", name, blob, blob, fields)
 
 
+SUM = 'layer { name: "s" type: "Eltwise" bottom: "b" bottom: "h" top: "z" }\n'
 # What takes the ReLU's top "a" and makes "z".
 TAKERS = {
     "convolution": conv("c", "a", "z"),
@@ -47,6 +48,8 @@ TAKERS = {
     "normalisation within": layer("LRN", "n", "a", "z", "lrn_param { norm_region: WITHIN_CHANNEL local_size: 3 }"),
     "dropout in place": layer("Dropout", "q", "a", "a") + conv("c", "a", "z"),
     "dropout": layer("Dropout", "q", "a", "z"),
+    "two layers, by way of a split": conv("c", "a", "b") + conv("e", "a", "h") + SUM,
+    "a residual": layer("Convolution", "c", "a", "b", "convolution_param { num_output: 8 kernel_size: 1 }") + SUM.replace('"h"', '"a"') + relu("z", "over"),
 }
 FIRST = conv("first", "x", "a") + relu("a")
 
@@ -95,13 +98,14 @@ def test_a_relu_taken_by_the_next_layer_changes_no_bit(backend, name: str, preci
 
 @pytest.mark.parametrize("name", TAKERS)
 def test_the_next_layer_takes_the_relu(name: str) -> None:
-    assert skipped(fused(text_of(name))) == ["relu"]
+    graph = fused(text_of(name))
+    assert skipped(graph)[0] == "relu"
+    assert [node.name for node in graph.nodes if node.forward_fused] == ["relu", "over"][: 2 if name == "a residual" else 1]
 
 
 NOT_TAKEN = {
     "a slope": conv("first", "x", "a") + relu("a", fields="relu_param { negative_slope: 0.1 }") + conv("c", "a", "z"),
     "a top of its own": conv("first", "x", "b") + layer("ReLU", "relu", "b", "a") + conv("c", "a", "z"),
-    "two layers take it": FIRST + conv("c", "a", "b") + conv("e", "a", "h") + 'layer { name: "s" type: "Eltwise" bottom: "b" bottom: "h" top: "z" }\n',
     "a layer that does not": FIRST + layer("TanH", "h", "a", "z"),
     "no gradient comes back": FIRST + conv("c", "a", "z").replace("top:", "propagate_down: false top:"),
     "no layer below learns": relu("x") + conv("c", "x", "z"),

@@ -376,8 +376,9 @@ class Backend(Protocol):
 
     # --- eltwise: also Split's sum ---------------------------------------------------------------------------------
 
-    def eltwise_sum(self, xs: Sequence[Array], y: Array, coeffs: Sequence[float]) -> None:
-        """y = sum_i coeffs[i] xs[i], added in order. y may be xs[0]."""
+    def eltwise_sum(self, xs: Sequence[Array], y: Array, coeffs: Sequence[float], positive: Array | None = None, *, relu: bool = False) -> None:
+        """y = sum_i coeffs[i] xs[i], added in order; relu: max(y,0) after, NaN stays NaN. y may be xs[0]. positive (y's shape): see above,
+        with y for dx."""
         ...
 
     def eltwise_product_forward(self, xs: Sequence[Array], y: Array) -> None:

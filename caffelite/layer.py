@@ -39,10 +39,11 @@ class BufferSpec:
 
 @dataclass
 class RunContext:
-    """What random layers may depend on: the run's seed and the number of the forward pass (iteration*iter_size + part)."""
+    """What random layers may depend on: the run's seed and the number of the forward pass (iteration*iter_size + part), for ops in a cell."""
 
     seed: int = 0
     forward_count: int = 0
+    pass_number: Array = None
 
 
 class Layer:

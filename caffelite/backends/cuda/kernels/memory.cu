@@ -51,6 +51,14 @@ __global__ void fill_any(T* x, Layout layout, float value, long long n) {
   for (long long i = thread_index(); i < n; i += thread_count()) x[offset_of(layout, i)] = item;
 }
 
+struct Cells {
+  double value[8];
+};
+
+__global__ void assign_cells(double* x, Cells cells, int n) {
+  if (threadIdx.x < n) x[threadIdx.x] = cells.value[threadIdx.x];
+}
+
 template <class S, class T>
 __global__ void copy_dense(const S* x, T* y, long long n) {
   constexpr int width = Vec<T>::size < Vec<S>::size ? Vec<S>::size : Vec<T>::size;  // elements in 16 bytes of the narrower type

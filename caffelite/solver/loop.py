@@ -59,14 +59,14 @@ class Solver:
         self.listeners, self.effects = list(listeners), effects
         self.iter = 0
         self.seed = int(self.param.random_seed) if self.param.random_seed >= 0 else int.from_bytes(os.urandom(4), "little")
-        self.rates = RatePolicy(self.param, lambda text: self._notes.append(text))
+        self.rates = RatePolicy(self.param, lambda text: self._notes.append((self.iter, text)))
         self.snapshots = SnapshotStore(self.param)
         self.best = Best(self.param.snapshot_best) if self.param.snapshot_best else None
         self._watch: SignalWatch | None = None
         self._stopping = False
         self.test_cursors: list[pb.DataCursor] | None = None  # from before the test that is under way
         self._iteration: Iteration | None = None
-        self._notes: list[str] = []  # of the update to come
+        self._notes: list[tuple[int, str]] = []  # what Caffe says of an update, after what it says of its losses; with the update's number
         self._starts: list[dict[str, int]] = []  # where the data stood before each iteration that has not been looked at
         self._start = self._unseen = self._unclipped = 0  # iterations: the first of this call, the first whose loss and norm are not known
         self._looked = -math.inf
@@ -248,11 +248,12 @@ class Solver:
             self._look()
         if display:
             self._display(self._window.smoothed, rate)
-        self._tell_notes()
         if split:
             self._event("on_gradients", number)
             self._update()
+            self._take_norms()
         self.iter += 1
+        self._tell_notes(self.iter)
         for listener in self.listeners:
             listener.on_iteration(self.iter, self._window.smoothed)
         self._after_update()
@@ -290,25 +291,25 @@ class Solver:
             self._window.add(loss, self._unseen - self._start)
             self._unseen += 1
             del self._starts[0]
-        for norm in self._work.take_norms():
-            self._note_clipping(norm)
+        self._take_norms()
+        self._tell_notes(self.iter)
         self._looked = time.perf_counter()
 
-    def _note_clipping(self, norm: float) -> None:
+    def _take_norms(self) -> None:
         limit = self.param.clip_gradients
-        if norm > limit:
-            factor = limit / norm
-            text = f"Gradient clipping: scaling down gradients (L2 norm {norm:g} > {limit:g}) by scale factor {factor:g}"
-            self._notes.append(text)
-        if self._unclipped < self.iter:  # of an iteration whose turn to speak is over
-            self._tell_notes()
-        self._unclipped += 1
+        for norm in self._work.take_norms():
+            if norm > limit:
+                text = f"Gradient clipping: scaling down gradients (L2 norm {norm:g} > {limit:g}) by scale factor {limit / norm:g}"
+                self._notes.append((self._unclipped, text))
+            self._unclipped += 1
 
-    def _tell_notes(self) -> None:
-        """What Caffe says of an update: after what it says of its losses."""
-        for text in self._notes:
+    def _tell_notes(self, end: int) -> None:
+        """What is to be said of the updates before number `end`, in their order: of none whose norm is not known."""
+        end = min(end, self._unclipped) if self._work.clips else end
+        ready = sorted((note for note in self._notes if note[0] < end), key=lambda note: note[0])
+        self._notes = [note for note in self._notes if note[0] >= end]
+        for _, text in ready:
             self.tell(text, "sgd_solver.cpp")
-        self._notes.clear()
 
     def _place_forward(self, part: int) -> None:
         self.net.context.forward_count = self.iter * self.param.iter_size + part
@@ -340,17 +341,19 @@ class Solver:
     def lr(self) -> float:
         """The rate of the next update; reading it can advance multistep, as in Caffe."""
         rate = self.rates.rate(self.iter)
-        self._tell_notes()
+        for _, text in self._notes:
+            self.tell(text, "sgd_solver.cpp")
+        self._notes.clear()
         return rate
 
     def apply_update(self) -> None:
         """One update from the gradients in the net (spec net-and-solver 10)."""
         self._work.set_rate(self.lr, self.iter)
+        self._unclipped = self.iter
         self._update()
-        for norm in self._work.take_norms():
-            self._note_clipping(norm)
-        self._tell_notes()
+        self._take_norms()
         self.iter += 1
+        self._tell_notes(self.iter)
 
     def _update(self) -> None:
         if self.net.borrows:

@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 
 from caffelite.backends.contract import Array, Ints, c_order, is_usual
-from caffelite.backends.cuda.common import C_NAMES, DTYPES, THREADS, WARP, Base, blocks
+from caffelite.backends.cuda.common import C_NAMES, DTYPES, THREADS, Base, blocks
 from caffelite.backends.cuda.launch import Module
 from caffelite.backends.cuda.repeat import Repeat
 from caffelite.errors import BackendError
@@ -77,7 +77,7 @@ class Memory(Base, any_layout=True):
     def assign(self, x: Array, values: Sequence[float]) -> None:
         held = np.zeros((), CELLS)
         held["value"][: len(values)] = values
-        self.launch(MEMORY, "assign_cells", 1, WARP, x, cast(np.void, held[()]), np.int32(len(values)))
+        self.launch(MEMORY, "assign_cells", 1, 1, x, cast(np.void, held[()]), np.int32(len(values)))
 
     def copy(self, x: Array, y: Array) -> None:
         if not x.size:

@@ -56,7 +56,9 @@ struct Cells {
 };
 
 __global__ void assign_cells(double* x, Cells cells, int n) {
-  if (threadIdx.x < n) x[threadIdx.x] = cells.value[threadIdx.x];
+#pragma unroll
+  for (int i = 0; i < 8; ++i)  // by numbers known to the compiler: an array of parameters that is indexed at run time would be copied first
+    if (i < n) x[i] = cells.value[i];
 }
 
 template <class S, class T>

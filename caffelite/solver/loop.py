@@ -27,7 +27,7 @@ from caffelite.solver.scoring import Scorer, outputs_of
 from caffelite.solver.signals import DEFAULT_EFFECTS, SignalWatch
 from caffelite.solver.snapshot import SnapshotStore
 from caffelite.solver.state_files import write_state
-from caffelite.solver.tracking import Best, LossWindow
+from caffelite.solver.tracking import Best, LossWindow, UpdateNotes
 from caffelite.weights import left_to_fillers
 
 LOOK_SECONDS = 0.5  # between two looks at a device that runs ahead, at the most
@@ -59,16 +59,16 @@ class Solver:
         self.listeners, self.effects = list(listeners), effects
         self.iter = 0
         self.seed = int(self.param.random_seed) if self.param.random_seed >= 0 else int.from_bytes(os.urandom(4), "little")
-        self.rates = RatePolicy(self.param, lambda text: self._notes.append((self.iter, text)))
+        self._notes = UpdateNotes(lambda text: self.tell(text, "sgd_solver.cpp"), self.param.clip_gradients)
+        self.rates = RatePolicy(self.param, lambda text: self._notes.add(self.iter, text))
         self.snapshots = SnapshotStore(self.param)
         self.best = Best(self.param.snapshot_best) if self.param.snapshot_best else None
         self._watch: SignalWatch | None = None
         self._stopping = False
         self.test_cursors: list[pb.DataCursor] | None = None  # from before the test that is under way
         self._iteration: Iteration | None = None
-        self._notes: list[tuple[int, str]] = []  # what Caffe says of an update, after what it says of its losses; with the update's number
         self._starts: list[dict[str, int]] = []  # where the data stood before each iteration that has not been looked at
-        self._start = self._unseen = self._unclipped = 0  # iterations: the first of this call, the first whose loss and norm are not known
+        self._start = self._unseen = 0  # iterations: the first of this call, the first whose loss is not known
         self._looked = -math.inf
         self._clock = time.perf_counter()
         self._window = LossWindow(self.param.average_loss)
@@ -221,7 +221,8 @@ class Solver:
         """Runs `iterations` iterations in the order of spec net-and-solver 8.2; fewer when a signal stops it."""
         self._stopping = False
         self._window, self._clock, self._looked = LossWindow(self.param.average_loss), time.perf_counter(), -math.inf
-        self._start = self._unseen = self._unclipped = self.iter
+        self._start = self._unseen = self.iter
+        self._notes.start(self.iter)
         self._starts.clear()
         self._work.reset()
         stop = self.iter + iterations
@@ -240,7 +241,7 @@ class Solver:
         self._starts.append({layer.name: layer.source.position for layer in self.net.data_layers})
         rate, display = self.rates.rate(number), p.display > 0 and number % p.display == 0
         self._work.set_rate(rate, number)
-        if split := self._must_split(display):
+        if split := self._must_split():
             self._passes(debug=display and p.debug_info)
         else:
             self._whole()
@@ -253,12 +254,12 @@ class Solver:
             self._update()
             self._take_norms()
         self.iter += 1
-        self._tell_notes(self.iter)
+        self._notes.tell(self.iter)
         for listener in self.listeners:
             listener.on_iteration(self.iter, self._window.smoothed)
         self._after_update()
 
-    def _must_split(self, display: bool) -> bool:
+    def _must_split(self) -> bool:
         """Whether somebody wants to see or change the gradients between the passes and the update."""
         watched = any(getattr(type(listener), "on_gradients", None) is not Listener.on_gradients for listener in self.listeners)
         return watched or self.observe or self.net.borrows
@@ -292,24 +293,12 @@ class Solver:
             self._unseen += 1
             del self._starts[0]
         self._take_norms()
-        self._tell_notes(self.iter)
+        self._notes.tell(self.iter)
         self._looked = time.perf_counter()
 
     def _take_norms(self) -> None:
-        limit = self.param.clip_gradients
         for norm in self._work.take_norms():
-            if norm > limit:
-                text = f"Gradient clipping: scaling down gradients (L2 norm {norm:g} > {limit:g}) by scale factor {limit / norm:g}"
-                self._notes.append((self._unclipped, text))
-            self._unclipped += 1
-
-    def _tell_notes(self, end: int) -> None:
-        """What is to be said of the updates before number `end`, in their order: of none whose norm is not known."""
-        end = min(end, self._unclipped) if self._work.clips else end
-        ready = sorted((note for note in self._notes if note[0] < end), key=lambda note: note[0])
-        self._notes = [note for note in self._notes if note[0] >= end]
-        for _, text in ready:
-            self.tell(text, "sgd_solver.cpp")
+            self._notes.add_norm(norm)
 
     def _place_forward(self, part: int) -> None:
         self.net.context.forward_count = self.iter * self.param.iter_size + part
@@ -341,19 +330,17 @@ class Solver:
     def lr(self) -> float:
         """The rate of the next update; reading it can advance multistep, as in Caffe."""
         rate = self.rates.rate(self.iter)
-        for _, text in self._notes:
-            self.tell(text, "sgd_solver.cpp")
-        self._notes.clear()
+        self._notes.tell_all()
         return rate
 
     def apply_update(self) -> None:
         """One update from the gradients in the net (spec net-and-solver 10)."""
         self._work.set_rate(self.lr, self.iter)
-        self._unclipped = self.iter
+        self._notes.start(self.iter)
         self._update()
         self._take_norms()
         self.iter += 1
-        self._tell_notes(self.iter)
+        self._notes.tell(self.iter)
 
     def _update(self) -> None:
         if self.net.borrows:

@@ -246,9 +246,9 @@ class Net:
         self._run()
 
     def repeatable(self, run: Callable[[], None]) -> Callable[[], None]:
-        """As Backend.repeatable, where nobody watches this net layer by layer."""
-        watched = self.observe or self.hooks != Hooks()
-        return run if watched else self.backend.repeatable(run)
+        """As Backend.repeatable, as long as nobody watches this net layer by layer."""
+        recorded = self.backend.repeatable(run)
+        return lambda: run() if self.observe or self.hooks != Hooks() else recorded()
 
     def _refresh_and_forward(self) -> None:
         self.parameters_changed()  # so that a record holds the copies to the compute type

@@ -112,9 +112,10 @@ def trained(ops: Backend, text: str, listener: Recorder, folder: Path) -> Solver
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_recorded_training_is_training(cuda: Any, tmp_path: Path, seldom: None, name: str) -> None:
+def test_recorded_training_is_training(cuda: Any, tmp_path: Path, seldom: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Crop, mirror, dropout, clipping, a rate that changes, tests in between: the same weights, displays and messages in the same order."""
-    heard, watched = Recorder(), Watcher()
+    heard, watched, records = Recorder(), Watcher(), []
+    monkeypatch.setattr(cuda.driver, "record", lambda run, record=cuda.driver.record: (records.append(run), record(run))[1])
     recorded, plain = trained(cuda, OTHERS[name], heard, tmp_path), trained(cuda, OTHERS[name], watched, tmp_path)
     for label, want in weights_of(plain).items():
         np.testing.assert_array_equal(weights_of(recorded)[label], want, label)
@@ -122,10 +123,8 @@ def test_recorded_training_is_training(cuda: Any, tmp_path: Path, seldom: None, 
     assert heard.named(*kinds) == watched.named(*kinds)
     assert [event for event in heard.messages() if "clipping" in event], "some gradients are clipped"
     assert [event[1] for event in heard.named("iteration")] == list(range(1, 13))
-    pieces = {"sgd": 1, "adam": 1, "two passes": 2, "three passes": 3}[name]
-    assert recorded._iteration is not None
-    assert len(recorded._iteration._pieces) == pieces
-    assert all(piece._record is not None for piece in recorded._iteration._pieces.values())  # type: ignore[attr-defined]
+    of_training, of_tests = {"sgd": 1, "adam": 1, "two passes": 2, "three passes": 3}[name], 2 * 1
+    assert len(records) == of_training + of_tests, "a watched solver records nothing but its test net"
 
 
 def test_a_loss_that_is_not_finite_stops_the_updates_at_once(cuda: Any, tmp_path: Path, seldom: None) -> None:
@@ -185,3 +184,18 @@ def test_a_restored_seed_counts(cuda: Any, tmp_path: Path) -> None:
     second.step(4)
     for label, want in weights_of(first).items():
         np.testing.assert_array_equal(weights_of(second)[label], want, label)
+
+
+def test_hooks_are_called_also_when_they_come_late(cuda: Any) -> None:
+    solver = linear_solver(RATE, cuda)
+    solver.step(4)
+    seen: list[int] = []
+    solver.net.hooks.after_forward.append(seen.append)
+    solver.step(2)
+    assert seen == [0, 1, 2] * 2
+    solver.net.hooks.after_forward.clear()
+    want = linear_solver(RATE, cuda)
+    want.step(8)
+    solver.step(2)
+    for label, weights in weights_of(want).items():
+        np.testing.assert_array_equal(weights_of(solver)[label], weights, label)

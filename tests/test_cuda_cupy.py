@@ -251,9 +251,9 @@ def test_views_are_numpys() -> None:
 def test_a_record_is_a_graph_of_the_stream(cupy: Stand) -> None:
     driver = CupyDriver()
     seen = []
-    record = driver.record(lambda: seen.append(driver.recording))
+    record = driver.capture(lambda: seen.append(driver.capturing))
     assert seen == [True]
-    assert not driver.recording
+    assert not driver.capturing
     record.play()
     record.play()
     assert cupy.graphs == ["begin 77 2", "end 77", "instantiate 31", "destroy 31", "play 32 77", "play 32 77"]
@@ -265,21 +265,21 @@ def test_an_error_while_recording_ends_the_capture(cupy: Stand) -> None:
     driver = CupyDriver()
     x = driver.allocate(8)
     with pytest.raises(RuntimeError, match="copies from or to the host, or waits"):
-        driver.record(lambda: driver.to_host(x))
+        driver.capture(lambda: driver.to_host(x))
     assert cupy.graphs == ["begin 77 2", "end 77", "destroy 31"]
     assert driver.to_host(x).tolist() == [0] * 8
 
 
 def test_a_device_lost_while_recording_or_playing(cupy: Stand) -> None:
     driver = CupyDriver()
-    record = driver.record(lambda: None)
+    record = driver.capture(lambda: None)
     cupy.lost = True
     with pytest.raises(BackendError, match="GPU 0 stopped: cudaErrorIllegalAddress"):
         record.play()
     with pytest.raises(BackendError, match="GPU 0 stopped: cudaErrorIllegalAddress"):
-        driver.record(lambda: None)
+        driver.capture(lambda: None)
     with pytest.raises(BackendError, match="first of all"):
-        driver.record(raises)
+        driver.capture(raises)
 
 
 def raises() -> None:

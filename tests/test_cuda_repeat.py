@@ -100,7 +100,7 @@ def test_what_waits_cannot_be_recorded(cuda: Any, op: str) -> None:
     again()
     with pytest.raises(RuntimeError, match="copies from or to the host, or waits"):
         again()
-    assert not cuda.driver.recording
+    assert not cuda.driver.capturing
     cuda.assign(x, [5])
     assert cuda.to_host(x)[0] == 5
 
@@ -114,8 +114,8 @@ def trained(ops: Backend, text: str, listener: Recorder, folder: Path) -> Solver
 @pytest.mark.parametrize("name", OTHERS)
 def test_recorded_training_is_training(cuda: Any, tmp_path: Path, seldom: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Crop, mirror, dropout, clipping, a rate that changes, tests in between: the same weights, displays and messages in the same order."""
-    heard, watched, records = Recorder(), Watcher(), []
-    monkeypatch.setattr(cuda.driver, "record", lambda run, record=cuda.driver.record: (records.append(run), record(run))[1])
+    heard, watched, captures = Recorder(), Watcher(), []
+    monkeypatch.setattr(cuda.driver, "capture", lambda run, capture=cuda.driver.capture: (captures.append(run), capture(run))[1])
     recorded, plain = trained(cuda, OTHERS[name], heard, tmp_path), trained(cuda, OTHERS[name], watched, tmp_path)
     for label, want in weights_of(plain).items():
         np.testing.assert_array_equal(weights_of(recorded)[label], want, label)
@@ -124,7 +124,7 @@ def test_recorded_training_is_training(cuda: Any, tmp_path: Path, seldom: None, 
     assert [event for event in heard.messages() if "clipping" in event], "some gradients are clipped"
     assert [event[1] for event in heard.named("iteration")] == list(range(1, 13))
     of_training, of_tests = {"sgd": 1, "adam": 1, "two passes": 2, "three passes": 3}[name], 2 * 1
-    assert len(records) == of_training + of_tests, "a watched solver records nothing but its test net"
+    assert len(captures) == of_training + of_tests, "a watched solver records nothing but its test net"
 
 
 def test_a_loss_that_is_not_finite_stops_the_updates_at_once(cuda: Any, tmp_path: Path, seldom: None) -> None:

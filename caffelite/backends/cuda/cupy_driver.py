@@ -34,7 +34,7 @@ class CupyDriver:
     name = "cupy"
 
     def __init__(self, device: int = 0) -> None:
-        self.recording = False
+        self.capturing = False
         try:
             import cupy
         except ImportError as error:
@@ -91,13 +91,13 @@ class CupyDriver:
         return isinstance(x, DeviceArray)
 
     def from_host(self, values: Any, x: Array) -> None:
-        self._not_while_recording()
+        self._not_while_capturing()
         with self._reported():
             self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._stream)
         self.synchronize()  # `values` may go as soon as this returns
 
     def to_host(self, x: Array) -> Any:
-        self._not_while_recording()
+        self._not_while_capturing()
         held = x.host()
         with self._reported():
             self._runtime.memcpyAsync(held.ctypes.data, x.address, x.size * x.itemsize, TO_HOST, self._stream)
@@ -113,17 +113,17 @@ class CupyDriver:
             hint = f"NVIDIA's driver may be older than CUDA {major}.{minor}, which compiled them: update it, or name an older NVRTC in CAFFELITE_NVRTC"
             raise BackendError(f"GPU {self.device} does not load the kernels of {module.stem}: {error}", hint=hint) from error
 
-    def record(self, run: Callable[[], None]) -> CupyRecord:
+    def capture(self, run: Callable[[], None]) -> CupyRecord:
         with self._reported():
             self._runtime.streamBeginCapture(self._stream, self._runtime.streamCaptureModeRelaxed)
-        self.recording = True
+        self.capturing = True
         try:
             run()
         except BaseException:
             self._abandon_capture()
             raise
         finally:
-            self.recording = False
+            self.capturing = False
         with self._reported():
             return CupyRecord(self, self._runtime.streamEndCapture(self._stream))
 
@@ -131,12 +131,12 @@ class CupyDriver:
         with suppress(self._runtime.CUDARuntimeError):  # what went wrong before is what is to be told
             self._runtime.graphDestroy(self._runtime.streamEndCapture(self._stream))
 
-    def _not_while_recording(self) -> None:
-        if self.recording:
+    def _not_while_capturing(self) -> None:
+        if self.capturing:
             raise RuntimeError("an op that is recorded copies from or to the host, or waits")
 
     def synchronize(self) -> None:
-        self._not_while_recording()
+        self._not_while_capturing()
         with self._reported():
             self._runtime.streamSynchronize(self._stream)
 

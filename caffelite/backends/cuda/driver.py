@@ -40,8 +40,8 @@ class Driver(Protocol):
     name: str
 
     @property
-    def recording(self) -> bool:
-        """Whether `record` is at work."""
+    def capturing(self) -> bool:
+        """Whether `capture` is at work."""
         ...
 
     def allocate(self, nbytes: int) -> Array:
@@ -68,7 +68,7 @@ class Driver(Protocol):
         """Compiles a module for this device, or finds it compiled. BackendError when that fails."""
         ...
 
-    def record(self, run: Callable[[], None]) -> Record:
+    def capture(self, run: Callable[[], None]) -> Record:
         """What run() launches, without running it. Memory that it allocates is zeroed by the record. RuntimeError where it copies from or to
         the host, or waits; BackendError when the driver refuses."""
         ...

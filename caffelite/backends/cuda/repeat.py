@@ -26,5 +26,5 @@ class Repeat:
             return
         if self._record is None:
             with self._ops.holding(self._held):
-                self._record = self._ops.driver.record(self._run)
+                self._record = self._ops.driver.capture(self._run)
         self._record.play()

@@ -42,7 +42,7 @@ class EmulatorDriver:
                 raise BackendError(f"{name} is '{value}'", hint=f"known ones: {', '.join(known)}")
 
     @property
-    def recording(self) -> bool:
+    def capturing(self) -> bool:
         return self._tape is not None
 
     def run(self, action: Callable[[], None]) -> None:
@@ -52,7 +52,7 @@ class EmulatorDriver:
         else:
             self._tape.append(action)
 
-    def record(self, run: Callable[[], None]) -> EmulatedRecord:
+    def capture(self, run: Callable[[], None]) -> EmulatedRecord:
         tape: list[Callable[[], None]] = []
         self._tape = tape
         try:
@@ -64,7 +64,7 @@ class EmulatorDriver:
     def allocate(self, nbytes: int) -> Array:
         memory = np.zeros(nbytes + ALIGN, np.uint8)
         address = memory.ctypes.data
-        if self.recording:
+        if self.capturing:
             self.run(lambda: memory.fill(0))
         return DeviceArray(memory, address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
 
@@ -89,7 +89,7 @@ class EmulatorDriver:
 
     def synchronize(self) -> None:
         """Every kernel has finished when its launch returns."""
-        if self.recording:
+        if self.capturing:
             raise RuntimeError("an op that is recorded copies from or to the host, or waits")
 
 

@@ -56,6 +56,7 @@ class Base:
     """Holds the driver, the loaded programs and the scratch memory. Not for use from several threads at once."""
 
     name = "cuda"
+    raw_images = True
 
     def __init_subclass__(cls, *, any_layout: bool = False) -> None:
         """Lets ops see only arrays that lie as strides_of says. any_layout: the class's own ops take every layout themselves."""

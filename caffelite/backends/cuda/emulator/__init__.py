@@ -20,6 +20,7 @@ import numpy as np
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.emulator.build import MODES, build
+from caffelite.backends.cuda.emulator.traffic import EmulatedEvent, Traffic
 from caffelite.backends.cuda.launch import Module
 from caffelite.errors import BackendError
 
@@ -39,6 +40,7 @@ class EmulatorDriver:
         for name, value, known in (("CAFFELITE_EMULATOR", self.mode, tuple(MODES)), ("CAFFELITE_EMULATOR_ORDER", self.order, ORDERS)):
             if value not in known:
                 raise BackendError(f"{name} is '{value}'", hint=f"known ones: {', '.join(known)}")
+        self._traffic = Traffic()
 
     def allocate(self, nbytes: int) -> Array:
         memory = np.zeros(nbytes + ALIGN, np.uint8)
@@ -52,18 +54,41 @@ class EmulatorDriver:
         return isinstance(x, DeviceArray)
 
     def from_host(self, values: Any, x: Array) -> None:
+        self._traffic.touch([_span(x)])
         ctypes.memmove(x.address, values.ctypes.data, x.size * x.itemsize)
 
     def to_host(self, x: Array) -> Any:
+        self._traffic.touch([_span(x)])
         held = x.host()
         ctypes.memmove(held.ctypes.data, x.address, x.size * x.itemsize)
+        self._traffic.finish()
         return held
 
+    def pinned(self, nbytes: int) -> Any:
+        return self._traffic.pinned(nbytes)
+
+    def send(self, values: Any, x: Array) -> None:
+        self._traffic.send(values, _span(x))
+
+    def event(self) -> EmulatedEvent:
+        return EmulatedEvent(self._traffic)
+
+    def record(self, event: Any) -> None:
+        self._traffic.record(event)
+
+    def wait(self, event: Any) -> None:
+        self._traffic.reach(event)
+
+    def upload(self, values: Any, x: Array, after: Any, done: Any) -> None:
+        self._traffic.upload(values, _span(x), after, done)
+
     def load(self, module: Module) -> EmulatedProgram:
-        return EmulatedProgram(build(module.path, module.names, list(module.sources()), self.mode), module, self.mode, self.order)
+        library = build(module.path, module.names, list(module.sources()), self.mode)
+        return EmulatedProgram(library, module, self.mode, self.order, self._traffic)
 
     def synchronize(self) -> None:
         """Every kernel has finished when its launch returns."""
+        self._traffic.finish()
 
 
 class _Kernel(ctypes.Structure):
@@ -75,8 +100,8 @@ class _Kernel(ctypes.Structure):
 class EmulatedProgram:
     """A module as a shared library."""
 
-    def __init__(self, library: Path, module: Module, mode: str, order: str) -> None:
-        self.path, self.mode, self.order = library, mode, order
+    def __init__(self, library: Path, module: Module, mode: str, order: str, traffic: Traffic) -> None:
+        self.path, self.mode, self.order, self._traffic = library, mode, order, traffic
         self._library = ctypes.CDLL(str(library))
         self._library.emu_errors.restype = ctypes.c_char_p
         self._kernels = {name: self._find(f"emu_kernel_{i}") for i, name in enumerate(module.names)}
@@ -94,6 +119,7 @@ class EmulatedProgram:
         held = [_value(name, number, arg, parameter) for number, (arg, parameter) in enumerate(zip(args, parameters))]
         pointers = (ctypes.c_void_p * len(held))(*(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in held))
         spans = [_span(arg) for arg in args]
+        self._traffic.touch(spans)
         regions = (ctypes.c_uint64 * max(2 * len(spans), 1))(*(word for span in spans for word in span))
         self._library.emu_config(ORDERS.index(self.order), ctypes.c_uint64(1), 0, int(self.mode == "check"))
         failures = self._library.emu_launch(entry, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), shared, pointers, len(spans), regions)

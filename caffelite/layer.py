@@ -39,10 +39,12 @@ class BufferSpec:
 
 @dataclass
 class RunContext:
-    """What random layers may depend on: the run's seed and the number of the forward pass (iteration*iter_size + part)."""
+    """What random layers may depend on: the run's seed and the number of the forward pass (iteration*iter_size + part). tell: takes what
+    a user should hear of."""
 
     seed: int = 0
     forward_count: int = 0
+    tell: Callable[[str], object] = lambda text: None
 
 
 class Layer:

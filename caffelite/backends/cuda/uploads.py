@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from caffelite.backends.contract import Array
 from caffelite.backends.cuda.driver import Driver, Event
+from caffelite.errors import BackendError
 
 ALIGN = 64
 
@@ -55,8 +57,9 @@ class CudaUploads:
 
 
 def _settle(buffers: list[Array], arrived: list[Event]) -> None:
-    for event in arrived:
-        event.synchronize()
+    with suppress(BackendError):  # of a device that has stopped, which whoever uses it next will hear
+        for event in arrived:
+            event.synchronize()
     buffers.clear()
 
 

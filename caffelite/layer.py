@@ -39,11 +39,13 @@ class BufferSpec:
 
 @dataclass
 class RunContext:
-    """What random layers may depend on: the run's seed and the number of the forward pass (iteration*iter_size + part), for ops in a cell."""
+    """What random layers may depend on: the run's seed and the number of the forward pass (iteration*iter_size + part), for ops in a cell.
+    tell: takes what a user should hear of."""
 
     seed: int = 0
     forward_count: int = 0
     pass_number: Array = None
+    tell: Callable[[str], object] = lambda text: None
 
 
 class Layer:

@@ -18,6 +18,8 @@ from caffelite.backends.cuda.cupy_driver import CupyDriver
 from caffelite.backends.cuda.launch import Module
 from caffelite.errors import BackendError
 
+OPS, COPIES = 77, 78  # streams
+
 
 class RuntimeError_(RuntimeError):
     """cupy.cuda.runtime.CUDARuntimeError."""
@@ -40,6 +42,9 @@ class Stand:
         self.limits: list[tuple[int, int, int]] = []
         self.lost = False
         self.graphs: list[str] = []
+        self.streams = [OPS, COPIES]
+        self.calls: list[tuple[Any, ...]] = []  # what concerns events and copies
+        self.locked: dict[int, Any] = {}  # page-locked memory by its address
         runtime = SimpleNamespace(
             CUDARuntimeError=RuntimeError_,
             streamNonBlocking=1,
@@ -59,6 +64,16 @@ class Stand:
             graphLaunch=self.launch_graph,
             graphDestroy=lambda graph: self.graphs.append(f"destroy {graph}"),
             graphExecDestroy=lambda graph: self.graphs.append(f"destroy exec {graph}"),
+            eventDisableTiming=2,
+            eventBlockingSync=1,
+            hostAllocDefault=0,
+            eventCreateWithFlags=self.create_event,
+            eventRecord=lambda event, stream: self.calls.append(("record", event, stream)),
+            eventSynchronize=lambda event: (self.wait(0), self.calls.append(("synchronize", event))),
+            eventDestroy=lambda event: self.calls.append(("destroy", event)),
+            streamWaitEvent=lambda stream, event: self.calls.append(("wait", stream, event)),
+            hostAlloc=self.lock,
+            freeHost=self.locked.pop,
         )
         driver = SimpleNamespace(
             CUDADriverError=DriverError,
@@ -83,10 +98,24 @@ class Stand:
     def create_stream(self, flags: int) -> int:
         if self.lost:
             raise RuntimeError_("cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy or unavailable")
-        return 77
+        assert flags == 1
+        return self.streams.pop(0) if self.streams else 99
+
+    def create_event(self, flags: int) -> int:
+        assert flags == 3
+        self.calls.append(("event",))
+        return 1000 + self.calls.count(("event",))
+
+    def lock(self, size: int, flags: int) -> int:
+        if size > self.free:
+            raise RuntimeError_("cudaErrorMemoryAllocation: out of memory")
+        held = np.full(size, 0xEE, np.uint8)
+        self.locked[held.ctypes.data] = held
+        return int(held.ctypes.data)
 
     def copy(self, to: int, source: int, size: int, kind: int, stream: int) -> None:
         self.wait(stream)
+        self.calls.append(("copy", stream))
         ctypes.memmove(to, source, size)
 
     def load(self, image: bytes) -> int:
@@ -182,6 +211,53 @@ def test_values_come_and_go(cupy: Stand) -> None:
     assert not driver.is_array(values)
 
 
+def test_an_upload_has_a_stream_of_its_own_between_events(cupy: Stand) -> None:
+    driver = CupyDriver()
+    x, values = driver.allocate(16), driver.pinned(16)
+    assert not values.any(), "memory is zeroed"
+    values[:] = 7
+    after, done = driver.event(), driver.event()
+    driver.record(after)
+    driver.upload(values, x, after, done)
+    driver.wait(done)
+    done.synchronize()
+    driver.send(values, x)
+    one, two = after.handle, done.handle
+    assert cupy.calls == [
+        ("event",),
+        ("event",),
+        ("record", one, OPS),
+        ("wait", COPIES, one),
+        ("copy", COPIES),
+        ("record", two, COPIES),
+        ("wait", OPS, two),
+        ("synchronize", two),
+        ("copy", OPS),
+    ]
+    assert driver.to_host(x).tolist() == [7] * 16
+    del after
+    assert cupy.calls[-1] == ("destroy", one)
+
+
+def test_page_locked_memory_goes_when_nobody_looks_into_it(cupy: Stand) -> None:
+    driver = CupyDriver()
+    part = driver.pinned(64)[8:16].view(np.float32)
+    assert len(cupy.locked) == 1
+    part[:] = 3
+    assert next(iter(cupy.locked.values()))[8:16].view(np.float32).tolist() == [3, 3]
+    del part
+    assert not cupy.locked
+
+
+def test_page_locked_memory_that_cannot_be_had(cupy: Stand) -> None:
+    with pytest.raises(BackendError) as caught:
+        CupyDriver().pinned(3 << 20)
+    wanted = (
+        "3.0 MB of page-locked memory for copies to GPU 0 cannot be had: cudaErrorMemoryAllocation: out of memory\n  lower prefetch or batch_size in data_param"
+    )
+    assert str(caught.value) == wanted
+
+
 def test_out_of_memory_says_how_much(cupy: Stand) -> None:
     with pytest.raises(BackendError) as caught:
         CupyDriver().allocate(3 << 20)
@@ -190,16 +266,23 @@ def test_out_of_memory_says_how_much(cupy: Stand) -> None:
 
 def test_a_lost_device_is_reported(cupy: Stand) -> None:
     driver = CupyDriver()
-    x = driver.allocate(4)
+    x, event, locked = driver.allocate(4), driver.event(), driver.pinned(4)
     cupy.lost = True
-    for call in (driver.synchronize, lambda: driver.to_host(x), lambda: driver.from_host(np.zeros(4, np.uint8), x)):
+    for call in (
+        driver.synchronize,
+        event.synchronize,
+        lambda: driver.send(locked, x),
+        lambda: driver.upload(locked, x, event, event),
+        lambda: driver.to_host(x),
+        lambda: driver.from_host(np.zeros(4, np.uint8), x),
+    ):
         with pytest.raises(BackendError, match=r"GPU 0 stopped: cudaErrorIllegalAddress.*\n  run again from the last snapshot"):
             call()
 
 
 def test_backends_of_one_gpu_share_its_stream_and_memory(cupy: Stand) -> None:
     one, another = CupyDriver(), CupyDriver()
-    assert (one._stream, one._pool) == (another._stream, another._pool)
+    assert (one._stream, one._copies, one._pool) == (another._stream, another._copies, another._pool) == (OPS, COPIES, one._pool)
     cupy.devices = 2
     assert CupyDriver(1)._pool is not one._pool
 

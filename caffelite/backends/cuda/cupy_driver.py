@@ -43,7 +43,7 @@ class CupyDriver:
         self.device = device
         try:
             capability = self._select(device)
-            self._stream, self._pool = _queue(cupy, device)
+            self._stream, self._copies, self._pool = _queue(cupy, device)
             self._cuda = self._runtime.driverGetVersion() // 1000
         except self._runtime.CUDARuntimeError as error:
             raise BackendError(f"GPU {device} does not start: {error}", hint="nvidia-smi shows what else runs on it") from error
@@ -103,6 +103,37 @@ class CupyDriver:
             self._runtime.memcpyAsync(held.ctypes.data, x.address, x.size * x.itemsize, TO_HOST, self._stream)
         self.synchronize()
         return held
+
+    def pinned(self, nbytes: int) -> Any:
+        try:
+            memory = PinnedMemory(self._runtime, max(nbytes, 1), (self._stream, self._copies))
+        except self._runtime.CUDARuntimeError as error:
+            needed = f"{nbytes / 2**20:,.1f} MB of page-locked memory for copies to GPU {self.device} cannot be had: {error}"
+            raise BackendError(needed, hint="lower prefetch or batch_size in data_param") from error
+        return np.asarray(memory)[:nbytes]
+
+    def send(self, values: Any, x: Array) -> None:
+        self._not_while_capturing()
+        with self._reported():
+            self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._stream)
+
+    def event(self) -> CupyEvent:
+        with self._reported():
+            return CupyEvent(self._runtime, self._reported)
+
+    def record(self, event: Any) -> None:
+        with self._reported():
+            self._runtime.eventRecord(event.handle, self._stream)
+
+    def wait(self, event: Any) -> None:
+        with self._reported():
+            self._runtime.streamWaitEvent(self._stream, event.handle)
+
+    def upload(self, values: Any, x: Array, after: Any, done: Any) -> None:
+        with self._reported():
+            self._runtime.streamWaitEvent(self._copies, after.handle)
+            self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._copies)
+            self._runtime.eventRecord(done.handle, self._copies)
 
     def load(self, module: Module) -> CupyProgram:
         cubin, symbols = compiled(module, self.architecture, self._cuda)
@@ -167,11 +198,48 @@ class CupyRecord:
 
 
 @functools.cache
-def _queue(cupy: Any, device: int) -> tuple[int, Any]:
-    """The stream and the memory of a GPU, the same for all backends of this process: their nets may share weights, and memory that is
-    free again may still be in use by kernels, which only what follows on their stream waits for. So CuPy's own pool does not do."""
+def _queue(cupy: Any, device: int) -> tuple[int, int, Any]:
+    """The stream of ops, that of uploads, and the memory of a GPU, the same for all backends of this process: their nets may share weights,
+    and memory that is free again may still be in use by kernels, which only what follows on their stream waits for. So CuPy's own pool does
+    not do, and uploads wait for an event of the stream of ops that is later than the allocation."""
     runtime = cupy.cuda.runtime
-    return runtime.streamCreateWithFlags(runtime.streamNonBlocking), cupy.cuda.MemoryPool()
+    ops, copies = (runtime.streamCreateWithFlags(runtime.streamNonBlocking) for _ in range(2))
+    return ops, copies, cupy.cuda.MemoryPool()
+
+
+class CupyEvent:
+    """Implements caffelite.backends.cuda.driver.Event. Whoever waits for it sleeps."""
+
+    def __init__(self, runtime: Any, reported: Any) -> None:
+        self._runtime, self._reported = runtime, reported
+        self.handle = runtime.eventCreateWithFlags(runtime.eventDisableTiming | runtime.eventBlockingSync)
+        weakref.finalize(self, _destroy, runtime, self.handle).atexit = False
+
+    def synchronize(self) -> None:
+        with self._reported():
+            self._runtime.eventSynchronize(self.handle)
+
+
+def _destroy(runtime: Any, event: int) -> None:
+    with suppress(runtime.CUDARuntimeError):
+        runtime.eventDestroy(event)
+
+
+class PinnedMemory:
+    """Page-locked, zeroed memory of the host, for NumPy to look into; it goes when nobody does any more and no copy can be under way."""
+
+    def __init__(self, runtime: Any, nbytes: int, streams: Ints) -> None:
+        address = runtime.hostAlloc(nbytes, runtime.hostAllocDefault)
+        ctypes.memset(address, 0, nbytes)
+        self.__array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
+        weakref.finalize(self, _free, runtime, address, streams).atexit = False
+
+
+def _free(runtime: Any, address: int, streams: Ints) -> None:
+    with suppress(runtime.CUDARuntimeError):
+        for stream in streams:
+            runtime.streamSynchronize(stream)
+        runtime.freeHost(address)
 
 
 class CupyProgram:

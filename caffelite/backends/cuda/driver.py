@@ -31,11 +31,21 @@ class Record(Protocol):
 
     def play(self) -> None:
         """Runs them all, in their order, on the arrays they were recorded with, whose memory the caller keeps."""
+
+
+class Event(Protocol):
+    """A moment in what a device does, named by Driver.record or Driver.upload; before that it counts as past."""
+
+    def synchronize(self) -> None:
+        """Waits, on the host, until it has happened."""
         ...
 
 
 class Driver(Protocol):
-    """A device and its memory. An Array has shape, strides (bytes), dtype, size, ndim, itemsize and reshape, as numpy.ndarray has them."""
+    """A device and its memory. Kernels, `send`, `from_host` and `to_host` run in the order of the calls; uploads run beside them.
+
+    An Array has shape, strides (bytes), dtype, size, ndim, itemsize and reshape, as numpy.ndarray has them.
+    """
 
     name: str
 
@@ -62,6 +72,31 @@ class Driver(Protocol):
 
     def to_host(self, x: Array) -> Any:
         """A numpy.ndarray of x's shape, dtype and strides, x being without gaps; waits for what runs."""
+        ...
+
+    def pinned(self, nbytes: int) -> Any:
+        """`nbytes` zeroed bytes of the host's memory, page-locked, as a numpy.ndarray of uint8. BackendError when there are not that many."""
+        ...
+
+    def send(self, values: Any, x: Array) -> None:
+        """As from_host, from page-locked memory and without waiting: `values` must not change until an event recorded later has happened."""
+        ...
+
+    def event(self) -> Event:
+        """A new event."""
+        ...
+
+    def record(self, event: Event) -> None:
+        """The event happens when everything so far, uploads aside, has run."""
+        ...
+
+    def wait(self, event: Event) -> None:
+        """What follows, uploads aside, runs after the event."""
+        ...
+
+    def upload(self, values: Any, x: Array, after: Event, done: Event) -> None:
+        """Copies page-locked bytes into x (uint8) beside everything else, after the uploads so far and `after`; then `done` happens, before
+        which `values` must not change and nothing may read x."""
         ...
 
     def load(self, module: Module) -> Program:

@@ -7,10 +7,12 @@ from typing import cast
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints, c_order, is_usual
+from caffelite.backends.contract import Array, Ints, Uploads, c_order, is_usual
 from caffelite.backends.cuda.common import C_NAMES, DTYPES, THREADS, Base, blocks
+from caffelite.backends.cuda.driver import Driver
 from caffelite.backends.cuda.launch import Module
 from caffelite.backends.cuda.repeat import Repeat
+from caffelite.backends.cuda.uploads import CudaUploads, Ring
 from caffelite.errors import BackendError
 
 ANY = ("float", "bf16", "unsigned char", "int", "double")
@@ -34,6 +36,10 @@ MEMORY = Module(
 
 
 class Memory(Base, any_layout=True):
+    def __init__(self, driver: Driver) -> None:
+        super().__init__(driver)
+        self._ring = Ring(driver)
+
     def supports(self, precision: str) -> str | None:
         if precision in ("float32", "bfloat16"):
             return EMULATED if self.driver.name == "emulator" else None
@@ -60,11 +66,15 @@ class Memory(Base, any_layout=True):
 
     def from_host(self, values: Array, x: Array) -> None:
         there = x if is_usual(x) else self._dense(x)
-        held = there.host()
+        small = 0 < x.size * x.itemsize <= self._ring.half
+        held = self._ring.outline(there) if small else there.host()
         np.copyto(held, values, casting="unsafe")
-        self.driver.from_host(held, there)
+        (self.driver.send if small else self.driver.from_host)(held, there)
         if there is not x:
             self._move(there, x)
+
+    def uploads(self, nbytes: int) -> Uploads:
+        return CudaUploads(self.driver, nbytes)
 
     def fill(self, x: Array, value: float) -> None:
         if not x.size:

@@ -20,6 +20,7 @@ import numpy as np
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.emulator.build import MODES, build
+from caffelite.backends.cuda.emulator.traffic import EmulatedEvent, Traffic
 from caffelite.backends.cuda.launch import Module
 from caffelite.errors import BackendError
 
@@ -40,6 +41,7 @@ class EmulatorDriver:
         for name, value, known in (("CAFFELITE_EMULATOR", self.mode, tuple(MODES)), ("CAFFELITE_EMULATOR_ORDER", self.order, ORDERS)):
             if value not in known:
                 raise BackendError(f"{name} is '{value}'", hint=f"known ones: {', '.join(known)}")
+        self._traffic = Traffic()
 
     @property
     def capturing(self) -> bool:
@@ -75,20 +77,50 @@ class EmulatorDriver:
         return isinstance(x, DeviceArray)
 
     def from_host(self, values: Any, x: Array) -> None:
-        self.synchronize()
+        self._not_while_capturing()
+        self._traffic.touch([_span(x)])
         ctypes.memmove(x.address, values.ctypes.data, x.size * x.itemsize)
 
     def to_host(self, x: Array) -> Any:
-        self.synchronize()
+        self._not_while_capturing()
+        self._traffic.touch([_span(x)])
         held = x.host()
         ctypes.memmove(held.ctypes.data, x.address, x.size * x.itemsize)
+        self._traffic.finish()
         return held
+
+    def pinned(self, nbytes: int) -> Any:
+        return self._traffic.pinned(nbytes)
+
+    def touch(self, spans: list[tuple[int, int]]) -> None:
+        """A kernel uses these bytes: see Traffic.touch."""
+        self._traffic.touch(spans)
+
+    def send(self, values: Any, x: Array) -> None:
+        self._not_while_capturing()
+        self._traffic.send(values, _span(x))
+
+    def event(self) -> EmulatedEvent:
+        return EmulatedEvent(self._traffic)
+
+    def record(self, event: Any) -> None:
+        self._traffic.record(event)
+
+    def wait(self, event: Any) -> None:
+        self._traffic.reach(event)
+
+    def upload(self, values: Any, x: Array, after: Any, done: Any) -> None:
+        self._traffic.upload(values, _span(x), after, done)
 
     def load(self, module: Module) -> EmulatedProgram:
         return EmulatedProgram(build(module.path, module.names, list(module.sources()), self.mode), module, self)
 
     def synchronize(self) -> None:
         """Every kernel has finished when its launch returns."""
+        self._not_while_capturing()
+        self._traffic.finish()
+
+    def _not_while_capturing(self) -> None:
         if self.capturing:
             raise RuntimeError("an op that is recorded copies from or to the host, or waits")
 
@@ -135,6 +167,7 @@ class EmulatedProgram:
         regions = (ctypes.c_uint64 * max(2 * len(spans), 1))(*(word for span in spans for word in span))
 
         def run(_alive: Any = held) -> None:
+            self._driver.touch(spans)
             self._library.emu_config(ORDERS.index(self._driver.order), ctypes.c_uint64(1), 0, int(self._driver.mode == "check"))
             failures = self._library.emu_launch(entry, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), shared, pointers, len(spans), regions)
             if failures:

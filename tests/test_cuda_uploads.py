@@ -85,6 +85,23 @@ def test_a_source_does_not_change_while_it_travels(rig: Rig) -> None:
         rig.driver.wait(rig.done)
 
 
+def test_that_ops_wait_for_an_upload_is_no_leave_to_change_its_source(rig: Rig) -> None:
+    for wait in (rig.done.synchronize, rig.driver.synchronize):
+        rig.driver.record(rig.after)
+        rig.upload()
+        rig.driver.wait(rig.done)
+        rig.source[3] += 1
+        with pytest.raises(BackendError, match="page-locked memory was changed"):
+            wait()
+        rig.driver._traffic._sources.clear()
+    rig.driver.record(rig.after)
+    rig.upload()
+    rig.driver.wait(rig.done)
+    rig.done.synchronize()
+    rig.source[3] += 1
+    rig.driver.synchronize()
+
+
 def test_an_upload_waits_for_those_who_use_its_destination(rig: Rig) -> None:
     rig.upload()
     rig.driver.wait(rig.done)

@@ -147,6 +147,16 @@ def test_the_next_batch_is_on_its_way_while_one_is_used(tmp_path: Path, source: 
     assert len(subject._raw._coming) == 1
 
 
+def test_nobody_need_look_at_a_batch_before_the_next(tmp_path: Path, source: Any, ops: Any) -> None:
+    """Without a look, nothing waits for the device but what must: the emulator sees memory that is filled again too early."""
+    path, _ = numbered(tmp_path / "db", 10)
+    want = taken(source(path, transform=RANDOM), 9)[0]
+    subject, images = source(path, transform=RANDOM), ops.empty((4, 3, 6, 6), "float32")
+    for _ in range(9):
+        subject.load(ops, 4, "float32", images, None)
+    np.testing.assert_array_equal(ops.to_host(images), want[-4:])
+
+
 def test_a_batch_of_other_images_is_transformed_on_the_host(tmp_path: Path, source: Any, ops: Any) -> None:
     """Images of another size, and of floats, beside 8-bit ones of the first record's size."""
     rng = np.random.default_rng(5)

@@ -107,7 +107,7 @@ class EmulatorDriver:
         self._traffic.record(event)
 
     def wait(self, event: Any) -> None:
-        self._traffic.reach(event)
+        self._traffic.wait(event)
 
     def upload(self, values: Any, x: Array, after: Any, done: Any) -> None:
         self._traffic.upload(values, _span(x), after, done)

@@ -1,8 +1,8 @@
 """Copies that a GPU makes in its own time, as late here as it might make them there: what relies on more fails.
 
-An upload is made when somebody waits for it. Until then it is an error to use its destination, or to change its source; and it is an
-error to upload into memory that something later than the event it waits for has used. Copies in the order of the ops are made at
-once, and their sources are looked at again when an event after them is waited for.
+An upload is made when somebody waits for it. Until then it is an error to use its destination; and it is an error to upload into memory
+that something later than the event it waits for has used. Copies in the order of the ops are made at once. It is an error to change the
+source of a copy before the host has waited for it, or for something that comes after it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class EmulatedEvent:
 
     traffic: Traffic
     moment: int = 0
-    upload: Upload | None = None  # that it stands for, until that has been made
+    upload: Upload | None = None  # whose end it is
 
     def synchronize(self) -> None:
-        self.traffic.reach(self)
+        self.traffic.synchronize(self)
 
 
 @dataclass(eq=False)
@@ -94,13 +94,22 @@ class Traffic:
         self._moment += 1
         event.moment, event.upload = self._moment, None
 
-    def reach(self, event: EmulatedEvent) -> None:
-        """Everything up to the event happens. Uploads are made in their order."""
+    def wait(self, event: EmulatedEvent) -> None:
+        """Ops from now on come after the event: the uploads up to it are made, in their order."""
         while event.upload in self._uploads:
             upload = self._uploads.pop(0)
             upload.source.check()
             ctypes.memmove(upload.to[0], upload.source.before, upload.to[1])
+            upload.source.moment = self._moment  # what ends after this comes after the upload
+            self._sources.append(upload.source)
+
+    def synchronize(self, event: EmulatedEvent) -> None:
+        """The host has waited for the event."""
+        self.wait(event)
         self._settle(event.moment)
+        if event.upload and event.upload.source in self._sources:
+            event.upload.source.check()
+            self._sources.remove(event.upload.source)
 
     def finish(self) -> None:
         """Everything in the order of the ops happens."""

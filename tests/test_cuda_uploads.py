@@ -217,3 +217,13 @@ def test_a_half_of_the_ring_is_not_filled_again_too_early() -> None:
         event.synchronize = lambda: None
     with pytest.raises(BackendError, match="page-locked memory was changed"):
         send_nine(careless, driver, target)
+
+
+def test_what_lay_in_new_memory_before_is_forgotten(rig: Rig) -> None:
+    rig.upload()
+    rig.driver.wait(rig.done)
+    assert rig.arrived()  # a later use than `after`
+    with pytest.raises(BackendError, match="an upload would overwrite"):
+        rig.upload()
+    rig.driver._traffic.allocated((rig.target.address, SIZE))
+    rig.upload()

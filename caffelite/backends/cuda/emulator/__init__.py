@@ -66,6 +66,7 @@ class EmulatorDriver:
     def allocate(self, nbytes: int) -> Array:
         memory = np.zeros(nbytes + ALIGN, np.uint8)
         address = memory.ctypes.data
+        self._traffic.allocated((address, memory.nbytes))
         if self.capturing:
             self.run(lambda: memory.fill(0))
         return DeviceArray(memory, address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))

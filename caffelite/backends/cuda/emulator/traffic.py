@@ -68,6 +68,10 @@ class Traffic:
         self._pinned = [held for held in self._pinned if held() is not None] + [weakref.ref(memory)]
         return memory
 
+    def allocated(self, span: Span) -> None:
+        """These bytes are new: what is known of others that lay there goes."""
+        self._used = {known: moment for known, moment in self._used.items() if not _meet(known, span)}
+
     def touch(self, spans: list[Span]) -> None:
         """Something in the order of the ops uses these bytes. BackendError when an upload into them has not been waited for."""
         self._moment += 1

@@ -110,6 +110,10 @@ class Backend(Protocol):
         """Waits until every op so far has finished; nothing on a CPU."""
         ...
 
+    def peak_bytes(self) -> int | None:
+        """The most bytes that arrays have taken on a device of its own so far; None for a backend that computes in the host's memory."""
+        ...
+
     # --- convolution -----------------------------------------------------------------------------------------------
 
     def convolution_forward(

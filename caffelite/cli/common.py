@@ -144,6 +144,13 @@ def open_backend(args: argparse.Namespace, *, gpu_mode: Where | None = None, dev
     return backend
 
 
+def asks_for_gpu(args: argparse.Namespace) -> bool:
+    """Whether the flags or CAFFELITE_BACKEND ask for the cuda backend. SpecError as for open_backend."""
+    if args.gpu is not None:
+        return _gpu_number(args) >= 0
+    return (args.backend or os.environ.get("CAFFELITE_BACKEND")) == "cuda"
+
+
 def _chosen_backend(args: argparse.Namespace, gpu_mode: Where | None, device: int) -> Backend:
     from caffelite import backends
 
@@ -247,6 +254,12 @@ def number(value: float) -> str:
 def megabytes(count: float) -> str:
     """Bytes as megabytes of 2^20."""
     return f"{count / 2**20:,.1f} MB"
+
+
+def peak_device_mb(backend: Backend) -> float | None:
+    """The most memory that a run has taken on a GPU, in megabytes of 2^20; None on a CPU."""
+    peak = backend.peak_bytes()
+    return None if peak is None else round(peak / 2**20, 3)
 
 
 def json_text(value: Any) -> str:

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from caffelite.backends.contract import Backend
-from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, open_backend, table, whole_number
+from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, open_backend, peak_device_mb, table, whole_number
 from caffelite.cli.specs import gpu_of, gpu_place, load_net, load_solver
 from caffelite.errors import SpecError
 from caffelite.net import Net, Step
@@ -57,6 +57,12 @@ def peak_rss_mb() -> float | None:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
+def _device_memory(backend: Backend) -> dict[str, float]:
+    """peak_device_mb of a GPU; nothing of a CPU."""
+    peak = peak_device_mb(backend)
+    return {} if peak is None else {"peak_device_mb": peak}
+
+
 # --- layers ------------------------------------------------------------------------------------------------------------
 
 
@@ -97,6 +103,7 @@ def time_layers(args: argparse.Namespace) -> dict[str, Any]:
         "backward_ms": backward * 1e3,
         "images_per_s": net.batch_size / (forward + backward),
         "peak_rss_mb": peak_rss_mb(),
+        **_device_memory(backend),
     }
 
 
@@ -193,11 +200,13 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
         "step_ms_max": max(seconds) * 1e3,
         "images_per_s": images / step,
         "peak_rss_mb": peak_rss_mb(),
+        **_device_memory(backend),
     }
 
 
 def _step_lines(result: dict[str, Any]) -> list[str]:
     memory = f", peak memory {result['peak_rss_mb']:,.0f} MB" if result["peak_rss_mb"] else ""
+    memory += f", of the GPU's {result['peak_device_mb']:,.0f} MB" if "peak_device_mb" in result else ""
     return [
         f"{result['net'] or result['solver']}, {result['backend']}, {result['precision']}, {result['batch']} images a step",
         f"training step {result['step_ms']:.2f} ms (median of {result['iterations']}; {result['step_ms_min']:.2f} to {result['step_ms_max']:.2f})",

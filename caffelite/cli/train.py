@@ -9,7 +9,7 @@ from pathlib import Path
 
 from caffelite import __version__
 from caffelite.cli.caffe_log import CaffeLog
-from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, comma_list, one_of, open_backend, whole_number
+from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, comma_list, megabytes, one_of, open_backend, whole_number
 from caffelite.cli.live import duration
 from caffelite.cli.metrics import MetricsWriter
 from caffelite.cli.progress import ProgressLine
@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     for line in closing_lines(progress, metrics.chances, time.monotonic() - started):
         print(line)
     print(f"  metrics   {metrics_path} (curves: caffelite plot {metrics_path})")
+    if (peak := backend.peak_bytes()) is not None:
+        print(f"  memory    {megabytes(peak)} of the GPU's at the peak (caffelite summary --backend cuda foretells it)")
     if args.log:
         print(f"  log       {args.log}")
     if progress.stopped:

@@ -63,6 +63,11 @@ class BatchSource:
         return DataError(f"{error.where}: {error.message}", where=place.where, layer=place.layer, hint=error.hint)
 
     @property
+    def is_open(self) -> bool:
+        """Whether the database has been opened."""
+        return self._database is not None
+
+    @property
     def count(self) -> int:
         """The number of records."""
         return self.database.count

@@ -15,7 +15,8 @@ from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda import cache, nvrtc
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.launch import FOLDER, Module, digest
-from caffelite.errors import BackendError
+from caffelite.backends.cuda.meter import Meter
+from caffelite.errors import BackendError, OutOfMemoryError
 
 OLDEST = (8, 0)  # compute capability: tensor cores with bfloat16, and cp.async
 FREE_SHARED = 48 * 1024  # bytes of shared memory that a block gets without asking
@@ -41,7 +42,7 @@ class CupyDriver:
         self.device = device
         try:
             capability = self._select(device)
-            self._stream, self._pool = _queue(cupy, device)
+            self._stream, self._pool, self.meter = _queue(cupy, device)
             self._cuda = self._runtime.driverGetVersion() // 1000
         except self._runtime.CUDARuntimeError as error:
             raise BackendError(f"GPU {device} does not start: {error}", hint="nvidia-smi shows what else runs on it") from error
@@ -70,17 +71,14 @@ class CupyDriver:
         with self._reported():
             memory = self._allocate(max(nbytes, 1))
             self._runtime.memsetAsync(memory.ptr, 0, max(nbytes, 1), self._stream)
-        return DeviceArray(memory, memory.ptr, (nbytes,), (1,), np.dtype(np.uint8))
+        return DeviceArray(self.meter.hold(memory, nbytes), memory.ptr, (nbytes,), (1,), np.dtype(np.uint8))
 
     def _allocate(self, nbytes: int) -> Any:
         try:
             return self._pool.malloc(nbytes)
         except self._cupy.cuda.memory.OutOfMemoryError as error:
             free, total = self._runtime.memGetInfo()
-            raise BackendError(
-                f"out of memory on GPU {self.device}: {nbytes / 2**20:,.0f} MB more are needed, {free / 2**20:,.0f} of {total / 2**20:,.0f} MB are free",
-                hint="lower batch_size, or train with --precision bfloat16",
-            ) from error
+            raise OutOfMemoryError(f"GPU {self.device}", wanted=nbytes, free=free, total=total, used=self.meter.used) from error
 
     def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
         return DeviceArray(buffer.memory, buffer.address + offset, shape, strides, np.dtype(dtype))
@@ -123,11 +121,11 @@ class CupyDriver:
 
 
 @functools.cache
-def _queue(cupy: Any, device: int) -> tuple[int, Any]:
-    """The stream and the memory of a GPU, the same for all backends of this process: their nets may share weights, and memory that is
+def _queue(cupy: Any, device: int) -> tuple[int, Any, Meter]:
+    """The stream and the memory of a GPU and what counts it, the same for all backends of this process: their nets may share weights, and memory that is
     free again may still be in use by kernels, which only what follows on their stream waits for. So CuPy's own pool does not do."""
     runtime = cupy.cuda.runtime
-    return runtime.streamCreateWithFlags(runtime.streamNonBlocking), cupy.cuda.MemoryPool()
+    return runtime.streamCreateWithFlags(runtime.streamNonBlocking), cupy.cuda.MemoryPool(), Meter()
 
 
 class CupyProgram:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.launch import Module
+from caffelite.backends.cuda.meter import Meter
 from caffelite.errors import BackendError
 
 ENVIRONMENT = "CAFFELITE_CUDA_DRIVER"
@@ -30,9 +31,10 @@ class Driver(Protocol):
     """A device and its memory. An Array has shape, strides (bytes), dtype, size, ndim, itemsize and reshape, as numpy.ndarray has them."""
 
     name: str
+    meter: Meter
 
     def allocate(self, nbytes: int) -> Array:
-        """`nbytes` zeroed bytes as an array of uint8, aligned to 64. BackendError when memory runs out."""
+        """`nbytes` zeroed bytes as an array of uint8, aligned to 64. OutOfMemoryError when there is not as much."""
         ...
 
     def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:

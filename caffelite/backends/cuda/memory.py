@@ -78,6 +78,9 @@ class Memory(Base, any_layout=True):
     def synchronize(self) -> None:
         self.driver.synchronize()
 
+    def peak_bytes(self) -> int | None:
+        return self.driver.meter.peak
+
     def _move(self, x: Array, y: Array) -> None:
         self.copy(x, y)
 

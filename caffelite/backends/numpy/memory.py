@@ -50,3 +50,6 @@ class Memory(Base):
 
     def synchronize(self) -> None:
         """Every op has finished when it returns."""
+
+    def peak_bytes(self) -> int | None:
+        return None

@@ -3,6 +3,7 @@
 Arrays are as opaque as on a GPU. CAFFELITE_EMULATOR chooses the mode: "fast" (the default), or "check", which finds races, divergent
 barriers, accesses outside the arguments, reads of shared memory that nobody wrote, and misaligned accesses.
 CAFFELITE_EMULATOR_ORDER runs threads in another order: "up" (the default), "down", "random" or "lifo".
+CAFFELITE_EMULATOR_MEMORY gives the device so many megabytes of memory and no more.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.emulator.build import MODES, build
 from caffelite.backends.cuda.launch import Module
-from caffelite.errors import BackendError
+from caffelite.backends.cuda.meter import Meter, rounded
+from caffelite.errors import BackendError, OutOfMemoryError
 
 ALIGN = 64
 ORDERS = ("up", "down", "random", "lifo")
@@ -39,11 +41,15 @@ class EmulatorDriver:
         for name, value, known in (("CAFFELITE_EMULATOR", self.mode, tuple(MODES)), ("CAFFELITE_EMULATOR_ORDER", self.order, ORDERS)):
             if value not in known:
                 raise BackendError(f"{name} is '{value}'", hint=f"known ones: {', '.join(known)}")
+        self.meter, self.limit = Meter(), _limit()
 
     def allocate(self, nbytes: int) -> Array:
+        used = self.meter.used
+        if self.limit is not None and used + rounded(nbytes) > self.limit:
+            raise OutOfMemoryError("the emulated GPU", wanted=nbytes, free=self.limit - used, total=self.limit, used=used)
         memory = np.zeros(nbytes + ALIGN, np.uint8)
         address = memory.ctypes.data
-        return DeviceArray(memory, address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
+        return DeviceArray(self.meter.hold(memory, nbytes), address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
 
     def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
         return DeviceArray(buffer.memory, buffer.address + offset, shape, strides, np.dtype(dtype))
@@ -64,6 +70,16 @@ class EmulatorDriver:
 
     def synchronize(self) -> None:
         """Every kernel has finished when its launch returns."""
+
+
+def _limit() -> int | None:
+    """Bytes of memory that CAFFELITE_EMULATOR_MEMORY allows; None where it is not set."""
+    text = os.environ.get("CAFFELITE_EMULATOR_MEMORY")
+    if not text:
+        return None
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise BackendError(f"CAFFELITE_EMULATOR_MEMORY is '{text}'", hint="give a number of megabytes")
+    return int(float(text) * 2**20)
 
 
 class _Kernel(ctypes.Structure):

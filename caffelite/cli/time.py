@@ -12,10 +12,12 @@ from typing import Any
 
 from caffelite.backends.contract import Backend
 from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, open_backend, peak_device_mb, table, whole_number
+from caffelite.cli.out_of_memory import explained, nets_of
 from caffelite.cli.specs import gpu_of, gpu_place, load_net, load_solver
 from caffelite.errors import SpecError
 from caffelite.net import Net, Step
-from caffelite.schema import pb
+from caffelite.schema import NetSpec, SolverSpec, pb
+from caffelite.solver.config import NetChoice
 
 HEAD = ("layer", "type", "forward ms", "GFLOP/s", "backward ms", "GFLOP/s")
 WARM_UP_STEPS = 3
@@ -78,7 +80,13 @@ class LayerTimes:
 def time_layers(args: argparse.Namespace) -> dict[str, Any]:
     """Median milliseconds of each layer, and of whole passes."""
     backend, phase = open_backend(args), pb.Phase.Value(args.phase)
-    net = Net(load_net(args.model), phase=phase, backend=backend, level=args.level, stages=args.stage, precision=args.precision)
+    spec = load_net(args.model)
+    with explained(lambda: [NetChoice(spec, args.model, phase, args.level, tuple(args.stage))], args.precision):
+        return _timed_layers(args, backend, spec)
+
+
+def _timed_layers(args: argparse.Namespace, backend: Backend, spec: NetSpec) -> dict[str, Any]:
+    net = Net(spec, phase=pb.Phase.Value(args.phase), backend=backend, level=args.level, stages=args.stage, precision=args.precision)
     try:
         _time_round(net, [LayerTimes(step) for step in net.steps], backend)
         initial_loss = net.loss()
@@ -162,8 +170,6 @@ def _layer_lines(result: dict[str, Any]) -> list[str]:
 
 def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     """Median milliseconds of one training step: forward, backward (iter_size times) and update, input included."""
-    from caffelite.solver.loop import Solver
-
     spec = load_solver(args.solver)
     if args.phase != "TRAIN":
         raise SpecError("--phase TEST does not go with --solver: a training step is in phase TRAIN")
@@ -176,7 +182,14 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     if args.level:
         param.train_state.level = args.level
     param.train_state.stage.extend(args.stage)
-    solver = Solver(spec, backend=backend, precision=args.precision)
+    with explained(lambda: nets_of(spec), args.precision, param):
+        return _timed_steps(args, backend, spec)
+
+
+def _timed_steps(args: argparse.Namespace, backend: Backend, spec: SolverSpec) -> dict[str, Any]:
+    from caffelite.solver.loop import Solver
+
+    param, solver = spec.param, Solver(spec, backend=backend, precision=args.precision)
     try:
         solver.step(WARM_UP_STEPS)
         seconds = []

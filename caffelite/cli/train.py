@@ -12,10 +12,11 @@ from caffelite.cli.caffe_log import CaffeLog
 from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, comma_list, megabytes, one_of, open_backend, whole_number
 from caffelite.cli.live import duration
 from caffelite.cli.metrics import MetricsWriter
+from caffelite.cli.out_of_memory import explained, nets_of, with_snapshot
 from caffelite.cli.progress import ProgressLine
 from caffelite.cli.specs import gpu_of, gpu_place, load_solver
 from caffelite.cli.tensorboard import TensorBoardWriter
-from caffelite.errors import SpecError
+from caffelite.errors import OutOfMemoryError, SpecError
 from caffelite.schema import SolverSpec
 from caffelite.solver.listeners import Listener
 from caffelite.solver.loop import Solver
@@ -67,11 +68,15 @@ def run(args: argparse.Namespace) -> int:
     effects = {"SIGINT": args.sigint_effect, "SIGTERM": args.sigint_effect, "SIGHUP": args.sighup_effect}
     started = time.monotonic()
     try:
-        solver = Solver(spec, backend=backend, precision=args.precision, listeners=listeners, effects=effects)
-        try:
-            solver.solve(resume=resume)
-        finally:
-            solver.close()
+        with explained(lambda: nets_of(spec), args.precision, spec.param):
+            solver = Solver(spec, backend=backend, precision=args.precision, listeners=listeners, effects=effects)
+            try:
+                solver.solve(resume=resume)
+            finally:
+                solver.close()
+    except OutOfMemoryError as error:
+        with_snapshot(error, progress.state)
+        raise
     finally:
         progress.close()
         metrics.close()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from caffelite import backends
+from caffelite.backends.contract import Peaks
 from caffelite.backends.cuda import cupy_driver
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.cupy_driver import CupyDriver
@@ -39,6 +40,8 @@ class Stand:
         self.launches: list[dict[str, Any]] = []
         self.limits: list[tuple[int, int, int]] = []
         self.lost = False
+        self.events: list[int] = []
+        self.recorded: list[tuple[int, int]] = []
         runtime = SimpleNamespace(
             CUDARuntimeError=RuntimeError_,
             streamNonBlocking=1,
@@ -50,6 +53,12 @@ class Stand:
             streamSynchronize=self.wait,
             memsetAsync=lambda address, value, size, stream: ctypes.memset(address, value, size),
             memcpyAsync=self.copy,
+            eventCreate=self.create_event,
+            eventDestroy=lambda event: self.events.remove(event),
+            eventRecord=lambda event, stream: self.recorded.append((event, stream)),
+            eventSynchronize=self.wait,
+            eventElapsedTime=lambda start, stop: 250.0 * (stop - start),
+            deviceGetAttribute=lambda attribute, device: {16: 132, 13: 1_980_000, 36: 2_619_000, 37: 5120}[attribute],
             memGetInfo=lambda: (self.free, 4 << 20),
         )
         driver = SimpleNamespace(
@@ -76,6 +85,10 @@ class Stand:
         if self.lost:
             raise RuntimeError_("cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy or unavailable")
         return 77
+
+    def create_event(self) -> int:
+        self.events.append(len(self.events) + 1)
+        return self.events[-1]
 
     def copy(self, to: int, source: int, size: int, kind: int, stream: int) -> None:
         self.wait(stream)
@@ -165,6 +178,31 @@ def test_out_of_memory_says_how_much(cupy: Stand) -> None:
     with pytest.raises(BackendError) as caught:
         CupyDriver().allocate(3 << 20)
     assert str(caught.value) == ("out of memory on GPU 0: 3 MB more are needed, 1 of 4 MB are free\n  lower batch_size, or train with --precision bfloat16")
+
+
+def test_time_is_measured_by_events_on_the_stream(cupy: Stand) -> None:
+    backend = backends.get("cuda")
+    start, stop = backend.mark(), backend.mark()
+    assert cupy.recorded == [(1, 77), (2, 77)]
+    assert backend.seconds_between(start, stop) == 0.25
+    del start, stop
+    assert cupy.events == [], "events are given back"
+
+
+def test_what_the_device_is_made_of(cupy: Stand) -> None:
+    backend = backends.get("cuda")
+    assert backend.peaks("float32") == Peaks("Test GPU", pytest.approx(2 * 128 * 132 * 1.98e9), pytest.approx(2 * 2.619e9 * 640), "clocks and units")
+    assert backend.peaks("bfloat16").operations is None
+
+
+def test_memory_in_use_is_counted(cupy: Stand) -> None:
+    driver = CupyDriver()
+    before = driver.meter.used
+    x = driver.allocate(513)
+    assert driver.meter.used == before + 1024
+    del x
+    assert driver.meter.used == before
+    assert driver.meter.peak >= before + 1024
 
 
 def test_a_lost_device_is_reported(cupy: Stand) -> None:

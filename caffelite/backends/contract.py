@@ -33,6 +33,15 @@ class Segment(NamedTuple):
     decay: float
 
 
+class Peaks(NamedTuple):
+    """A device at its best: operations a second in products of matrices (a multiply-add is two) and bytes a second; None: not known. source: who says so."""
+
+    device: str
+    operations: float | None
+    bandwidth: float | None
+    source: str
+
+
 class DropoutKey(NamedTuple):
     """Names one dropout mask: see Backend.dropout_forward."""
 
@@ -108,6 +117,18 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Waits until every op so far has finished; nothing on a CPU."""
+        ...
+
+    def mark(self) -> Any:
+        """A point among what runs, for seconds_between: all that was asked for so far comes before it."""
+        ...
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        """The time from one mark to another, on the clock of the machine that runs the ops; waits until the later one is reached."""
+        ...
+
+    def peaks(self, precision: str) -> Peaks | None:
+        """What the machine can do at the most in a precision; None for a CPU."""
         ...
 
     def peak_bytes(self) -> int | None:

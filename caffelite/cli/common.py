@@ -256,6 +256,17 @@ def megabytes(count: float) -> str:
     return f"{count / 2**20:,.1f} MB"
 
 
+def driver_of(backend: Backend) -> str | None:
+    """What the cuda backend runs on, "cupy" (a GPU) or "emulator"; None for a CPU backend."""
+    name = getattr(getattr(backend, "driver", None), "name", None)
+    return None if name is None else str(name)
+
+
+def machine_name(backend: str, driver: str | None) -> str:
+    """A backend's name for people, who should not take an emulated GPU for one."""
+    return f"{backend} (emulated)" if driver == "emulator" else backend
+
+
 def peak_device_mb(backend: Backend) -> float | None:
     """The most memory that a run has taken on a GPU, in megabytes of 2^20; None on a CPU."""
     peak = backend.peak_bytes()

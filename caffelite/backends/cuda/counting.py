@@ -16,6 +16,7 @@ from caffelite.backends.cuda import CudaBackend
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.launch import Module
 from caffelite.backends.cuda.meter import Meter
+from caffelite.backends.cuda.peaks import Facts
 
 
 class CountingDriver:
@@ -48,6 +49,15 @@ class CountingDriver:
 
     def synchronize(self) -> None:
         """Nothing runs."""
+
+    def mark(self) -> Any:
+        return None
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        return 0.0
+
+    def facts(self) -> Facts | None:
+        return None
 
 
 class CountingProgram:

@@ -16,12 +16,15 @@ from caffelite.backends.cuda import cache, nvrtc
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.launch import FOLDER, Module, digest
 from caffelite.backends.cuda.meter import Meter
+from caffelite.backends.cuda.peaks import Facts
 from caffelite.errors import BackendError, OutOfMemoryError
 
 OLDEST = (8, 0)  # compute capability: tensor cores with bfloat16, and cp.async
 FREE_SHARED = 48 * 1024  # bytes of shared memory that a block gets without asking
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
+# cudaDevAttrMultiProcessorCount, -ClockRate, -MemoryClockRate (both kHz), -GlobalMemoryBusWidth (bits): CUDA 13 has them nowhere else.
+ATTRIBUTES = (16, 13, 36, 37)
 INSTALL = "install CuPy for your driver's CUDA: pip install 'caffelite[cuda13]' (or [cuda12])"
 
 
@@ -111,6 +114,25 @@ class CupyDriver:
         with self._reported():
             self._runtime.streamSynchronize(self._stream)
 
+    def mark(self) -> Any:
+        with self._reported():
+            event = _Event(self._runtime)
+            self._runtime.eventRecord(event.number, self._stream)
+        return event
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        with self._reported():
+            self._runtime.eventSynchronize(stop.number)
+            return float(self._runtime.eventElapsedTime(start.number, stop.number)) / 1e3
+
+    def facts(self) -> Facts | None:
+        with self._reported():
+            properties = self._runtime.getDeviceProperties(self.device)
+            found = [int(self._runtime.deviceGetAttribute(attribute, self.device)) for attribute in ATTRIBUTES]
+        multiprocessors, clock, memory_clock, bus = found
+        capability = (int(properties["major"]), int(properties["minor"]))
+        return Facts(properties["name"].decode(), capability, multiprocessors, clock * 1e3, memory_clock * 1e3, bus)
+
     @contextmanager
     def _reported(self) -> Iterator[None]:
         """Any call may return the error of a kernel that was started long before."""
@@ -118,6 +140,17 @@ class CupyDriver:
             yield
         except self._runtime.CUDARuntimeError as error:
             raise BackendError(f"GPU {self.device} stopped: {error}", hint="run again from the last snapshot; it is whole") from error
+
+
+class _Event:
+    """A CUDA event, destroyed when nothing refers to it any more."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime, self.number = runtime, runtime.eventCreate()
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            self._runtime.eventDestroy(self.number)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.launch import Module
 from caffelite.backends.cuda.meter import Meter
+from caffelite.backends.cuda.peaks import Facts
 from caffelite.errors import BackendError
 
 ENVIRONMENT = "CAFFELITE_CUDA_DRIVER"
@@ -59,6 +60,18 @@ class Driver(Protocol):
 
     def synchronize(self) -> None:
         """Waits until everything so far has run."""
+        ...
+
+    def mark(self) -> Any:
+        """A point among what runs: everything asked for so far comes before it."""
+        ...
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        """The time from one mark to another on the device's clock; waits until `stop` is reached."""
+        ...
+
+    def facts(self) -> Facts | None:
+        """What the device is made of; None where there is none."""
         ...
 
 

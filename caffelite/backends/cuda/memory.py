@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints, c_order, is_usual
+from caffelite.backends.contract import Array, Ints, Peaks, c_order, is_usual
 from caffelite.backends.cuda.common import C_NAMES, DTYPES, THREADS, Base, blocks
 from caffelite.backends.cuda.launch import Module
+from caffelite.backends.cuda.peaks import peaks_of
 from caffelite.errors import BackendError
 
 ANY = ("float", "bf16", "unsigned char", "int", "double")
@@ -77,6 +78,15 @@ class Memory(Base, any_layout=True):
 
     def synchronize(self) -> None:
         self.driver.synchronize()
+
+    def mark(self) -> Any:
+        return self.driver.mark()
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        return self.driver.seconds_between(start, stop)
+
+    def peaks(self, precision: str) -> Peaks | None:
+        return peaks_of(self.driver.facts(), precision)
 
     def peak_bytes(self) -> int | None:
         return self.driver.meter.peak

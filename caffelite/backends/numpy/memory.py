@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from math import prod
+from typing import Any
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints, strides_of
+from caffelite.backends.contract import Array, Ints, Peaks, strides_of
 from caffelite.backends.numpy.common import BFLOAT16, Base, store
 from caffelite.errors import BackendError
 
@@ -50,6 +52,15 @@ class Memory(Base):
 
     def synchronize(self) -> None:
         """Every op has finished when it returns."""
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        return float(stop - start)
+
+    def peaks(self, precision: str) -> Peaks | None:
+        return None
 
     def peak_bytes(self) -> int | None:
         return None

@@ -12,6 +12,7 @@ import ctypes
 import os
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.emulator.build import MODES, build
 from caffelite.backends.cuda.launch import Module
 from caffelite.backends.cuda.meter import Meter, rounded
+from caffelite.backends.cuda.peaks import Facts
 from caffelite.errors import BackendError, OutOfMemoryError
 
 ALIGN = 64
@@ -70,6 +72,15 @@ class EmulatorDriver:
 
     def synchronize(self) -> None:
         """Every kernel has finished when its launch returns."""
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        return float(stop - start)
+
+    def facts(self) -> Facts | None:
+        return None
 
 
 def _limit() -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,7 @@ class Stand:
         self.launches: list[dict[str, Any]] = []
         self.limits: list[tuple[int, int, int]] = []
         self.lost = False
+        self.chosen: list[tuple[int, int]] = []
         self.events: list[int] = []
         self.recorded: list[tuple[int, int]] = []
         runtime = SimpleNamespace(
@@ -47,7 +49,7 @@ class Stand:
             streamNonBlocking=1,
             getDeviceCount=self.count,
             driverGetVersion=lambda: 13000,
-            setDevice=lambda device: None,
+            setDevice=lambda device: self.chosen.append((threading.get_ident(), device)),
             getDeviceProperties=lambda device: {"name": b"Test GPU", "major": self.capability[0], "minor": self.capability[1]},
             streamCreateWithFlags=self.create_stream,
             streamSynchronize=self.wait,
@@ -117,6 +119,7 @@ class Stand:
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Stand:
     stand = Stand()
+    monkeypatch.setattr(cupy_driver, "_CURRENT", threading.local())
     monkeypatch.setitem(sys.modules, "cupy", stand)
     monkeypatch.delenv("CAFFELITE_CUDA_DRIVER", raising=False)
     return stand
@@ -221,20 +224,49 @@ def test_backends_of_one_gpu_share_its_stream_and_memory(cupy: Stand) -> None:
     assert CupyDriver(1)._pool is not one._pool
 
 
+def test_every_call_is_made_on_the_drivers_own_device(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs in one process, and one GPU used from two threads."""
+    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest, tell: (b"code", {"k": "_Z1k"}))
+    cupy.devices = 2
+    drivers = [CupyDriver(0), CupyDriver(1)]
+    arrays = [driver.allocate(4) for driver in drivers]
+    programs = [driver.load(Module("k", ["k"])) for driver in drivers]
+    me = threading.get_ident()
+
+    def devices(*calls: Any) -> list[int]:
+        cupy.chosen.clear()
+        for call in calls:
+            call()
+        return [device for _, device in cupy.chosen]
+
+    assert devices(drivers[0].synchronize, drivers[1].synchronize, drivers[1].synchronize) == [0, 1], "asked for where it changes, and not again"
+    calls = [lambda i=i: drivers[i].to_host(arrays[i]) for i in (0, 1)]
+    calls += [lambda i=i: drivers[i].from_host(np.zeros(4, np.uint8), arrays[i]) for i in (0, 1)]
+    calls += [lambda i=i: drivers[i].allocate(4) for i in (0, 1)]
+    calls += [drivers[i].mark for i in (0, 1)]
+    arguments = (None, np.float32(0), np.zeros((), [("a", np.int32), ("b", np.float32, 2)])[()])
+    calls += [lambda i=i: programs[i].launch("k", (1, 1, 1), (1, 1, 1), [arrays[i], *arguments], 0) for i in (0, 1)]
+    assert devices(*calls[:8]) == [0, 1] * 4
+    assert devices(*calls[8:]) == [0, 1]
+    worker = threading.Thread(target=drivers[1].synchronize)
+    assert devices(worker.start, worker.join) == [1]
+    assert cupy.chosen[0][0] != me
+
+
 def test_a_busy_device(cupy: Stand) -> None:
     cupy.lost = True
     assert refusal().startswith("GPU 0 does not start: cudaErrorDevicesUnavailable")
 
 
 def test_kernels_that_the_driver_does_not_know(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest: (b"newer", {"k": "_Z1k"}))
+    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest, tell: (b"newer", {"k": "_Z1k"}))
     monkeypatch.setattr("caffelite.backends.cuda.nvrtc.version", lambda newest: (13, 0))
     with pytest.raises(BackendError, match=r"GPU 0 does not load the kernels of k: CUDA_ERROR_INVALID_IMAGE.*\n  NVIDIA's driver may be older than CUDA 13\.0"):
         CupyDriver().load(Module("k", ["k"]))
 
 
 def test_a_kernel_gets_its_arguments_by_value(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest: (b"code", {"k": "_Z1k"}))
+    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest, tell: (b"code", {"k": "_Z1k"}))
     driver = CupyDriver()
     x, record = driver.allocate(16), np.zeros((), np.dtype([("a", np.int32), ("b", np.float32, 2)]))
     record["a"], record["b"] = 7, (1, 2)

@@ -141,7 +141,22 @@ def open_backend(args: argparse.Namespace, *, gpu_mode: Where | None = None, dev
     slow = backend.supports(args.precision) if backend.name == "cuda" else None
     if slow:
         print(f"caffelite: note: {slow}", file=sys.stderr)
+    if driver := getattr(backend, "driver", None):
+        driver.tell = _Compiling()
     return backend
+
+
+class _Compiling:
+    """Says, at the first kernels that have to be compiled, what it is that takes so long."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def __call__(self, stem: str) -> None:
+        if not self._said:
+            self._said = True
+            text = f"caffelite: note: compiling CUDA kernels ({stem} and what else is needed), which takes some seconds; they are kept for other runs"
+            print(text, file=sys.stderr, flush=True)
 
 
 def asks_for_gpu(args: argparse.Namespace) -> bool:
@@ -161,6 +176,10 @@ def _chosen_backend(args: argparse.Namespace, gpu_mode: Where | None, device: in
     if gpu_mode and not name:
         return _gpu_of_solver(gpu_mode, device)
     try:
+        if name and name not in ("auto", *backends.NAMES):
+            near = nearest(name, backends.NAMES)
+            known = f"known ones: auto, {', '.join(backends.NAMES)}"
+            raise SpecError(f"unknown backend '{name}'", hint=f"did you mean '{near}'? {known}" if near else known)
         return backends.get(name or "auto", threads=args.threads)
     except CaffeliteError as error:
         if not args.backend and variable:

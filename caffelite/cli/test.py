@@ -11,7 +11,7 @@ from typing import Any
 from caffelite.backends.contract import Backend
 from caffelite.cli.caffe_log import output_lines
 from caffelite.cli.chance import net_chances
-from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, number, open_backend, whole_number
+from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, driver_of, json_text, number, open_backend, whole_number
 from caffelite.cli.out_of_memory import explained
 from caffelite.cli.specs import load_net
 from caffelite.errors import SpecError
@@ -67,6 +67,7 @@ def _score(args: argparse.Namespace, backend: Backend, spec: NetSpec) -> int:
         "net": net.name,
         "weights": args.weights,
         "backend": backend.name,
+        **({"driver": driver} if (driver := driver_of(backend)) else {}),
         "precision": args.precision,
         "iterations": scorer.batches,
         "records": scores.records,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from caffelite import __version__
 from caffelite.cli.caffe_log import CaffeLog
-from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, comma_list, megabytes, one_of, open_backend, whole_number
+from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, comma_list, driver_of, megabytes, one_of, open_backend, whole_number
 from caffelite.cli.live import duration
 from caffelite.cli.metrics import MetricsWriter
 from caffelite.cli.out_of_memory import explained, nets_of, with_snapshot
@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         del spec.param.weights[:]  # found by "auto"
     metrics_path = Path(args.metrics or f"{spec.param.snapshot_prefix}_metrics.jsonl")
     facts = {"solver": args.solver, "backend": backend.name, "precision": args.precision, "version": __version__}
+    facts |= {"driver": driver} if (driver := driver_of(backend)) else {}
     facts |= {"resumed_from": str(resume)} if resume else {}
     progress, metrics = ProgressLine(sys.stdout), MetricsWriter(metrics_path, facts)
     log = [CaffeLog(Path(args.log), append=resume is not None)] if args.log else []

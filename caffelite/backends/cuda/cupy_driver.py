@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,8 +44,9 @@ class CupyDriver:
             raise BackendError(f"the cuda backend needs CuPy, which does not load: {error}", hint=INSTALL) from error
         self._cupy, self._driver, self._runtime = cupy, cupy.cuda.driver, cupy.cuda.runtime
         self.device = device
+        self.tell: Callable[[str], object] = lambda stem: None
         try:
-            capability = self._select(device)
+            capability = self._check(device)
             self._stream, self._pool, self.meter = _queue(cupy, device)
             self._cuda = self._runtime.driverGetVersion() // 1000
         except self._runtime.CUDARuntimeError as error:
@@ -52,7 +54,13 @@ class CupyDriver:
         nvrtc.version(self._cuda)  # better now than at the first kernel
         self.architecture = "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
 
-    def _select(self, device: int) -> tuple[int, int]:
+    def _select(self) -> None:
+        """Makes the device the calling thread's current one. Whoever else changes that, in this process, has to change it back."""
+        if getattr(_CURRENT, "device", None) != self.device:  # a call of the runtime less for each kernel
+            self._runtime.setDevice(self.device)
+            _CURRENT.device = self.device
+
+    def _check(self, device: int) -> tuple[int, int]:
         """Makes the device the current one; its compute capability."""
         try:
             count = self._runtime.getDeviceCount()
@@ -60,7 +68,7 @@ class CupyDriver:
             raise BackendError(f"no usable GPU: {error}", hint="install NVIDIA's driver, or run on the CPU with --backend onednn") from error
         if not 0 <= device < count:
             raise BackendError(f"there is no GPU {device}: {count} found", hint=f"choose 0 to {count - 1}; caffelite device-query lists them")
-        self._runtime.setDevice(device)
+        self._select()
         facts = self._runtime.getDeviceProperties(device)
         capability = (int(facts["major"]), int(facts["minor"]))
         if capability < OLDEST:
@@ -102,9 +110,10 @@ class CupyDriver:
         return held
 
     def load(self, module: Module) -> CupyProgram:
-        cubin, symbols = compiled(module, self.architecture, self._cuda)
+        cubin, symbols = compiled(module, self.architecture, self._cuda, lambda: self.tell(module.stem))
+        self._select()
         try:
-            return CupyProgram(self._driver, self._stream, cubin, symbols)
+            return CupyProgram(self._driver, self._stream, self._select, cubin, symbols)
         except self._driver.CUDADriverError as error:
             major, minor = nvrtc.version(self._cuda)
             hint = f"NVIDIA's driver may be older than CUDA {major}.{minor}, which compiled them: update it, or name an older NVRTC in CAFFELITE_NVRTC"
@@ -135,11 +144,15 @@ class CupyDriver:
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
-        """Any call may return the error of a kernel that was started long before."""
+        """For calls on the device, any of which may return the error of a kernel that was started long before."""
         try:
+            self._select()
             yield
         except self._runtime.CUDARuntimeError as error:
             raise BackendError(f"GPU {self.device} stopped: {error}", hint="run again from the last snapshot; it is whole") from error
+
+
+_CURRENT = threading.local()  # .device: the thread's current device
 
 
 class _Event:
@@ -164,13 +177,14 @@ def _queue(cupy: Any, device: int) -> tuple[int, Any, Meter]:
 class CupyProgram:
     """A module as machine code in the device's context."""
 
-    def __init__(self, driver: Any, stream: int, cubin: bytes, symbols: dict[str, str]) -> None:
-        self._driver, self._stream = driver, stream
+    def __init__(self, driver: Any, stream: int, select: Callable[[], None], cubin: bytes, symbols: dict[str, str]) -> None:
+        self._driver, self._stream, self._select = driver, stream, select
         self._module = driver.moduleLoadData(cubin)
         self._functions = {name: driver.moduleGetFunction(self._module, symbol) for name, symbol in symbols.items()}
         self._shared: dict[str, int] = {}
 
     def launch(self, name: str, grid: Ints, block: Ints, args: Sequence[Any], shared: int) -> None:
+        self._select()
         function = self._functions[name]
         held = [_parameter(arg) for arg in args]
         pointers = (ctypes.c_void_p * max(len(held), 1))(*(ctypes.addressof(value) for value in held))
@@ -193,16 +207,19 @@ def _parameter(arg: Any) -> Any:
     return ctypes.create_string_buffer(arg.tobytes(), arg.dtype.itemsize)
 
 
-def compiled(module: Module, architecture: str, newest: int = nvrtc.ANY) -> tuple[bytes, dict[str, str]]:
-    """The module's machine code and the symbols of its kernels, from the cache of compiled kernels or NVRTC (of CUDA `newest` at the most)."""
+def compiled(module: Module, architecture: str, newest: int = nvrtc.ANY, tell: Callable[[], object] = lambda: None) -> tuple[bytes, dict[str, str]]:
+    """The module's machine code and the symbols of its kernels, from the cache of compiled kernels or NVRTC (of CUDA `newest` at the most).
+
+    tell: called before anything is compiled.
+    """
     options = [f"-I{FOLDER}", "-lineinfo"]
-    key = digest(*module.sources(), module.names, architecture, options[1:], nvrtc.version(newest))
+    key = digest(*module.sources(), module.names, architecture, options[1:], nvrtc.version(newest), "with checksum")
     code, symbols = (cache.folder("cuda") / f"{module.stem}-{architecture}-{key}.{ending}" for ending in ("cubin", "json"))
-    if not (code.exists() and symbols.exists()):
+    cubin, names = cache.content(code), cache.content(symbols)
+    if cubin is None or names is None:
+        tell()
         cubin, found, _ = nvrtc.compile_cubin(module.path.read_text(), str(module.path), architecture, module.names, options, newest=newest)
-        cache.once(code, lambda out: out.write_bytes(cubin))
-        cache.once(symbols, lambda out: out.write_text(json.dumps(found)))
-    try:
-        return code.read_bytes(), json.loads(symbols.read_text())
-    except (OSError, ValueError) as error:
-        raise BackendError(f"the compiled kernels {code} cannot be read: {error}", hint="delete that file and the .json beside it") from error
+        names = json.dumps(found).encode()
+        for path, text in ((code, cubin), (symbols, names)):
+            cache.once(path, lambda out, text=text: out.write_bytes(text))  # type: ignore[misc]
+    return cubin, json.loads(names)

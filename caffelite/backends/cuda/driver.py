@@ -6,7 +6,7 @@ CAFFELITE_CUDA_DRIVER chooses: "cupy" (a GPU; the default) or "emulator" (the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from caffelite.backends.contract import Array, Ints
@@ -33,6 +33,7 @@ class Driver(Protocol):
 
     name: str
     meter: Meter
+    tell: Callable[[str], object]  # called with a module's stem before it is compiled, which takes seconds; does nothing unless set
 
     def allocate(self, nbytes: int) -> Array:
         """`nbytes` zeroed bytes as an array of uint8, aligned to 64. OutOfMemoryError when there is not as much."""

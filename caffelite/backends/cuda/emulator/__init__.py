@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class EmulatorDriver:
             if value not in known:
                 raise BackendError(f"{name} is '{value}'", hint=f"known ones: {', '.join(known)}")
         self.meter, self.limit = Meter(), _limit()
+        self.tell: Callable[[str], object] = lambda stem: None
 
     def allocate(self, nbytes: int) -> Array:
         used = self.meter.used
@@ -68,7 +69,8 @@ class EmulatorDriver:
         return held
 
     def load(self, module: Module) -> EmulatedProgram:
-        return EmulatedProgram(build(module.path, module.names, list(module.sources()), self.mode), module, self.mode, self.order)
+        library = build(module.path, module.names, list(module.sources()), self.mode, lambda: self.tell(module.stem))
+        return EmulatedProgram(library, module, self.mode, self.order)
 
     def synchronize(self) -> None:
         """Every kernel has finished when its launch returns."""

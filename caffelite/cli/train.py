@@ -34,7 +34,9 @@ def build_parser(prog: str) -> Parser:
     parser.add_argument("--solver", required=True, metavar="FILE", help="the solver (prototxt)")
     start = parser.add_argument_group("start")
     start.add_argument("--weights", type=comma_list, metavar="FILES", help="start from these .caffemodel files (several with commas), by layer name")
-    start.add_argument("--snapshot", metavar="FILE", help="go on from a .solverstate; auto: from the newest whole one, or anew if there is none")
+    start.add_argument(
+        "--snapshot", metavar="FILE", help="go on from a .solverstate; auto: from the whole one of the highest iteration, or anew if there is none"
+    )
     start.add_argument("--iterations", type=whole_number(1), metavar="N", help="train until this iteration instead of the solver's max_iter")
     parser.add_argument(
         "--log", metavar="FILE", help="also write a log in Caffe's line shapes; a resumed run goes on in it, a new one keeps an older log as FILE.old"

@@ -86,6 +86,26 @@ class BatchSource:
         self._item_shape = self.transformer.cropped((self.transformer.channels or image[0], *image[1:]))
         return self._item_shape
 
+    def check_sizes(self, most: int = 64) -> None:
+        """DataError when images among `most` records, from all over the database, differ in size and no crop_size makes them equal."""
+        if self.transformer.crop:
+            return
+        seen: dict[tuple[int, ...], bytes] = {}
+        decode, step = DatumDecoder(self.transformer.channels), max(1, self.count // most)
+        with closing(self.database.reader()) as reader:
+            for key, value in reader.read(range(0, self.count, step), ordered=False):
+                try:
+                    seen.setdefault(decode(value).pixels.shape, key)
+                except DataError as error:
+                    raise self._at_source(placed(error, self.param.source, key)) from error
+                if len(seen) > 1:
+                    (first, _), (other, _) = seen.items()
+                    sizes = " and ".join("x".join(map(str, shape[1:])) for shape in (first, other))
+                    text = key.decode("utf-8", "backslashreplace")
+                    hint = "give the layer a crop_size, or convert the images again with --resize"
+                    message = f"record '{text}': the images are not all of one size: {sizes} are among them (height x width)"
+                    raise self._at_source(DataError(message, where=Where(self.param.source), hint=hint))
+
     def _first_shape(self) -> tuple[int, ...]:
         with closing(self.database.reader()) as reader:
             key, value = next(reader.read([0], ordered=True))

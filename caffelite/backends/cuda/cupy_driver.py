@@ -43,11 +43,11 @@ class CupyDriver:
         except ImportError as error:
             raise BackendError(f"the cuda backend needs CuPy, which does not load: {error}", hint=INSTALL) from error
         self._cupy, self._driver, self._runtime = cupy, cupy.cuda.driver, cupy.cuda.runtime
-        self.device = device
+        self.device, self.meter = device, Meter()
         self.tell: Callable[[str], object] = lambda stem: None
         try:
             capability = self._check(device)
-            self._stream, self._pool, self.meter = _queue(cupy, device)
+            self._stream, self._pool = _queue(cupy, device)
             self._cuda = self._runtime.driverGetVersion() // 1000
         except self._runtime.CUDARuntimeError as error:
             raise BackendError(f"GPU {device} does not start: {error}", hint="nvidia-smi shows what else runs on it") from error
@@ -167,11 +167,11 @@ class _Event:
 
 
 @functools.cache
-def _queue(cupy: Any, device: int) -> tuple[int, Any, Meter]:
-    """The stream and the memory of a GPU and what counts it, the same for all backends of this process: their nets may share weights, and memory that is
+def _queue(cupy: Any, device: int) -> tuple[int, Any]:
+    """The stream and the memory of a GPU, the same for all backends of this process: their nets may share weights, and memory that is
     free again may still be in use by kernels, which only what follows on their stream waits for. So CuPy's own pool does not do."""
     runtime = cupy.cuda.runtime
-    return runtime.streamCreateWithFlags(runtime.streamNonBlocking), cupy.cuda.MemoryPool(), Meter()
+    return runtime.streamCreateWithFlags(runtime.streamNonBlocking), cupy.cuda.MemoryPool()
 
 
 class CupyProgram:

@@ -1,4 +1,4 @@
-"""Meter: how much of a device's memory is in use, and how much was at the most. Every driver counts with one, so that their figures compare."""
+"""Meter: how much of a device's memory is in use, and how much was at the most. Every driver has one, so that their figures compare."""
 
 from __future__ import annotations
 
@@ -20,10 +20,6 @@ class Meter:
         held = Held(self, memory, rounded(nbytes))
         self._add(held.nbytes)
         return held
-
-    def restart(self) -> None:
-        """Forgets the peak so far."""
-        self.peak = self.used
 
     def _add(self, nbytes: int) -> None:
         with self._lock:

@@ -81,6 +81,7 @@ class Layer:
         self.context = RunContext()
         self.stream = zlib.crc32(self.name.encode())  # names this layer's random numbers
         self.training = phase == pb.TRAIN
+        self.keeps = True  # a backward step follows forward; set by the memory plan, before buffer_specs is asked
 
     # --- set-up --------------------------------------------------------------------------------------------------------
 

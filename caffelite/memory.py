@@ -128,8 +128,8 @@ def _gives(node: Node, blob: BlobInfo) -> bool:
 def _buffer_regions(graph: Graph, backend: Backend, backward: bool) -> Iterable[Region]:
     end = 2 * len(graph.nodes)
     for i, node in enumerate(graph.nodes):
+        runs_back = node.layer.keeps = backward and node.needs_backward
         for name, spec in buffer_specs(node, backend).items():
-            runs_back = backward and node.needs_backward
             for part, first, last in _buffer_lives(spec, i, end - 1 - i, runs_back):
                 yield Region((part, node.name, name), spec.shape, spec.dtype, first, last)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from caffelite import backends
+from caffelite.backends.contract import Peaks
 from caffelite.backends.cuda import cupy_driver
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.cupy_driver import CupyDriver
@@ -45,17 +47,20 @@ class Stand:
         self.streams = [OPS, COPIES]
         self.calls: list[tuple[Any, ...]] = []  # what concerns events and copies
         self.locked: dict[int, Any] = {}  # page-locked memory by its address
+        self.chosen: list[tuple[int, int]] = []
         runtime = SimpleNamespace(
             CUDARuntimeError=RuntimeError_,
             streamNonBlocking=1,
             getDeviceCount=self.count,
             driverGetVersion=lambda: 13000,
-            setDevice=lambda device: None,
+            setDevice=lambda device: self.chosen.append((threading.get_ident(), device)),
             getDeviceProperties=lambda device: {"name": b"Test GPU", "major": self.capability[0], "minor": self.capability[1]},
             streamCreateWithFlags=self.create_stream,
             streamSynchronize=self.wait,
             memsetAsync=lambda address, value, size, stream: ctypes.memset(address, value, size),
             memcpyAsync=self.copy,
+            eventElapsedTime=lambda start, stop: 250.0 * (stop - start),
+            deviceGetAttribute=lambda attribute, device: {16: 132, 13: 1_980_000, 36: 2_619_000, 37: 5120}[attribute],
             memGetInfo=lambda: (self.free, 4 << 20),
             streamCaptureModeRelaxed=2,
             streamBeginCapture=lambda stream, mode: self.graphs.append(f"begin {stream} {mode}"),
@@ -102,7 +107,7 @@ class Stand:
         return self.streams.pop(0) if self.streams else 99
 
     def create_event(self, flags: int) -> int:
-        assert flags == 3
+        assert flags in (1, 3)
         self.calls.append(("event",))
         return 1000 + self.calls.count(("event",))
 
@@ -154,6 +159,7 @@ class Stand:
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Stand:
     stand = Stand()
+    monkeypatch.setattr(cupy_driver, "_CURRENT", threading.local())
     monkeypatch.setitem(sys.modules, "cupy", stand)
     monkeypatch.delenv("CAFFELITE_CUDA_DRIVER", raising=False)
     return stand
@@ -264,6 +270,31 @@ def test_out_of_memory_says_how_much(cupy: Stand) -> None:
     assert str(caught.value) == ("out of memory on GPU 0: 3 MB more are needed, 1 of 4 MB are free\n  lower batch_size, or train with --precision bfloat16")
 
 
+def test_time_is_measured_by_events_on_the_stream(cupy: Stand) -> None:
+    backend = backends.get("cuda")
+    start, stop = backend.mark(), backend.mark()
+    assert cupy.calls == [("event",), ("record", 1001, OPS), ("event",), ("record", 1002, OPS)]
+    assert backend.seconds_between(start, stop) == 0.25
+    del start, stop
+    assert {("destroy", 1001), ("destroy", 1002)} < set(cupy.calls), "events are given back"
+
+
+def test_what_the_device_is_made_of(cupy: Stand) -> None:
+    backend = backends.get("cuda")
+    assert backend.peaks("float32") == Peaks("Test GPU", pytest.approx(2 * 128 * 132 * 1.98e9), pytest.approx(2 * 2.619e9 * 640), "clocks and units")
+    assert backend.peaks("bfloat16").operations is None
+
+
+def test_memory_in_use_is_counted(cupy: Stand) -> None:
+    driver = CupyDriver()
+    before = driver.meter.used
+    x = driver.allocate(513)
+    assert driver.meter.used == before + 1024
+    del x
+    assert driver.meter.used == before
+    assert driver.meter.peak >= before + 1024
+
+
 def test_a_lost_device_is_reported(cupy: Stand) -> None:
     driver = CupyDriver()
     x, event, locked = driver.allocate(4), driver.event(), driver.pinned(4)
@@ -287,20 +318,49 @@ def test_backends_of_one_gpu_share_its_stream_and_memory(cupy: Stand) -> None:
     assert CupyDriver(1)._pool is not one._pool
 
 
+def test_every_call_is_made_on_the_drivers_own_device(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs in one process, and one GPU used from two threads."""
+    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest, tell: (b"code", {"k": "_Z1k"}))
+    cupy.devices = 2
+    drivers = [CupyDriver(0), CupyDriver(1)]
+    arrays = [driver.allocate(4) for driver in drivers]
+    programs = [driver.load(Module("k", ["k"])) for driver in drivers]
+    me = threading.get_ident()
+
+    def devices(*calls: Any) -> list[int]:
+        cupy.chosen.clear()
+        for call in calls:
+            call()
+        return [device for _, device in cupy.chosen]
+
+    assert devices(drivers[0].synchronize, drivers[1].synchronize, drivers[1].synchronize) == [0, 1], "asked for where it changes, and not again"
+    calls = [lambda i=i: drivers[i].to_host(arrays[i]) for i in (0, 1)]
+    calls += [lambda i=i: drivers[i].from_host(np.zeros(4, np.uint8), arrays[i]) for i in (0, 1)]
+    calls += [lambda i=i: drivers[i].allocate(4) for i in (0, 1)]
+    calls += [drivers[i].mark for i in (0, 1)]
+    arguments = (None, np.float32(0), np.zeros((), [("a", np.int32), ("b", np.float32, 2)])[()])
+    calls += [lambda i=i: programs[i].launch("k", (1, 1, 1), (1, 1, 1), [arrays[i], *arguments], 0) for i in (0, 1)]
+    assert devices(*calls[:8]) == [0, 1] * 4
+    assert devices(*calls[8:]) == [0, 1]
+    worker = threading.Thread(target=drivers[1].synchronize)
+    assert devices(worker.start, worker.join) == [1]
+    assert cupy.chosen[0][0] != me
+
+
 def test_a_busy_device(cupy: Stand) -> None:
     cupy.lost = True
     assert refusal().startswith("GPU 0 does not start: cudaErrorDevicesUnavailable")
 
 
 def test_kernels_that_the_driver_does_not_know(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest: (b"newer", {"k": "_Z1k"}))
+    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest, tell: (b"newer", {"k": "_Z1k"}))
     monkeypatch.setattr("caffelite.backends.cuda.nvrtc.version", lambda newest: (13, 0))
     with pytest.raises(BackendError, match=r"GPU 0 does not load the kernels of k: CUDA_ERROR_INVALID_IMAGE.*\n  NVIDIA's driver may be older than CUDA 13\.0"):
         CupyDriver().load(Module("k", ["k"]))
 
 
 def test_a_kernel_gets_its_arguments_by_value(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest: (b"code", {"k": "_Z1k"}))
+    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest, tell: (b"code", {"k": "_Z1k"}))
     driver = CupyDriver()
     x, record = driver.allocate(16), np.zeros((), np.dtype([("a", np.int32), ("b", np.float32, 2)]))
     record["a"], record["b"] = 7, (1, 2)

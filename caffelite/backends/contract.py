@@ -43,6 +43,15 @@ class Dials(NamedTuple):
     skip: Array
 
 
+class Peaks(NamedTuple):
+    """A device at its best: operations a second in products of matrices (a multiply-add is two) and bytes a second; None: not known. source: who says so."""
+
+    device: str
+    operations: float | None
+    bandwidth: float | None
+    source: str
+
+
 class DropoutKey(NamedTuple):
     """Names one dropout mask: see Backend.dropout_forward. iteration: a cell that holds a whole number."""
 
@@ -162,6 +171,23 @@ class Backend(Protocol):
         """A function to be called instead of `run`, which calls ops alone: each time the same ones on the same arrays, none that returns a
         number or copies to or from the host. A backend may record them and play them back; the record holds the arrays alive, and labels
         out of range give a NaN (as the loss or the accuracy) instead of a DataError."""
+        ...
+
+    def mark(self) -> Any:
+        """A point among what runs, for seconds_between: all that was asked for so far comes before it."""
+        ...
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        """The time from one mark to another, on the clock of the machine that runs the ops; waits until the later one is reached."""
+        ...
+
+    def peaks(self, precision: str) -> Peaks | None:
+        """What the machine can do at the most in a precision; None for a CPU."""
+        ...
+
+    def peak_bytes(self) -> int | None:
+        """The most bytes that arrays have taken on a device of its own so far; None for a backend that computes in the host's memory."""
+        ...
 
     # --- transform: images as records hold them --------------------------------------------------------------------
 

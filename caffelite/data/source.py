@@ -67,6 +67,11 @@ class BatchSource:
         return DataError(f"{error.where}: {error.message}", where=place.where, layer=place.layer, hint=error.hint)
 
     @property
+    def is_open(self) -> bool:
+        """Whether the database has been opened."""
+        return self._database is not None
+
+    @property
     def count(self) -> int:
         """The number of records."""
         return self.database.count
@@ -81,12 +86,37 @@ class BatchSource:
             self._raw_shape = (channels, height, width) if pixels.dtype == np.uint8 else None
         return self._item_shape
 
+    @property
+    def raw_shape(self) -> tuple[int, int, int] | None:
+        """(C,H,W) of the first record's image once it has been looked at; None before, and where it does not consist of bytes."""
+        return self._raw_shape
+
     def assume(self, image: tuple[int, int, int]) -> tuple[int, int, int]:
         """Takes the images to be (C,H,W) `image` without opening the database, for those who want shapes alone; returns item_shape.
 
         SpecError when crop_size is larger."""
         self._item_shape = self.transformer.cropped((self.transformer.channels or image[0], *image[1:]))
         return self._item_shape
+
+    def check_sizes(self, most: int = 64) -> None:
+        """DataError when images among `most` records, from all over the database, differ in size and no crop_size makes them equal."""
+        if self.transformer.crop:
+            return
+        seen: dict[tuple[int, ...], bytes] = {}
+        decode, step = DatumDecoder(self.transformer.channels), max(1, self.count // most)
+        with closing(self.database.reader()) as reader:
+            for key, value in reader.read(range(0, self.count, step), ordered=False):
+                try:
+                    seen.setdefault(decode(value).pixels.shape, key)
+                except DataError as error:
+                    raise self._at_source(placed(error, self.param.source, key)) from error
+                if len(seen) > 1:
+                    (first, _), (other, _) = seen.items()
+                    sizes = " and ".join("x".join(map(str, shape[1:])) for shape in (first, other))
+                    text = key.decode("utf-8", "backslashreplace")
+                    hint = "give the layer a crop_size, or convert the images again with --resize"
+                    message = f"record '{text}': the images are not all of one size: {sizes} are among them (height x width)"
+                    raise self._at_source(DataError(message, where=Where(self.param.source), hint=hint))
 
     def _first_pixels(self) -> npt.NDArray[Any]:
         with closing(self.database.reader()) as reader:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.launch import Module
+from caffelite.backends.cuda.meter import Meter
+from caffelite.backends.cuda.peaks import Facts
 from caffelite.errors import BackendError
 
 ENVIRONMENT = "CAFFELITE_CUDA_DRIVER"
@@ -48,6 +50,8 @@ class Driver(Protocol):
     """
 
     name: str
+    meter: Meter
+    tell: Callable[[str], object]  # called with a module's stem before it is compiled, which takes seconds; does nothing unless set
 
     @property
     def capturing(self) -> bool:
@@ -55,7 +59,7 @@ class Driver(Protocol):
         ...
 
     def allocate(self, nbytes: int) -> Array:
-        """`nbytes` zeroed bytes as an array of uint8, aligned to 64. BackendError when memory runs out."""
+        """`nbytes` zeroed bytes as an array of uint8, aligned to 64. OutOfMemoryError when there is not as much."""
         ...
 
     def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
@@ -110,6 +114,18 @@ class Driver(Protocol):
 
     def synchronize(self) -> None:
         """Waits until everything so far has run."""
+        ...
+
+    def mark(self) -> Any:
+        """A point among what runs: everything asked for so far comes before it."""
+        ...
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        """The time from one mark to another on the device's clock; waits until `stop` is reached."""
+        ...
+
+    def facts(self) -> Facts | None:
+        """What the device is made of; None where there is none."""
         ...
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints, Uploads, c_order, is_usual
+from caffelite.backends.contract import Array, Ints, Peaks, Uploads, c_order, is_usual
 from caffelite.backends.cuda.common import C_NAMES, DTYPES, THREADS, Base, blocks
 from caffelite.backends.cuda.driver import Driver
 from caffelite.backends.cuda.launch import Module
+from caffelite.backends.cuda.peaks import peaks_of
 from caffelite.backends.cuda.repeat import Repeat
 from caffelite.backends.cuda.uploads import CudaUploads, Ring
 from caffelite.errors import BackendError
@@ -103,6 +104,18 @@ class Memory(Base, any_layout=True):
 
     def repeatable(self, run: Callable[[], None]) -> Callable[[], None]:
         return Repeat(self, run)
+
+    def mark(self) -> Any:
+        return self.driver.mark()
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        return self.driver.seconds_between(start, stop)
+
+    def peaks(self, precision: str) -> Peaks | None:
+        return peaks_of(self.driver.facts(), precision)
+
+    def peak_bytes(self) -> int | None:
+        return self.driver.meter.peak
 
     def _move(self, x: Array, y: Array) -> None:
         self.copy(x, y)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints, Uploads, strides_of
+from caffelite.backends.contract import Array, Ints, Peaks, Uploads, strides_of
 from caffelite.backends.numpy.common import BFLOAT16, Base, store
 from caffelite.errors import BackendError
 
@@ -82,3 +84,15 @@ class Memory(Base):
 
     def repeatable(self, run: Callable[[], None]) -> Callable[[], None]:
         return run  # a record would save nothing here
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        return float(stop - start)
+
+    def peaks(self, precision: str) -> Peaks | None:
+        return None
+
+    def peak_bytes(self) -> int | None:
+        return None

@@ -3,6 +3,7 @@
 Arrays are as opaque as on a GPU. CAFFELITE_EMULATOR chooses the mode: "fast" (the default), or "check", which finds races, divergent
 barriers, accesses outside the arguments, reads of shared memory that nobody wrote, and misaligned accesses.
 CAFFELITE_EMULATOR_ORDER runs threads in another order: "up" (the default), "down", "random" or "lifo".
+CAFFELITE_EMULATOR_MEMORY gives the device so many megabytes of memory and no more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.emulator.build import MODES, build
 from caffelite.backends.cuda.emulator.traffic import EmulatedEvent, Traffic
 from caffelite.backends.cuda.launch import Module
-from caffelite.errors import BackendError
+from caffelite.backends.cuda.meter import Meter, rounded
+from caffelite.backends.cuda.peaks import Facts
+from caffelite.errors import BackendError, OutOfMemoryError
 
 ALIGN = 64
 ORDERS = ("up", "down", "random", "lifo")
@@ -41,7 +45,8 @@ class EmulatorDriver:
         for name, value, known in (("CAFFELITE_EMULATOR", self.mode, tuple(MODES)), ("CAFFELITE_EMULATOR_ORDER", self.order, ORDERS)):
             if value not in known:
                 raise BackendError(f"{name} is '{value}'", hint=f"known ones: {', '.join(known)}")
-        self._traffic = Traffic()
+        self._traffic, self.meter, self.limit = Traffic(), Meter(), _limit()
+        self.tell: Callable[[str], object] = lambda stem: None
 
     @property
     def capturing(self) -> bool:
@@ -64,12 +69,15 @@ class EmulatorDriver:
         return EmulatedRecord(tape)
 
     def allocate(self, nbytes: int) -> Array:
+        used = self.meter.used
+        if self.limit is not None and used + rounded(nbytes) > self.limit:
+            raise OutOfMemoryError("the emulated GPU", wanted=nbytes, free=self.limit - used, total=self.limit, used=used)
         memory = np.zeros(nbytes + ALIGN, np.uint8)
         address = memory.ctypes.data
         self._traffic.allocated((address, memory.nbytes))
         if self.capturing:
             self.run(lambda: memory.fill(0))
-        return DeviceArray(memory, address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
+        return DeviceArray(self.meter.hold(memory, nbytes), address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
 
     def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
         return DeviceArray(buffer.memory, buffer.address + offset, shape, strides, np.dtype(dtype))
@@ -114,12 +122,22 @@ class EmulatorDriver:
         self._traffic.upload(values, _span(x), after, done)
 
     def load(self, module: Module) -> EmulatedProgram:
-        return EmulatedProgram(build(module.path, module.names, list(module.sources()), self.mode), module, self)
+        library = build(module.path, module.names, list(module.sources()), self.mode, lambda: self.tell(module.stem))
+        return EmulatedProgram(library, module, self)
 
     def synchronize(self) -> None:
         """Every kernel has finished when its launch returns."""
         self._not_while_capturing()
         self._traffic.finish()
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        return float(stop - start)
+
+    def facts(self) -> Facts | None:
+        return None
 
     def _not_while_capturing(self) -> None:
         if self.capturing:
@@ -135,6 +153,16 @@ class EmulatedRecord:
     def play(self) -> None:
         for action in self._actions:
             action()
+
+
+def _limit() -> int | None:
+    """Bytes of memory that CAFFELITE_EMULATOR_MEMORY allows; None where it is not set."""
+    text = os.environ.get("CAFFELITE_EMULATOR_MEMORY")
+    if not text:
+        return None
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise BackendError(f"CAFFELITE_EMULATOR_MEMORY is '{text}'", hint="give a number of megabytes")
+    return int(float(text) * 2**20)
 
 
 class _Kernel(ctypes.Structure):

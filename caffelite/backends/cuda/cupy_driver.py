@@ -94,8 +94,8 @@ class CupyDriver:
             self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._stream)
         self.synchronize()  # `values` may go as soon as this returns
 
-    def to_host(self, x: Array) -> Any:
-        held = x.host()
+    def to_host(self, x: Array, into: Any = None) -> Any:
+        held = x.host() if into is None else into
         with self._reported():
             self._runtime.memcpyAsync(held.ctypes.data, x.address, x.size * x.itemsize, TO_HOST, self._stream)
         self.synchronize()

@@ -101,6 +101,8 @@ def _blob_regions(graph: Graph, backward: bool) -> Iterable[Region]:
 
 def _data_uses(blob: BlobInfo, steps: dict[int, int], end: int, backward: bool) -> list[int]:
     uses = [steps[id(node)] for node in [*blob.writers, *blob.readers]]
+    if any(node.layer.is_source for node in blob.writers):
+        uses.append(0)  # where a pass is recorded, all sources are fed before its first layer runs
     if backward:
         late = [n for n in blob.writers if n.needs_backward and n.layer.backward_reads() & {TOP, SIGN}]
         late += [n for n in blob.readers if n.needs_backward and BOTTOM in n.layer.backward_reads()]

@@ -41,8 +41,8 @@ class CountingDriver:
     def from_host(self, values: Any, x: Array) -> None:
         """Nothing is kept."""
 
-    def to_host(self, x: Array) -> Any:
-        held = x.host()
+    def to_host(self, x: Array, into: Any = None) -> Any:
+        held = x.host() if into is None else into
         held.fill(0)
         return held
 

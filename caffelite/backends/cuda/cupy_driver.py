@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import json
 import threading
 import weakref
@@ -105,9 +106,9 @@ class CupyDriver:
             self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._stream)
         self.synchronize()  # `values` may go as soon as this returns
 
-    def to_host(self, x: Array) -> Any:
+    def to_host(self, x: Array, into: Any = None) -> Any:
         self._not_while_capturing()
-        held = x.host()
+        held = x.host() if into is None else into
         with self._reported():
             self._runtime.memcpyAsync(held.ctypes.data, x.address, x.size * x.itemsize, TO_HOST, self._stream)
         self.synchronize()
@@ -158,7 +159,8 @@ class CupyDriver:
     def capture(self, run: Callable[[], None]) -> CupyRecord:
         with self._reported():
             self._runtime.streamBeginCapture(self._stream, self._runtime.streamCaptureModeRelaxed)
-        self.capturing = True
+        self.capturing, collects = True, gc.isenabled()
+        gc.disable()  # what goes away just now may wait for the stream, which would spoil the capture
         try:
             run()
         except BaseException:
@@ -166,6 +168,8 @@ class CupyDriver:
             raise
         finally:
             self.capturing = False
+            if collects:
+                gc.enable()
         with self._reported():
             return CupyRecord(self, self._runtime.streamEndCapture(self._stream))
 

@@ -74,8 +74,8 @@ class Driver(Protocol):
         """Copies a numpy.ndarray of x's shape, dtype and strides, without gaps, into x."""
         ...
 
-    def to_host(self, x: Array) -> Any:
-        """A numpy.ndarray of x's shape, dtype and strides, x being without gaps; waits for what runs."""
+    def to_host(self, x: Array, into: Any = None) -> Any:
+        """A numpy.ndarray of x's shape, dtype and strides, x being without gaps: `into`, or a new one. Waits for what runs."""
         ...
 
     def pinned(self, nbytes: int) -> Any:

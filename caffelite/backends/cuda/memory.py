@@ -62,17 +62,21 @@ class Memory(Base, any_layout=True):
         if not is_usual(x):
             there = self._dense(x)
             self._move(x, there)
-        values = self.driver.to_host(there)
+        values = self.driver.to_host(there, self._ring.outline(there) if self._is_small(there) else None)
         return np.array(values, np.float32 if x.dtype == DTYPES["bfloat16"] else x.dtype, order="C")
 
     def from_host(self, values: Array, x: Array) -> None:
         there = x if is_usual(x) else self._dense(x)
-        small = 0 < x.size * x.itemsize <= self._ring.half
+        small = self._is_small(there)
         held = self._ring.outline(there) if small else there.host()
         np.copyto(held, values, casting="unsafe")
         (self.driver.send if small else self.driver.from_host)(held, there)
         if there is not x:
             self._move(there, x)
+
+    def _is_small(self, x: Array) -> bool:
+        """Whether x goes through the ring of page-locked memory."""
+        return bool(0 < x.size * x.itemsize <= self._ring.half)
 
     def uploads(self, nbytes: int) -> Uploads:
         return CudaUploads(self.driver, nbytes)

@@ -64,7 +64,7 @@ def _settle(buffers: list[Array], arrived: list[Event]) -> None:
 
 
 class Ring:
-    """Page-locked memory through which small arrays go to the device. Its two halves are filled in turn; a half is filled again only
+    """Page-locked memory through which small arrays go to the device and come from it. Its two halves are filled in turn; a half is filled again only
     when the copies out of it have been made."""
 
     def __init__(self, driver: Driver, half: int = 1 << 20) -> None:
@@ -75,7 +75,7 @@ class Ring:
         self._number = self._at = 0
 
     def take(self, nbytes: int) -> Any:
-        """`nbytes` of it (numpy.ndarray of uint8), to be filled and sent before the next call."""
+        """`nbytes` of it (numpy.ndarray of uint8), to be filled and sent, or read, before the next call."""
         if self._memory is None:
             self._memory = self._driver.pinned(2 * self.half)
             self._left = [self._driver.event(), self._driver.event()]

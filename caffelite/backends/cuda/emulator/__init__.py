@@ -90,10 +90,10 @@ class EmulatorDriver:
         self._traffic.touch([_span(x)])
         ctypes.memmove(x.address, values.ctypes.data, x.size * x.itemsize)
 
-    def to_host(self, x: Array) -> Any:
+    def to_host(self, x: Array, into: Any = None) -> Any:
         self._not_while_capturing()
         self._traffic.touch([_span(x)])
-        held = x.host()
+        held = x.host() if into is None else into
         ctypes.memmove(held.ctypes.data, x.address, x.size * x.itemsize)
         self._traffic.finish()
         return held

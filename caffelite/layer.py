@@ -39,10 +39,13 @@ class BufferSpec:
 
 @dataclass
 class RunContext:
-    """What random layers may depend on: the run's seed and the number of the forward pass (iteration*iter_size + part)."""
+    """What random layers may depend on: the run's seed and the number of the forward pass (iteration*iter_size + part), for ops in a cell.
+    tell: takes what a user should hear of."""
 
     seed: int = 0
     forward_count: int = 0
+    pass_number: Array = None
+    tell: Callable[[str], object] = lambda text: None
 
 
 class Layer:
@@ -79,6 +82,7 @@ class Layer:
         self.stream = zlib.crc32(self.name.encode())  # names this layer's random numbers
         self.training = phase == pb.TRAIN
         self.relu_bottoms: frozenset[int] = frozenset()  # set by the graph: see may_take_relu
+        self.keeps = True  # a backward step follows forward; set by the memory plan, before buffer_specs is asked
 
     # --- set-up --------------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ class Scorer:
     """
 
     def __init__(self, net: Net, batches: int | None, forward: Callable[[Net], None] | None = None) -> None:
-        self.net, self._run = net, forward or (lambda net: net.forward())
+        self.net, self._run = net, forward or Net.forward_again
         self.whole = batches is None
         self._tail_size = 0
         self._tail: Net | None = None
@@ -59,19 +59,24 @@ class Scorer:
             net.context.forward_count = self._passes
             self._passes += 1
             self._run(net)
-            means.add(net, weight)
+            means.add(_checked_values(net), net.loss(), weight)
         return Scores(means.outputs(self.net), means.loss, self.records)
 
     def _batch_nets(self) -> Iterator[tuple[Net, float]]:
         size = self.net.batch_size
         for _ in range(self.batches - (self._tail_size > 0)):
             yield self.net, size if self.whole else 1.0
-        if self._tail_size:
-            self._tail = self._tail or _with_batch(self.net, self._tail_size)
-            self._tail.share_with(self.net)  # whose parameters, like its seed, may have been changed since
-            self._tail.context.seed = self.net.context.seed
-            _seek(self._tail, self.records - self._tail_size)
-            yield self._tail, self._tail_size
+        if tail := self.tail():
+            tail.share_with(self.net)  # whose parameters, like its seed, may have been changed since
+            tail.context.seed = self.net.context.seed
+            _seek(tail, self.records - self._tail_size)
+            yield tail, self._tail_size
+
+    def tail(self) -> Net | None:
+        """The net for the last, smaller batch, made when it is first needed; None where all batches are full."""
+        if self._tail_size and self._tail is None:
+            self._tail = _with_batch(self.net, self._tail_size)
+        return self._tail
 
     def close(self) -> None:
         """Closes the net for the last batch; the net that was given stays open."""
@@ -87,8 +92,8 @@ class _Means:
         self._weights: dict[str, npt.NDArray[np.float64]] = {}
         self._loss = self._weight = 0.0
 
-    def add(self, net: Net, weight: float) -> None:
-        for name, values in net.output_values().items():
+    def add(self, outputs: dict[str, np.ndarray], loss: float, weight: float) -> None:
+        for name, values in outputs.items():
             flat = np.asarray(values, np.float64).ravel()
             if name not in self._sums or len(self._sums[name]) < len(flat):
                 grown = np.zeros((2, len(flat)))
@@ -97,7 +102,7 @@ class _Means:
                 self._sums[name], self._weights[name] = grown
             self._sums[name][: len(flat)] += weight * flat
             self._weights[name][: len(flat)] += weight
-        self._loss += weight * net.loss()
+        self._loss += weight * loss
         self._weight += weight
 
     @property
@@ -106,6 +111,14 @@ class _Means:
 
     def outputs(self, net: Net) -> list[Output]:
         return [Output(name, tuple((self._sums[name] / self._weights[name]).tolist()), net.loss_weight(name)) for name in net.outputs]
+
+
+def _checked_values(net: Net) -> dict[str, np.ndarray]:
+    """The net's outputs. DataError for a label out of range, which a pass that is played back tells by a NaN."""
+    values = net.output_values()
+    if net.backend.runs_ahead and any(np.isnan(value).any() for value in values.values()):
+        net.recheck()
+    return values
 
 
 def outputs_of(net: Net) -> list[Output]:
@@ -141,4 +154,14 @@ def _with_batch(net: Net, size: int) -> Net:
         if layer.name in names:
             copy.data_param.batch_size = size
     spec = NetSpec(param, SourceMap.unknown(), net.spec.file)
-    return Net(spec, phase=net.phase, backend=net.backend, precision=net.precision, observe=net.observe, seed=net.seed, share=net, workspace=net)
+    return Net(
+        spec,
+        phase=net.phase,
+        backend=net.backend,
+        precision=net.precision,
+        observe=net.observe,
+        seed=net.seed,
+        share=net,
+        workspace=net,
+        prepare=net.prepare,
+    )

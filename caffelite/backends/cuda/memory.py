@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints, c_order, is_usual
+from caffelite.backends.contract import Array, Ints, Peaks, Uploads, c_order, is_usual
 from caffelite.backends.cuda.common import C_NAMES, DTYPES, THREADS, Base, blocks
+from caffelite.backends.cuda.driver import Driver
 from caffelite.backends.cuda.launch import Module
+from caffelite.backends.cuda.peaks import peaks_of
+from caffelite.backends.cuda.repeat import Repeat
+from caffelite.backends.cuda.uploads import CudaUploads, Ring
 from caffelite.errors import BackendError
 
 ANY = ("float", "bf16", "unsigned char", "int", "double")
 MOST_AXES = 8
+CELLS = np.dtype([("value", np.float64, 8)])  # struct Cells
 LAYOUT = np.dtype([("axes", np.int32), ("size", np.int64, MOST_AXES), ("stride", np.int64, MOST_AXES)], align=True)
 PAIRS = [("float", "float"), ("float", "bf16"), ("bf16", "float"), ("bf16", "bf16"), ("unsigned char", "unsigned char"), ("int", "int"), ("double", "double")]
 PAIRS += [("double", "float"), ("float", "double")]
@@ -21,11 +27,20 @@ EMULATED = "the GPU is emulated on the CPU (CAFFELITE_CUDA_DRIVER=emulator): cor
 
 MEMORY = Module(
     "memory",
-    [*(f"fill_dense<{t}>" for t in ANY), *(f"fill_any<{t}>" for t in ANY), *(f"{k}<{s}, {t}>" for k in ("copy_dense", "copy_any") for s, t in PAIRS)],
+    [
+        *(f"fill_dense<{t}>" for t in ANY),
+        *(f"fill_any<{t}>" for t in ANY),
+        *(f"{k}<{s}, {t}>" for k in ("copy_dense", "copy_any") for s, t in PAIRS),
+        "assign_cells",
+    ],
 )
 
 
 class Memory(Base, any_layout=True):
+    def __init__(self, driver: Driver) -> None:
+        super().__init__(driver)
+        self._ring = Ring(driver)
+
     def supports(self, precision: str) -> str | None:
         if precision in ("float32", "bfloat16"):
             return EMULATED if self.driver.name == "emulator" else None
@@ -47,16 +62,24 @@ class Memory(Base, any_layout=True):
         if not is_usual(x):
             there = self._dense(x)
             self._move(x, there)
-        values = self.driver.to_host(there)
+        values = self.driver.to_host(there, self._ring.outline(there) if self._is_small(there) else None)
         return np.array(values, np.float32 if x.dtype == DTYPES["bfloat16"] else x.dtype, order="C")
 
     def from_host(self, values: Array, x: Array) -> None:
         there = x if is_usual(x) else self._dense(x)
-        held = there.host()
+        small = self._is_small(there)
+        held = self._ring.outline(there) if small else there.host()
         np.copyto(held, values, casting="unsafe")
-        self.driver.from_host(held, there)
+        (self.driver.send if small else self.driver.from_host)(held, there)
         if there is not x:
             self._move(there, x)
+
+    def _is_small(self, x: Array) -> bool:
+        """Whether x goes through the ring of page-locked memory."""
+        return bool(0 < x.size * x.itemsize <= self._ring.half)
+
+    def uploads(self, nbytes: int) -> Uploads:
+        return CudaUploads(self.driver, nbytes)
 
     def fill(self, x: Array, value: float) -> None:
         if not x.size:
@@ -65,6 +88,11 @@ class Memory(Base, any_layout=True):
             self.launch(MEMORY, f"fill_dense<{_cname(x)}>", blocks(x.size), THREADS, x, np.float32(value), np.int64(x.size))
         else:
             self.launch(MEMORY, f"fill_any<{_cname(x)}>", blocks(x.size), THREADS, x, _layout(x), np.float32(value), np.int64(x.size))
+
+    def assign(self, x: Array, values: Sequence[float]) -> None:
+        held = np.zeros((), CELLS)
+        held["value"][: len(values)] = values
+        self.launch(MEMORY, "assign_cells", 1, 1, x, cast(np.void, held[()]), np.int32(len(values)))
 
     def copy(self, x: Array, y: Array) -> None:
         if not x.size:
@@ -77,6 +105,21 @@ class Memory(Base, any_layout=True):
 
     def synchronize(self) -> None:
         self.driver.synchronize()
+
+    def repeatable(self, run: Callable[[], None]) -> Callable[[], None]:
+        return Repeat(self, run)
+
+    def mark(self) -> Any:
+        return self.driver.mark()
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        return self.driver.seconds_between(start, stop)
+
+    def peaks(self, precision: str) -> Peaks | None:
+        return peaks_of(self.driver.facts(), precision)
+
+    def peak_bytes(self) -> int | None:
+        return self.driver.meter.peak
 
     def _move(self, x: Array, y: Array) -> None:
         self.copy(x, y)

@@ -3,6 +3,7 @@
 Arrays are as opaque as on a GPU. CAFFELITE_EMULATOR chooses the mode: "fast" (the default), or "check", which finds races, divergent
 barriers, accesses outside the arguments, reads of shared memory that nobody wrote, and misaligned accesses.
 CAFFELITE_EMULATOR_ORDER runs threads in another order: "up" (the default), "down", "random" or "lifo".
+CAFFELITE_EMULATOR_MEMORY gives the device so many megabytes of memory and no more.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import ctypes
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,11 @@ import numpy as np
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.emulator.build import MODES, build
+from caffelite.backends.cuda.emulator.traffic import EmulatedEvent, Traffic
 from caffelite.backends.cuda.launch import Module
-from caffelite.errors import BackendError
+from caffelite.backends.cuda.meter import Meter, rounded
+from caffelite.backends.cuda.peaks import Facts
+from caffelite.errors import BackendError, OutOfMemoryError
 
 ALIGN = 64
 ORDERS = ("up", "down", "random", "lifo")
@@ -34,16 +39,45 @@ class EmulatorDriver:
     name = "emulator"
 
     def __init__(self, mode: str | None = None, order: str | None = None) -> None:
+        self._tape: list[Callable[[], None]] | None = None
         self.mode = mode or os.environ.get("CAFFELITE_EMULATOR") or "fast"
         self.order = order or os.environ.get("CAFFELITE_EMULATOR_ORDER") or "up"
         for name, value, known in (("CAFFELITE_EMULATOR", self.mode, tuple(MODES)), ("CAFFELITE_EMULATOR_ORDER", self.order, ORDERS)):
             if value not in known:
                 raise BackendError(f"{name} is '{value}'", hint=f"known ones: {', '.join(known)}")
+        self._traffic, self.meter, self.limit = Traffic(), Meter(), _limit()
+        self.tell: Callable[[str], object] = lambda stem: None
+
+    @property
+    def capturing(self) -> bool:
+        return self._tape is not None
+
+    def run(self, action: Callable[[], None]) -> None:
+        """Runs what a GPU would put on its stream, or records it."""
+        if self._tape is None:
+            action()
+        else:
+            self._tape.append(action)
+
+    def capture(self, run: Callable[[], None]) -> EmulatedRecord:
+        tape: list[Callable[[], None]] = []
+        self._tape = tape
+        try:
+            run()
+        finally:
+            self._tape = None
+        return EmulatedRecord(tape)
 
     def allocate(self, nbytes: int) -> Array:
+        used = self.meter.used
+        if self.limit is not None and used + rounded(nbytes) > self.limit:
+            raise OutOfMemoryError("the emulated GPU", wanted=nbytes, free=self.limit - used, total=self.limit, used=used)
         memory = np.zeros(nbytes + ALIGN, np.uint8)
         address = memory.ctypes.data
-        return DeviceArray(memory, address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
+        self._traffic.allocated((address, memory.nbytes))
+        if self.capturing:
+            self.run(lambda: memory.fill(0))
+        return DeviceArray(self.meter.hold(memory, nbytes), address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
 
     def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
         return DeviceArray(buffer.memory, buffer.address + offset, shape, strides, np.dtype(dtype))
@@ -52,18 +86,83 @@ class EmulatorDriver:
         return isinstance(x, DeviceArray)
 
     def from_host(self, values: Any, x: Array) -> None:
+        self._not_while_capturing()
+        self._traffic.touch([_span(x)])
         ctypes.memmove(x.address, values.ctypes.data, x.size * x.itemsize)
 
-    def to_host(self, x: Array) -> Any:
-        held = x.host()
+    def to_host(self, x: Array, into: Any = None) -> Any:
+        self._not_while_capturing()
+        self._traffic.touch([_span(x)])
+        held = x.host() if into is None else into
         ctypes.memmove(held.ctypes.data, x.address, x.size * x.itemsize)
+        self._traffic.finish()
         return held
 
+    def pinned(self, nbytes: int) -> Any:
+        return self._traffic.pinned(nbytes)
+
+    def touch(self, spans: list[tuple[int, int]]) -> None:
+        """A kernel uses these bytes: see Traffic.touch."""
+        self._traffic.touch(spans)
+
+    def send(self, values: Any, x: Array) -> None:
+        self._not_while_capturing()
+        self._traffic.send(values, _span(x))
+
+    def event(self) -> EmulatedEvent:
+        return EmulatedEvent(self._traffic)
+
+    def record(self, event: Any) -> None:
+        self._traffic.record(event)
+
+    def wait(self, event: Any) -> None:
+        self._traffic.wait(event)
+
+    def upload(self, values: Any, x: Array, after: Any, done: Any) -> None:
+        self._traffic.upload(values, _span(x), after, done)
+
     def load(self, module: Module) -> EmulatedProgram:
-        return EmulatedProgram(build(module.path, module.names, list(module.sources()), self.mode), module, self.mode, self.order)
+        library = build(module.path, module.names, list(module.sources()), self.mode, lambda: self.tell(module.stem))
+        return EmulatedProgram(library, module, self)
 
     def synchronize(self) -> None:
         """Every kernel has finished when its launch returns."""
+        self._not_while_capturing()
+        self._traffic.finish()
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        return float(stop - start)
+
+    def facts(self) -> Facts | None:
+        return None
+
+    def _not_while_capturing(self) -> None:
+        if self.capturing:
+            raise RuntimeError("an op that is recorded copies from or to the host, or waits")
+
+
+class EmulatedRecord:
+    """Launches as functions without arguments."""
+
+    def __init__(self, actions: list[Callable[[], None]]) -> None:
+        self._actions = actions
+
+    def play(self) -> None:
+        for action in self._actions:
+            action()
+
+
+def _limit() -> int | None:
+    """Bytes of memory that CAFFELITE_EMULATOR_MEMORY allows; None where it is not set."""
+    text = os.environ.get("CAFFELITE_EMULATOR_MEMORY")
+    if not text:
+        return None
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise BackendError(f"CAFFELITE_EMULATOR_MEMORY is '{text}'", hint="give a number of megabytes")
+    return int(float(text) * 2**20)
 
 
 class _Kernel(ctypes.Structure):
@@ -75,8 +174,8 @@ class _Kernel(ctypes.Structure):
 class EmulatedProgram:
     """A module as a shared library."""
 
-    def __init__(self, library: Path, module: Module, mode: str, order: str) -> None:
-        self.path, self.mode, self.order = library, mode, order
+    def __init__(self, library: Path, module: Module, driver: EmulatorDriver) -> None:
+        self.path, self._driver = library, driver
         self._library = ctypes.CDLL(str(library))
         self._library.emu_errors.restype = ctypes.c_char_p
         self._kernels = {name: self._find(f"emu_kernel_{i}") for i, name in enumerate(module.names)}
@@ -95,10 +194,15 @@ class EmulatedProgram:
         pointers = (ctypes.c_void_p * len(held))(*(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in held))
         spans = [_span(arg) for arg in args]
         regions = (ctypes.c_uint64 * max(2 * len(spans), 1))(*(word for span in spans for word in span))
-        self._library.emu_config(ORDERS.index(self.order), ctypes.c_uint64(1), 0, int(self.mode == "check"))
-        failures = self._library.emu_launch(entry, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), shared, pointers, len(spans), regions)
-        if failures:
-            raise BackendError(f"{name}: {failures} error(s) on the emulator\n{self._located(self._library.emu_errors().decode())}")
+
+        def run(_alive: Any = held) -> None:
+            self._driver.touch(spans)
+            self._library.emu_config(ORDERS.index(self._driver.order), ctypes.c_uint64(1), 0, int(self._driver.mode == "check"))
+            failures = self._library.emu_launch(entry, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), shared, pointers, len(spans), regions)
+            if failures:
+                raise BackendError(f"{name}: {failures} error(s) on the emulator\n{self._located(self._library.emu_errors().decode())}")
+
+        self._driver.run(run)
 
     def _located(self, report: str) -> str:
         """The report with code addresses replaced by file:line of the innermost frame in a kernel."""

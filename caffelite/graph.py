@@ -38,6 +38,11 @@ class BlobInfo:
         return self.data_of.data_root if self.data_of else self
 
     @property
+    def label(self) -> str:
+        """The name that the file gives it: a blob that a fusion has set apart has none of its own."""
+        return self.diff_root.name
+
+    @property
     def diff_root(self) -> BlobInfo:
         """The blob whose memory holds this blob's gradient."""
         return self.diff_of.diff_root if self.diff_of else self
@@ -87,6 +92,10 @@ class Node:
     def runs_backward(self) -> bool:
         """Whether the node has a backward step of its own."""
         return self.needs_backward and not self.backward_fused
+
+    def written_in_place(self, index: int = 0) -> bool:
+        """Whether the file has one name for top `index` and bottom `index`."""
+        return index < len(self.bottoms) and index < len(self.tops) and self.bottoms[index].label == self.tops[index].label
 
     def in_place(self, index: int = 0) -> bool:
         """Whether top `index` is bottom `index`."""

@@ -232,6 +232,11 @@ def test_what_batch_norm_finds_in_place_has_memory_of_its_own(reference) -> None
     assert ("diff", "a before norm") not in plan.by_key
     diff = plan.by_key["diff", "a"]
     assert (diff.first, diff.last) == (end - steps["c"], end - steps["first"])
+    assert [(node.name, node.tops[0].label, node.written_in_place()) for node in graph.nodes[1:4]] == [
+        ("first", "a", False),
+        ("norm", "a", True),
+        ("scale", "a", True),
+    ]
     assert not [region for region in plan.regions if region.key[1] in ("scale", "relu") or region.key[2:] == ("normalised",)]
 
 

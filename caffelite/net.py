@@ -66,7 +66,7 @@ class Net:
     ) -> None:
         self.spec, self.phase, self.backend, self.precision, self.observe, self.seed = spec, phase, backend, precision, observe, seed
         self.compute = "bfloat16" if precision == "bfloat16" else "float32"
-        self.context = RunContext(seed)
+        self.context = RunContext(seed, tf32=precision == "tf32")
         self.hooks = Hooks()
         self.graph: Graph = build_graph(spec, phase=phase, level=level, stages=stages, compute=self.compute)
         self.has_backward = self.graph.has_backward and (observe or phase == pb.TRAIN)

@@ -69,7 +69,7 @@ class Base:
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self._programs: dict[str, Program] = {}
-        self._scratch: Array | None = None
+        self._scratch: dict[str, Array] = {}
 
     def launch(self, module: Module, name: str, grid: int | Ints, block: int | Ints, *args: Any, shared: int = 0) -> None:
         """Runs a kernel of a module. args: arrays, None or NumPy scalars. A grid without blocks runs nothing."""
@@ -79,17 +79,17 @@ class Base:
         for number, arg in enumerate(args):
             if not (arg is None or isinstance(arg, np.generic) or self.driver.is_array(arg)):
                 raise TypeError(f"{name}: argument {number} is a {type(arg).__name__}, expected an array, None or a NumPy scalar")
-        program = self._programs.get(module.stem)
+        program = self._programs.get(module.name)
         if program is None:
-            program = self._programs[module.stem] = self.driver.load(module)
+            program = self._programs[module.name] = self.driver.load(module)
         program.launch(name, grid, block, args, shared)
 
-    def scratch(self, nbytes: int) -> Array:
-        """At least `nbytes` bytes (uint8) with undefined contents, aligned to 64, until the next call of scratch."""
-        if self._scratch is None or self._scratch.size < nbytes:
-            self._scratch = None  # so that its memory may serve the new one; kernels that still use it run before those that will
-            self._scratch = self.driver.allocate(-(-nbytes // SCRATCH_ROUND) * SCRATCH_ROUND)
-        return self._scratch
+    def scratch(self, nbytes: int, use: str = "") -> Array:
+        """At least `nbytes` bytes (uint8) with undefined contents, aligned to 64, until the next call of scratch for the same use."""
+        if use not in self._scratch or self._scratch[use].size < nbytes:
+            self._scratch.pop(use, None)  # so that its memory may serve the new one; kernels that still use it run before those that will
+            self._scratch[use] = self.driver.allocate(-(-nbytes // SCRATCH_ROUND) * SCRATCH_ROUND)
+        return self._scratch[use]
 
     def part(self, buffer: Array, offset: int, shape: Ints, dtype: Any) -> Array:
         """An array of NumPy type `dtype`, or of that name, at byte `offset` of `buffer`, laid out by strides_of."""

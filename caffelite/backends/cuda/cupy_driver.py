@@ -107,7 +107,7 @@ class CupyDriver:
         except self._driver.CUDADriverError as error:
             major, minor = nvrtc.version(self._cuda)
             hint = f"NVIDIA's driver may be older than CUDA {major}.{minor}, which compiled them: update it, or name an older NVRTC in CAFFELITE_NVRTC"
-            raise BackendError(f"GPU {self.device} does not load the kernels of {module.stem}: {error}", hint=hint) from error
+            raise BackendError(f"GPU {self.device} does not load the kernels of {module.name}: {error}", hint=hint) from error
 
     def synchronize(self) -> None:
         with self._reported():
@@ -166,7 +166,7 @@ def compiled(module: Module, architecture: str, newest: int = nvrtc.ANY) -> tupl
     """The module's machine code and the symbols of its kernels, from the cache of compiled kernels or NVRTC (of CUDA `newest` at the most)."""
     options = [f"-I{FOLDER}", "-lineinfo"]
     key = digest(*module.sources(), module.names, architecture, options[1:], nvrtc.version(newest))
-    code, symbols = (cache.folder("cuda") / f"{module.stem}-{architecture}-{key}.{ending}" for ending in ("cubin", "json"))
+    code, symbols = (cache.folder("cuda") / f"{module.name}-{architecture}-{key}.{ending}" for ending in ("cubin", "json"))
     if not (code.exists() and symbols.exists()):
         cubin, found, _ = nvrtc.compile_cubin(module.path.read_text(), str(module.path), architecture, module.names, options, newest=newest)
         cache.once(code, lambda out: out.write_bytes(cubin))

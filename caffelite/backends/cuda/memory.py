@@ -27,10 +27,8 @@ MEMORY = Module(
 
 class Memory(Base, any_layout=True):
     def supports(self, precision: str) -> str | None:
-        if precision in ("float32", "bfloat16"):
+        if precision in ("float32", "tf32", "bfloat16"):
             return EMULATED if self.driver.name == "emulator" else None
-        if precision == "tf32":
-            raise BackendError("the cuda backend has no tf32 kernels yet", hint="use float32 or bfloat16")
         raise BackendError(f"unknown precision '{precision}'", hint="known ones: float32, tf32, bfloat16")
 
     def allocate(self, nbytes: int) -> Array:

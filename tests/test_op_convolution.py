@@ -44,7 +44,12 @@ CASES = {
     "groups": Case(2, 6, 9, (5, 5), (3, 3), (1, 1), (1, 1), (1, 1), 3),
     "a filter for each channel": Case(2, 5, 5, (5, 7), (3, 3), (2, 2), (1, 1), (1, 1), 5),
     "whole image": Case(3, 2, 3, (5, 3), (5, 3), (1, 1), (0, 0), (1, 1), 1),
+    "8 channels, stride 2": Case(2, 8, 16, (7, 6), (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "stride and dilation share a factor": Case(2, 8, 8, (9, 21), (3, 4), (2, 4), (1, 2), (2, 6), 1),
+    "stride beyond the kernel": Case(2, 8, 16, (11, 8), (2, 1), (5, 3), (1, 0), (3, 1), 2),
+    "image of 4 channels": Case(2, 4, 16, (9, 7), (5, 3), (2, 1), (2, 1), (1, 1), 1),
     "1 axis": Case(2, 3, 5, (13,), (3,), (2,), (1,), (2,), 1),
+    "1 axis in groups": Case(2, 16, 32, (9,), (3,), (1,), (1,), (1,), 2),
     "3 axes": Case(2, 2, 4, (3, 5, 4), (2, 3, 1), (1, 2, 1), (1, 0, 0), (1, 1, 1), 2),
 }
 SMALL = ["rectangular", "dilated", "groups", "1 axis", "3 axes", "1x1 stride 2 pad 1"]

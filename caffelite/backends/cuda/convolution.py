@@ -43,9 +43,7 @@ class Convolution(ScaleBias):  # whose sum is the bias gradient too
         space = _space(x.shape, w.shape, y.shape, stride, pad, dilation, group)
         self.launch(CONVOLUTION, name, blocks(y.size), THREADS, x, w, b, y, space, np.bool_(relu), np.int64(y.size))
 
-    def convolution_backward_data(
-        self, dy: Array, w: Array, dx: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
-    ) -> None:
+    def convolution_backward_data(self, dy: Array, w: Array, dx: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False) -> None:
         if dx.ndim == 3:
             line = _Line(self, dx, w, dy, stride, pad, dilation, group)
             self._move(line.given(dy), line.y)
@@ -95,7 +93,7 @@ class _Line:
 
     def __init__(self, ops: Convolution, x: Array, w: Array, y: Array, stride: Ints, pad: Ints, dilation: Ints, group: int) -> None:
         shapes = [_flat(array) for array in (x, w, y)]
-        self.geometry = gemm.Geometry(*shapes, (1, *stride), (0, *pad), (1, *dilation), group)
+        self.geometry = gemm.Geometry(shapes[0], shapes[1], shapes[2], (1, *stride), (0, *pad), (1, *dilation), group)
         sizes = [-(-array.size * array.itemsize // ALIGN) * ALIGN for array in (x, w, y)]
         buffer = ops.scratch(sum(sizes), "line")
         starts = (0, sizes[0], sizes[0] + sizes[1])

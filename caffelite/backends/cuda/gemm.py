@@ -166,7 +166,7 @@ class _Fit:
         size = self.piece // x.itemsize
         self.channels = -(-channels // size) * size
         self.copy = bool(self.channels != channels or x.address % self.piece)
-        self.nbytes = x.size // max(channels, 1) * self.channels * x.itemsize if self.copy else 0
+        self.nbytes = max(x.size // max(channels, 1) * self.channels * x.itemsize, VECTOR) if self.copy else 0  # one vector of nothing: an address
 
     @classmethod
     def none(cls, channels: int) -> _Fit:

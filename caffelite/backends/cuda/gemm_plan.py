@@ -22,17 +22,19 @@ STAGES, SLICE_BYTES = 4, 64  # as in gemm_mma.cuh
 ENOUGH_BLOCKS = 264  # two for each multiprocessor
 LEAST_SLICES = 8  # of BK columns in a split
 MACS = {"tf32": 650, "bf16": 1300}  # multiply-adds a clock that mma.sync can reach on one multiprocessor
-EXTRA_SLICES = 6  # what starting a block, filling its slots and storing its sums cost, in slices
+EXTRA_SLICES = 12  # what starting a block, filling its slots and storing its sums cost, in slices, where no other block works meanwhile
+FEW_WARPS, FEW_RATE = 8, 0.7  # a multiprocessor with fewer warps than these reaches so much of its rate
 FINISH_CLOCKS = 5000  # a second kernel
 BYTES_A_CLOCK = 2500  # to and from memory, all multiprocessors
 
 
 class Tile(NamedTuple):
-    """A block's part of the product (rows x columns), its threads, and the share of MACS that it reaches."""
+    """A block's part of the product (rows x columns), its threads, how many fit an H100's multiprocessor, and the share of MACS they reach."""
 
     rows: int
     columns: int
     threads: int
+    resident: int
     rate: float
 
     @property
@@ -45,8 +47,14 @@ class Tile(NamedTuple):
         return STAGES * SLICE_BYTES * (self.rows + self.columns)
 
 
-FLOAT_TILE = Tile(128, 64, 256, 1.0)
-TILES = (Tile(64, 64, 128, 0.55), Tile(128, 64, 128, 0.75), Tile(128, 96, 128, 0.85), Tile(128, 128, 128, 0.95), Tile(128, 192, 256, 1.0))
+FLOAT_TILE = Tile(128, 64, 256, 2, 1.0)
+TILES = (
+    Tile(64, 64, 128, 4, 0.55),
+    Tile(128, 64, 128, 3, 0.75),
+    Tile(128, 96, 128, 3, 0.85),
+    Tile(128, 128, 128, 2, 0.95),
+    Tile(128, 192, 256, 1, 1.0),
+)
 NARROW_TILE = TILES[1]  # for images padded to 4 channels of bfloat16
 
 
@@ -74,9 +82,7 @@ def choose(
 ) -> Cut:
     """The cheapest cut of a product on tensor cores; transposed: with tiles of more columns than rows. Ties go to the first."""
     tiles = (NARROW_TILE,) if narrow else TILES
-    cuts = [
-        cut for tile in tiles for cut in _candidates(kind, tile.transposed if transposed else tile, rows, columns, depth, groups * classes, outputs)
-    ]
+    cuts = [cut for tile in tiles for cut in _candidates(kind, tile.transposed if transposed else tile, rows, columns, depth, groups * classes, outputs)]
     return min(cuts, key=lambda cut: clocks(kind, cut))
 
 
@@ -88,7 +94,8 @@ def _candidates(kind: str, tile: Tile, rows: int, columns: int, depth: int, prod
 
 
 def _cut(kind: str, tile: Tile, wanted: int, rows: int, columns: int, depth: int, products: int, outputs: int) -> Cut:
-    per_split = max(1, -(-(-(-depth // DEPTH[kind])) // wanted)) * DEPTH[kind]
+    slices = -(-depth // DEPTH[kind])
+    per_split = max(1, -(-slices // wanted)) * DEPTH[kind]
     splits = max(1, -(-depth // per_split))  # a sum of no terms is written too
     down, across = -(-rows // tile.rows), -(-columns // tile.columns)
     return Cut(tile, down, across, splits, per_split, down * across * products * splits, 4 * splits * outputs if splits > 1 else 0)
@@ -96,8 +103,11 @@ def _cut(kind: str, tile: Tile, wanted: int, rows: int, columns: int, depth: int
 
 def clocks(kind: str, cut: Cut) -> float:
     """An estimate of the clock cycles that a cut takes."""
-    slices, size = cut.per_split // DEPTH[kind] + EXTRA_SLICES, cut.tile.rows * cut.tile.columns * DEPTH[kind]
-    products = -(-cut.blocks // SMS) * slices * size / (MACS[kind] * cut.tile.rate)
+    tile, each = cut.tile, -(-cut.blocks // SMS)
+    together = max(1, min(tile.resident, each))
+    slices, size = cut.per_split // DEPTH[kind] + EXTRA_SLICES / together, tile.rows * tile.columns * DEPTH[kind]
+    rate = MACS[kind] * tile.rate * (FEW_RATE if together * tile.threads < 32 * FEW_WARPS else 1.0)
+    products = each * slices * size / rate
     return products + (FINISH_CLOCKS + 2 * cut.partial_bytes / BYTES_A_CLOCK if cut.partial_bytes else 0)
 
 

@@ -18,7 +18,7 @@ from caffelite.backends.cuda.launch import FOLDER, Module, digest
 from caffelite.errors import BackendError
 
 OLDEST = (8, 0)  # compute capability: tensor cores with bfloat16, and cp.async
-FREE_SHARED = 48 * 1024  # bytes of shared memory that a block gets without asking
+FREE_SHARED = 32 * 1024  # bytes of dynamic shared memory that a block gets without asking: 48 KB less what the kernel holds by itself
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
 INSTALL = "install CuPy for your driver's CUDA: pip install 'caffelite[cuda13]' (or [cuda12])"

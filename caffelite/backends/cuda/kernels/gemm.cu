@@ -11,6 +11,14 @@
 // gemm_finish    reads 4 bytes a split and writes one element; gemm_pack and gemm_pad read and write each weight, or activation, once.
 #include "gemm.cuh"
 
+template <bool A_KMAJOR, bool B_KMAJOR, class A, class B, class Place>
+__device__ __forceinline__ void multiply_float(const A& a, const B& b, const Block& block, long long first, long long last, const Exit<float>& exit, Place place) {
+  multiply_tables<A_KMAJOR, B_KMAJOR>(a, b, block.m, block.n, first, last, [&](int i, int j, const Vec<float>& sums) {
+    if (exit.partial) exit.run<4>(exit.sums_only(), i, j, &sums, exit.aligned_partial(), place);
+    else exit.run<4>(exit.finish, i, j, &sums, exit.aligned(), place);
+  });
+}
+
 __global__ void __launch_bounds__(THREADS, 2)
     gemm_forward(const float* x, const float* w, const float* bias, float* y, float* partial, Geometry g, bool aligned, bool planar, bool relu) {
   Block block = block_of(g, BM, BN, false);
@@ -19,13 +27,8 @@ __global__ void __launch_bounds__(THREADS, 2)
   Matrix<float> b{w + (long long)block.group * g.group_outputs * count, g.group_outputs, (int)count, count, aligned};
   long long first = block.split * g.per_split, last = min(first + g.per_split, count);
   Finish<float> finish{y, bias, relu, false};
-  multiply_tables<true, true>(a, b, block.m, block.n, first, last, [&](int i, int j, float sum) {
-    long long m = block.m + i, n = block.n + j;
-    if (m >= rows || n >= g.group_outputs) return;
-    long long column = block.group * g.group_outputs + n, at = m * g.outputs + column;
-    if (partial) partial[block.split * rows * g.outputs + at] = sum;
-    else finish.store(at, column, sum);
-  });
+  Exit<float> exit{finish, partial, block, rows, g.outputs, block.group * g.group_outputs, rows * g.outputs, g.group_outputs};
+  multiply_float<true, true>(a, b, block, first, last, exit, [](long long m) { return m; });
 }
 
 __global__ void __launch_bounds__(THREADS, 2) gemm_data(const float* dy, const float* packed, float* dx, float* partial, Geometry g, bool aligned) {
@@ -34,15 +37,10 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_data(const float* dy, const f
   long long count = a.t.columns(), rows = a.t.rows(), pitch = (long long)g.kernel_h * g.kernel_w * g.group_outputs;
   if (block.m >= rows) return;  // another class has more pixels
   Filters<float> b{packed + block.group * g.group_channels * pitch, a.t, g.group_channels, pitch, aligned};
-  long long first = block.split * g.per_split, last = min(first + g.per_split, count), all = (long long)g.images * g.height * g.width * g.channels;
+  long long first = block.split * g.per_split, last = min(first + g.per_split, count);
   Finish<float> finish{dx, nullptr, false, false};
-  multiply_tables<true, true>(a, b, block.m, block.n, first, last, [&](int i, int j, float sum) {
-    long long m = block.m + i, n = block.n + j;
-    if (m >= rows || n >= g.group_channels) return;
-    long long column = block.group * g.group_channels + n, at = a.t.pixel(m) * g.channels + column;
-    if (partial) partial[block.split * all + at] = sum;
-    else finish.store(at, column, sum);
-  });
+  Exit<float> exit{finish, partial, block, rows, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels, g.group_channels};
+  multiply_float<true, true>(a, b, block, first, last, exit, [&](long long m) { return a.t.pixel(m); });
 }
 
 __global__ void __launch_bounds__(THREADS, 2)
@@ -53,13 +51,8 @@ __global__ void __launch_bounds__(THREADS, 2)
   Matrix<float> a{dy + block.group * g.group_outputs, pixels, g.group_outputs, g.outputs, aligned_dy};
   long long first = block.split * g.per_split, last = min(first + g.per_split, pixels);
   Finish<float> finish{dw, nullptr, false, accumulate};
-  multiply_tables<false, false>(a, b, block.m, block.n, first, last, [&](int i, int j, float sum) {
-    long long m = block.m + i, n = block.n + j;
-    if (m >= g.group_outputs || n >= count) return;
-    long long at = (block.group * g.group_outputs + m) * count + n;
-    if (partial) partial[block.split * g.outputs * count + at] = sum;
-    else finish.store(at, 0, sum);
-  });
+  Exit<float> exit{finish, partial, block, g.group_outputs, count, 0, g.outputs * count, (int)count};
+  multiply_float<false, false>(a, b, block, first, last, exit, [&](long long m) { return (long long)block.group * g.group_outputs + m; });
 }
 
 // y[i] = the sum of partial[s][i] in the order of s, finished; columns: outputs, for the bias.

@@ -11,9 +11,10 @@
 //
 // The float32 loop: 128x64 of C by 256 threads, 8x4 products a thread. While it multiplies one slice of 16 columns in shared memory, the next
 // is on its way in registers; two slices alternate, one barrier each. It takes operands of any alignment.
-// Registers 128 (2 blocks an SM), shared 30,720 bytes. Bytes: each A slice is read ceil(N/64) times, each B slice ceil(M/128) times, mostly
-// from L2. Operations: 2 M N K; 12 loads of 4 bytes from shared memory for 32 multiply-adds, so that shared memory, at 1 load a clock, allows
-// about two thirds of the multiply-adds. Not measured.
+// Slices lie as [k][m] and [k][n]; an operand whose columns are k is turned as it is put there. Registers 128 (2 blocks an SM), shared 25,600
+// bytes. Bytes: each A slice is read ceil(N/64) times, each B slice ceil(M/128) times, mostly from L2. Operations: 2 M N K; a warp's 3 loads of
+// 16 bytes a thread for 32 multiply-adds take 4 clocks of shared memory, which 8 warps share, where the multiply-adds take 8: so these bound it.
+// Not measured. Ladder: 1. 12 loads of 4 bytes for 32 multiply-adds, 12 clocks; 2. this.
 #pragma once
 #include "common.cuh"
 
@@ -265,87 +266,91 @@ struct Filters {
 
 // --- slices in shared memory ------------------------------------------------------------------------------------------------
 
-// ROWS x COLUMNS of a table, one after another along its columns (KMAJOR) or rows.
-template <class T, class Table, int ROWS, int COLUMNS, bool KMAJOR>
+// SPAN rows (or columns) of an operand, BK deep, as [k][span]. KMAJOR: the table's columns are k, and are turned on their way.
+template <class T, class Table, int SPAN, bool KMAJOR>
 struct Slice {
-  static constexpr int pad = sizeof(T) == 4 ? 4 : 8;
-  static constexpr int pitch = COLUMNS + pad;
-  static constexpr int across = COLUMNS / Vec<T>::size;  // vectors in a row
-  static constexpr int each = ROWS * across / THREADS;
-  static_assert(each * THREADS == ROWS * across, "every thread holds as many vectors");
+  static constexpr int pitch = SPAN + 4;
+  static constexpr int rows = KMAJOR ? SPAN : BK, columns = KMAJOR ? BK : SPAN;
+  static constexpr int across = columns / Vec<T>::size;  // vectors in a row
+  static constexpr int each = rows * across / THREADS;
+  static_assert(each * THREADS == rows * across, "every thread holds as many vectors");
   Vec<T> held[each];
   typename Table::Row row[each];
   typename Table::Column column[each];
 
-  __device__ __forceinline__ void start(const Table& table, long long first_row, long long first_column) {
+  __device__ __forceinline__ void start(const Table& table, long long first, long long k) {
 #pragma unroll
     for (int i = 0; i < each; ++i) {
       int v = threadIdx.x + i * THREADS;
-      row[i] = table.row(first_row + v / across);
-      column[i] = table.column(first_column + v % across * Vec<T>::size);
+      row[i] = table.row((KMAJOR ? first : k) + v / across);
+      column[i] = table.column((KMAJOR ? k : first) + v % across * Vec<T>::size);
     }
   }
   __device__ __forceinline__ void fetch(const Table& table) {  // and moves on
 #pragma unroll
     for (int i = 0; i < each; ++i) {
       held[i] = table.get(row[i], column[i]);
-      if (KMAJOR) table.next_column(column[i], COLUMNS);
-      else table.next_row(row[i], ROWS);
+      if (KMAJOR) table.next_column(column[i], BK);
+      else table.next_row(row[i], BK);
     }
   }
   __device__ __forceinline__ void put(T* shared) const {
 #pragma unroll
     for (int i = 0; i < each; ++i) {
-      int v = threadIdx.x + i * THREADS;
-      store_vec(shared + v / across * pitch + v % across * Vec<T>::size, held[i]);
+      int v = threadIdx.x + i * THREADS, down = v / across, along = v % across * Vec<T>::size;
+      if (KMAJOR) {
+#pragma unroll
+        for (int e = 0; e < Vec<T>::size; ++e) shared[(along + e) * pitch + down] = held[i][e];
+      } else {
+        store_vec(shared + down * pitch + along, held[i]);
+      }
     }
   }
 };
 
 // --- products of a slice ----------------------------------------------------------------------------------------------------
 
-template <bool A_KMAJOR, bool B_KMAJOR, int A_PITCH, int B_PITCH>
+template <int A_PITCH, int B_PITCH>
 struct Core {
-  static constexpr int TM = BM / 16, TN = BN / 16;  // rows ty + 16 i, columns tx + 16 j
-  float sum[TM][TN] = {};
+  static constexpr int HALVES = BM / 64;  // a thread's rows: four neighbours in each 64; its columns: four neighbours
+  float sum[HALVES][4][4] = {};
   __device__ __forceinline__ void multiply(const float* a, const float* b) {
-    int tx = threadIdx.x & 15, ty = threadIdx.x >> 4;
+    int n = (threadIdx.x & 15) * 4, m = (threadIdx.x >> 4) * 4;
 #pragma unroll
     for (int k = 0; k < BK; ++k) {
-      float row[TM], column[TN];
+      Vec<float> column = load_vec(b + k * B_PITCH + n);
 #pragma unroll
-      for (int i = 0; i < TM; ++i) row[i] = A_KMAJOR ? a[(ty + 16 * i) * A_PITCH + k] : a[k * A_PITCH + ty + 16 * i];
+      for (int h = 0; h < HALVES; ++h) {
+        Vec<float> row = load_vec(a + k * A_PITCH + m + 64 * h);
 #pragma unroll
-      for (int j = 0; j < TN; ++j) column[j] = B_KMAJOR ? b[(tx + 16 * j) * B_PITCH + k] : b[k * B_PITCH + tx + 16 * j];
+        for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int i = 0; i < TM; ++i)
-#pragma unroll
-        for (int j = 0; j < TN; ++j) sum[i][j] = fmaf(row[i], column[j], sum[i][j]);  // in so many words: the emulator rounds as a GPU does
+          for (int j = 0; j < 4; ++j) sum[h][i][j] = fmaf(row[i], column[j], sum[h][i][j]);  // in so many words: the emulator rounds as a GPU does
+      }
     }
   }
   template <class Write>
   __device__ __forceinline__ void each(Write write) const {
-    int tx = threadIdx.x & 15, ty = threadIdx.x >> 4;
+    int n = (threadIdx.x & 15) * 4, m = (threadIdx.x >> 4) * 4;
 #pragma unroll
-    for (int i = 0; i < TM; ++i)
+    for (int h = 0; h < HALVES; ++h)
 #pragma unroll
-      for (int j = 0; j < TN; ++j) write(ty + 16 * i, tx + 16 * j, sum[i][j]);
+      for (int i = 0; i < 4; ++i) write(m + 64 * h + i, n, Vec<float>{sum[h][i][0], sum[h][i][1], sum[h][i][2], sum[h][i][3]});
   }
 };
 
-// The loop over columns first..last-1 of the operands; write(m, n, sum) gets each element of the block's part of C, inside or not.
+// The loop over columns first..last-1 of the operands; write(m, n, sums) gets runs of 4 of the block's part of C, inside or not.
 template <bool A_KMAJOR, bool B_KMAJOR, class A, class B, class Write>
 __device__ __forceinline__ void multiply_tables(const A& a, const B& b, long long m0, long long n0, long long first, long long last, Write write) {
-  using T = float;
-  using SliceA = Slice<T, A, A_KMAJOR ? BM : BK, A_KMAJOR ? BK : BM, A_KMAJOR>;
-  using SliceB = Slice<T, B, B_KMAJOR ? BN : BK, B_KMAJOR ? BK : BN, B_KMAJOR>;
-  __shared__ __align__(16) T shared_a[2][(A_KMAJOR ? BM : BK) * SliceA::pitch];
-  __shared__ __align__(16) T shared_b[2][(B_KMAJOR ? BN : BK) * SliceB::pitch];
+  using SliceA = Slice<float, A, BM, A_KMAJOR>;
+  using SliceB = Slice<float, B, BN, B_KMAJOR>;
+  __shared__ __align__(16) float shared_a[2][BK * SliceA::pitch];
+  __shared__ __align__(16) float shared_b[2][BK * SliceB::pitch];
   SliceA next_a;
   SliceB next_b;
-  Core<A_KMAJOR, B_KMAJOR, SliceA::pitch, SliceB::pitch> core;
-  next_a.start(a, A_KMAJOR ? m0 : first, A_KMAJOR ? first : m0);
-  next_b.start(b, B_KMAJOR ? n0 : first, B_KMAJOR ? first : n0);
+  Core<SliceA::pitch, SliceB::pitch> core;
+  next_a.start(a, m0, first);
+  next_b.start(b, n0, first);
   auto fetch = [&] {
     next_a.fetch(a);
     next_b.fetch(b);
@@ -367,3 +372,24 @@ __device__ __forceinline__ void multiply_tables(const A& a, const B& b, long lon
   }
   core.each(write);
 }
+
+// Runs of neighbouring sums on their way out of a block: rows x columns of C, at place(m) * pitch + first + n in a result of `all` elements, or
+// as they are in `partial`, which holds one such result for each split.
+template <class T>
+struct Exit {
+  const Finish<T>& finish;
+  float* partial;
+  const Block& block;
+  long long rows, pitch, first, all;
+  int columns;
+  template <int RUN, class To, class Place>
+  __device__ __forceinline__ void run(const To& to, int i, int j, const Vec<float>* sums, bool aligned, Place place) const {
+    long long m = block.m + i, n = block.n + j;
+    if (m >= rows || n >= columns) return;
+    to.store_run(place(m) * pitch + first + n, first + n, sums, (int)min((long long)RUN, columns - n), aligned);
+  }
+  __device__ __forceinline__ bool whole(int run) const { return pitch % run == 0 && first % run == 0 && columns % run == 0; }
+  __device__ __forceinline__ Finish<float> sums_only() const { return {partial + block.split * all, nullptr, false, false}; }
+  __device__ __forceinline__ bool aligned() const { return whole(Vec<T>::size) && is_aligned16(finish.y); }
+  __device__ __forceinline__ bool aligned_partial() const { return whole(4) && all % 4 == 0; }
+};

@@ -9,24 +9,16 @@
 // Main loop, tiles, bytes and operations: gemm_mma.cuh.
 #include "gemm_mma.cuh"
 
-// Runs of neighbouring sums of C, row `pitch` elements, to `partial` or finished to y; place(m) is the row in the result.
 template <class T, class P, class Place>
-__device__ __forceinline__ void store_tile(const P& product, unsigned char* shared, const Finish<T>& finish, float* partial, const Block& block, long long rows,
-                                           int columns, long long pitch, long long first, long long all, Place place) {
-  Finish<float> sums_only{partial + block.split * all, nullptr, false, false};
-  auto run = [&](const auto& to, int i, int j, const Vec<float>* sums, int size, bool aligned) {
-    long long m = block.m + i, n = block.n + j;
-    if (m >= rows || n >= columns) return;
-    to.store_run(place(m) * pitch + first + n, first + n, sums, (int)min((long long)size, columns - n), aligned);
-  };
+__device__ __forceinline__ void store_tile(const P& product, unsigned char* shared, const Exit<T>& exit, Place place) {
   constexpr int RUN = Vec<T>::size;
-  bool aligned = pitch % RUN == 0 && first % RUN == 0 && columns % RUN == 0;
-  if (partial) {
-    bool whole = pitch % 4 == 0 && first % 4 == 0 && columns % 4 == 0 && all % 4 == 0;
-    product.template drain<4>((float*)shared, [&](int i, int j, const Vec<float>* sums) { run(sums_only, i, j, sums, 4, whole); });
+  if (exit.partial) {
+    Finish<float> to = exit.sums_only();
+    bool aligned = exit.aligned_partial();
+    product.template drain<4>((float*)shared, [&](int i, int j, const Vec<float>* sums) { exit.template run<4>(to, i, j, sums, aligned, place); });
   } else {
-    bool whole = aligned && is_aligned16(finish.y);
-    product.template drain<RUN>((float*)shared, [&](int i, int j, const Vec<float>* sums) { run(finish, i, j, sums, RUN, whole); });
+    bool aligned = exit.aligned();
+    product.template drain<RUN>((float*)shared, [&](int i, int j, const Vec<float>* sums) { exit.template run<RUN>(exit.finish, i, j, sums, aligned, place); });
   }
 }
 
@@ -43,8 +35,9 @@ __global__ void __launch_bounds__(Tile<M, N>::THREADS, Tile<M, N>::BLOCKS)
   WindowLoader<T, Shape, PIECE> loader(x, w + (long long)block.group * g.group_outputs * count, t, block.m, block.n, g.group_outputs, (int)count, first);
   Product<Kind, Shape, true> product;
   multiply_slices<Shape, SLICE_BYTES / (int)sizeof(T)>(loader, product, shared, first, last);
-  store_tile(product, shared, Finish<T>{y, bias, relu, false}, partial, block, rows, g.group_outputs, g.outputs, block.group * g.group_outputs,
-             rows * g.outputs, [](long long m) { return m; });
+  Finish<T> finish{y, bias, relu, false};
+  Exit<T> exit{finish, partial, block, rows, g.outputs, block.group * g.group_outputs, rows * g.outputs, g.group_outputs};
+  store_tile(product, shared, exit, [](long long m) { return m; });
 }
 
 template <class Kind, int M, int N>
@@ -63,8 +56,9 @@ __global__ void __launch_bounds__(Tile<M, N>::THREADS, Tile<M, N>::BLOCKS)
   WindowLoader<T, Shape, 16> loader(dy, packed + (long long)block.group * g.group_channels * pitch, t, block.m, block.n, g.group_channels, pitch, first);
   Product<Kind, Shape, true> product;
   multiply_slices<Shape, SLICE_BYTES / (int)sizeof(T)>(loader, product, shared, first, last);
-  store_tile(product, shared, Finish<T>{dx, nullptr, false, false}, partial, block, rows, g.group_channels, g.channels, block.group * g.group_channels,
-             (long long)g.images * g.height * g.width * g.channels, [&](long long m) { return t.pixel(m); });
+  Finish<T> finish{dx, nullptr, false, false};
+  Exit<T> exit{finish, partial, block, rows, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels, g.group_channels};
+  store_tile(product, shared, exit, [&](long long m) { return t.pixel(m); });
 }
 
 template <class Kind, int M, int N, int PIECE>
@@ -83,7 +77,8 @@ __global__ void __launch_bounds__(Tile<M, N>::THREADS, Tile<M, N>::BLOCKS)
   long long all = (long long)g.groups * g.kept_outputs * columns, before = (long long)block.group * g.kept_outputs;
   Finish<float> finish{dw, nullptr, false, accumulate};
   if (g.kept_channels == g.group_channels) {
-    store_tile(product, shared, finish, partial, block, g.kept_outputs, columns, columns, 0, all, [&](long long m) { return before + m; });
+    Exit<float> exit{finish, partial, block, g.kept_outputs, columns, 0, all, columns};
+    store_tile(product, shared, exit, [&](long long m) { return before + m; });
     return;
   }
   product.template drain<4>((float*)shared, [&](int i, int j, const Vec<float>* sums) {  // without the columns of padding

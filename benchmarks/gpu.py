@@ -23,7 +23,19 @@ from train_step import ROOT, write_solver
 
 OPS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_op_*.py"))
 LAYERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_layer_*.py"))
-NETS = ("golden_layers", "golden_training", "net", "net_random", "solver_resume", "cuda_gemm", "cuda_training")
+NETS = (
+    "golden_layers",
+    "golden_training",
+    "net",
+    "net_random",
+    "solver_resume",
+    "cuda_gemm",
+    "cuda_training",
+    "cuda_repeat",
+    "pycaffe",
+    "pycaffe_solvers",
+    "pycaffe_mirror",
+)
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--backend", "cuda"]
 
 

@@ -39,11 +39,12 @@ class BufferSpec:
 
 @dataclass
 class RunContext:
-    """What layers may depend on beside their blobs: the run's seed and the number of the forward pass (iteration*iter_size + part), for
-    random layers, and whether products may be taken in tf32."""
+    """What layers may depend on beside their blobs: the run's seed and the number of the forward pass (iteration*iter_size + part; also in a
+    cell, for ops), for random layers, and whether products may be taken in tf32."""
 
     seed: int = 0
     forward_count: int = 0
+    pass_number: Array = None
     tf32: bool = False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,7 +67,8 @@ class Net:
     ) -> None:
         self.spec, self.phase, self.backend, self.precision, self.observe, self.seed = spec, phase, backend, precision, observe, seed
         self.compute = "bfloat16" if precision == "bfloat16" else "float32"
-        self.context = RunContext(seed, tf32=precision == "tf32")
+        self.context = RunContext(seed, pass_number=backend.empty((1,), "float64"), tf32=precision == "tf32")
+        self._run: Callable[[], None] | None = None
         self.hooks = Hooks()
         self.graph: Graph = build_graph(spec, phase=phase, level=level, stages=stages, compute=self.compute)
         self.has_backward = self.graph.has_backward and (observe or phase == pb.TRAIN)
@@ -197,29 +199,70 @@ class Net:
     # --- running -------------------------------------------------------------------------------------------------------
 
     def forward(self, start: int = 0, end: int | None = None) -> None:
-        """Runs layers start..end-1 forward (all by default). A DataError gains the layer's name."""
+        """Runs layers start..end-1 forward (all by default). A CaffeliteError gains the layer's name."""
         if self.observe:
             self.reshape()
-        self.refresh()
+        self.feed(start, end)
+        self.forward_fed(start, end)
+
+    def feed(self, start: int = 0, end: int | None = None) -> None:
+        """What the host has to do for a forward pass through these layers: counting it, reading data, drawing numbers."""
         if start == 0:
             self._start_positions = {layer.name: layer.source.position for layer in self.data_layers}
+        self._count()
+        for step in self.steps[start:end]:
+            with _named(step):
+                step.layer.feed(self.backend, step.tops)
+
+    def forward_fed(self, start: int = 0, end: int | None = None) -> None:
+        """The ops of a forward pass, always the same ones; `feed` comes before."""
+        self.refresh()
         for index in range(start, len(self.steps) if end is None else end):
             step = self.steps[index]
             for hook in self.hooks.before_forward:
                 hook(index)
             if not step.node.forward_fused:
-                self.forward_step(step)
+                with _named(step):
+                    step.layer.forward(self.backend, step.bottoms, step.tops)
             for hook in self.hooks.after_forward:
                 hook(index)
 
+    def _count(self) -> None:
+        self.backend.assign(self.context.pass_number, [self.context.forward_count])
+
     def forward_step(self, step: Step) -> None:
-        """Runs one layer forward; an error gains the layer's name."""
-        try:
+        """One layer of a forward pass that has been counted, fed and run at once."""
+        with _named(step):
             step.layer.feed(self.backend, step.tops)
             step.layer.forward(self.backend, step.bottoms, step.tops)
-        except CaffeliteError as error:
-            error.layer = error.layer or step.layer.name
-            raise
+
+    def forward_again(self) -> None:
+        """As forward(), for a net that is run many times with the same parameter arrays: a backend may record its ops and play them back.
+
+        A label out of range shows itself as a NaN then; `recheck` raises the DataError."""
+        self.feed()
+        if self._run is None:
+            self._run = self.repeatable(self._refresh_and_forward)
+        self._run()
+
+    def repeatable(self, run: Callable[[], None]) -> Callable[[], None]:
+        """As Backend.repeatable, as long as nobody watches this net layer by layer."""
+        recorded = self.backend.repeatable(run)
+        return lambda: run() if self.observe or self.hooks != Hooks() else recorded()
+
+    def _refresh_and_forward(self) -> None:
+        self.parameters_changed()  # so that a record holds the copies to the compute type
+        self.forward_fed()
+
+    def rewind(self) -> None:
+        """Takes the data layers back to the batch of the last forward pass from layer 0."""
+        for layer in self.data_layers:
+            layer.source.seek(self._start_positions[layer.name])
+
+    def recheck(self) -> None:
+        """Repeats the last forward pass, op by op. DataError where its data is bad."""
+        self.rewind()
+        self.forward()
 
     def backward(self, start: int | None = None, end: int = 0) -> None:
         """Runs backward from layer `start` (the last by default) down to layer `end`, both included, skipping layers that need none."""
@@ -262,6 +305,12 @@ class Net:
         for arena in self._arenas:
             arena.refresh()
 
+    def add_loss(self, total: Array, *, accumulate: bool) -> None:
+        """total, a cell, (+)= the weighted sum of all loss tops of the last forward."""
+        for top, weight in self.weighted_tops():
+            self.backend.add_sum(top.data, total, factor=weight, accumulate=accumulate)
+            accumulate = True
+
     def loss(self) -> float:
         """The weighted sum of all loss tops of the last forward."""
         return float(sum(w * np.sum(self.backend.to_host(top.data), dtype=np.float64) for top, w in self.weighted_tops()))
@@ -293,9 +342,8 @@ class Net:
         return 1
 
     def first_nonfinite(self) -> str | None:
-        """Repeats the last forward layer by layer; says which layer first had a parameter or a top with NaN or infinity."""
-        for layer in self.data_layers:
-            layer.source.seek(self._start_positions[layer.name])
+        """Runs forward layer by layer; says which layer first had a parameter or a top with NaN or infinity."""
+        self._count()
         for step in self.steps:
             for index, param in enumerate(step.layer.params):
                 if not self.backend.all_finite(param.master):
@@ -336,6 +384,7 @@ class Net:
             for mine, theirs in zip(node.layer.params, other.params[node.name]):
                 mine.master, mine.data, mine.dtype = theirs.master, theirs.data, theirs.dtype
         self.borrows |= bool(common)
+        self._run = None
         self._arenas += [arena for arena in other._arenas if arena not in self._arenas]
 
     def to_proto(self, diff: bool = False) -> pb.NetParameter:
@@ -350,6 +399,16 @@ class Net:
         """Ends the data layers' threads and closes their files."""
         for layer in self.layers:
             layer.close()
+
+
+@contextmanager
+def _named(step: Step) -> Iterator[None]:
+    """An error gains the layer's name."""
+    try:
+        yield
+    except CaffeliteError as error:
+        error.layer = error.layer or step.layer.name
+        raise
 
 
 def _check_borrowed(node: Node, params: Sequence[Param]) -> None:

@@ -77,9 +77,9 @@ class ParamArena:
             self.backend.copy(self.master, self._lowered)
         self.dirty = False
 
-    def segments(self, rate: float, weight_decay: float) -> list[Segment]:
-        """One Segment for each parameter, with its own multiples of `rate` and `weight_decay`."""
-        return [Segment(o, o + p.count, rate * p.lr_mult, weight_decay * p.decay_mult) for p, o in zip(self.params, self.offsets)]
+    def segments(self, weight_decay: float) -> list[Segment]:
+        """One Segment for each parameter, with its own multiple of `weight_decay`."""
+        return [Segment(o, o + p.count, p.lr_mult, weight_decay * p.decay_mult) for p, o in zip(self.params, self.offsets)]
 
     def state(self) -> FlatState:
         """A new zeroed history of the arena's length."""
@@ -91,6 +91,11 @@ class ParamArena:
         """The next gradients overwrite: no memory is touched now."""
         for param in self.params:
             param.accumulate = False
+
+    def grads_written(self) -> None:
+        """To be called after a record of passes was played: the next gradients are added."""
+        for param in self.params:
+            param.accumulate = True
 
     def settle_grads(self) -> None:
         """Zeros the gradients that no layer has written since zero_grads."""

@@ -115,6 +115,9 @@ class Rig:
         return np.array(array, np.float64) if self.dtype == "float64" else np.array(self.ops.to_host(array), np.float64)
 
     def forward(self) -> list[np.ndarray]:
+        context = self.layer.context
+        context.pass_number = self.ops.empty((1,), "float64")
+        self.ops.assign(context.pass_number, [context.forward_count])
         self.layer.feed(self.ops, self.tops)
         self.layer.forward(self.ops, self.bottoms, self.tops)
         return [self.host(top.data) for top in self.tops]

@@ -39,6 +39,7 @@ class Stand:
         self.launches: list[dict[str, Any]] = []
         self.limits: list[tuple[int, int, int]] = []
         self.lost = False
+        self.graphs: list[str] = []
         runtime = SimpleNamespace(
             CUDARuntimeError=RuntimeError_,
             streamNonBlocking=1,
@@ -51,6 +52,13 @@ class Stand:
             memsetAsync=lambda address, value, size, stream: ctypes.memset(address, value, size),
             memcpyAsync=self.copy,
             memGetInfo=lambda: (self.free, 4 << 20),
+            streamCaptureModeRelaxed=2,
+            streamBeginCapture=lambda stream, mode: self.graphs.append(f"begin {stream} {mode}"),
+            streamEndCapture=self.end_capture,
+            graphInstantiate=self.instantiate,
+            graphLaunch=self.launch_graph,
+            graphDestroy=lambda graph: self.graphs.append(f"destroy {graph}"),
+            graphExecDestroy=lambda graph: self.graphs.append(f"destroy exec {graph}"),
         )
         driver = SimpleNamespace(
             CUDADriverError=DriverError,
@@ -91,6 +99,19 @@ class Stand:
             raise OutOfMemory
         held = np.full(nbytes, 0xEE, np.uint8)
         return SimpleNamespace(held=held, ptr=held.ctypes.data)
+
+    def end_capture(self, stream: int) -> int:
+        self.graphs.append(f"end {stream}")
+        self.wait(stream)
+        return 31
+
+    def instantiate(self, graph: int) -> int:
+        self.graphs.append(f"instantiate {graph}")
+        return 32
+
+    def launch_graph(self, graph: int, stream: int) -> None:
+        self.wait(stream)
+        self.graphs.append(f"play {graph} {stream}")
 
     def launch(self, function: int, *rest: int) -> None:
         *geometry, shared, stream, pointers, extra = rest
@@ -225,3 +246,41 @@ def test_views_are_numpys() -> None:
         x[np.array([1, 0])]
     with pytest.raises(ValueError, match=r"cannot be seen as \(2, 60\)"):
         x.reshape(2, 60)
+
+
+def test_a_record_is_a_graph_of_the_stream(cupy: Stand) -> None:
+    driver = CupyDriver()
+    seen = []
+    record = driver.capture(lambda: seen.append(driver.capturing))
+    assert seen == [True]
+    assert not driver.capturing
+    record.play()
+    record.play()
+    assert cupy.graphs == ["begin 77 2", "end 77", "instantiate 31", "destroy 31", "play 32 77", "play 32 77"]
+    del record
+    assert cupy.graphs[-1] == "destroy exec 32"
+
+
+def test_an_error_while_recording_ends_the_capture(cupy: Stand) -> None:
+    driver = CupyDriver()
+    x = driver.allocate(8)
+    with pytest.raises(RuntimeError, match="copies from or to the host, or waits"):
+        driver.capture(lambda: driver.to_host(x))
+    assert cupy.graphs == ["begin 77 2", "end 77", "destroy 31"]
+    assert driver.to_host(x).tolist() == [0] * 8
+
+
+def test_a_device_lost_while_recording_or_playing(cupy: Stand) -> None:
+    driver = CupyDriver()
+    record = driver.capture(lambda: None)
+    cupy.lost = True
+    with pytest.raises(BackendError, match="GPU 0 stopped: cudaErrorIllegalAddress"):
+        record.play()
+    with pytest.raises(BackendError, match="GPU 0 stopped: cudaErrorIllegalAddress"):
+        driver.capture(lambda: None)
+    with pytest.raises(BackendError, match="first of all"):
+        driver.capture(raises)
+
+
+def raises() -> None:
+    raise BackendError("first of all")

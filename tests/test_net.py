@@ -296,10 +296,12 @@ def test_the_search_for_what_is_not_finite_reads_the_same_batch_again(backend) -
             net.forward()
             net.forward()
             labels = host(net, net.blobs["label"].data)
+            net.rewind()
             assert net.first_nonfinite() == "layer 'log' (Power): its top 'log' is not finite"
         np.testing.assert_array_equal(host(net, net.blobs["label"].data), labels)
         assert net.data_layers[0].source.position == 16
         backend.fill(net.params["conv"][1].master, float("nan"))
+        net.rewind()
         assert net.first_nonfinite() == "layer 'conv' (Convolution): its parameter 1 is not finite"
     finally:
         net.close()

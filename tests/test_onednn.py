@@ -265,7 +265,7 @@ def training_ops(onednn: Any, x: np.ndarray, seed: int) -> Iterator[np.ndarray]:
     window = {"kernel": (3, 3), "stride": (2, 2), "pad": (0, 0)}
     onednn.max_pool_forward(y, pooled, mask, **window)
     kept = np.zeros_like(mask)
-    onednn.dropout_forward(pooled, pooled, kept, ratio=0.5, key=DropoutKey(1, 2, seed))
+    onednn.dropout_forward(pooled, pooled, kept, ratio=0.5, key=DropoutKey(1, 2, np.array([float(seed)])))
     yield from (y, dx, dw, db, pooled, kept)
     yield from channel_results(onednn, x, x).values()
 
@@ -314,7 +314,7 @@ def test_dropout_masks_do_not_depend_on_the_pieces_they_are_drawn_in(reference: 
     masks = [np.zeros(x.shape, np.uint8) for _ in range(2)]
     for backend, mask in zip((reference, several), masks):
         y = like(x)
-        backend.dropout_forward(x, y, mask, ratio=0.3, key=DropoutKey(2**63 + 5, 77, 2**40 + 1))
+        backend.dropout_forward(x, y, mask, ratio=0.3, key=DropoutKey(2**63 + 5, 77, np.array([2.0**40 + 1])))
         np.testing.assert_allclose(y, x * mask / np.float32(0.7), rtol=1e-6)
     assert np.array_equal(*masks)
     assert abs(masks[0].mean() - 0.7) < 0.01

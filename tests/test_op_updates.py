@@ -8,11 +8,23 @@ import numpy as np
 import pytest
 from arrays import assert_close
 
-from caffelite.backends.contract import Segment
+from caffelite.backends.contract import JOURNAL_HEAD, Dials, Segment
 
 COUNT = 1009
 # Elements 500..520 belong to no segment and must not move; rates and decays differ.
-SEGMENTS = [Segment(0, 401, 0.1, 0.05), Segment(401, 500, 0.2, 0.0), Segment(520, COUNT, 0.0, 0.3)]
+SEGMENTS = [Segment(0, 401, 1.0, 0.05), Segment(401, 500, 2.0, 0.0), Segment(520, COUNT, 0.0, 0.3)]
+RATE = 0.1
+
+
+def cells(backend, *values: float):
+    """Values in one float64 array."""
+    array = backend.empty((len(values),), "float64")
+    backend.assign(array, values)
+    return array
+
+
+def dials(backend, rate: float = RATE, grad_scale: float = 1.0, skip: float = 0.0) -> Dials:
+    return Dials(cells(backend, rate), cells(backend, grad_scale), cells(backend, skip))
 
 
 def sgd(g, rate, h, v, o):
@@ -43,9 +55,9 @@ def adadelta(g, rate, h, v, o):
 
 
 def adam(g, rate, h, v, o):
-    a, b, t = o["momentum"], o["momentum2"], o["step"]
+    a, b = o["momentum"], o["momentum2"]
     h, v = a * h + (1 - a) * g, b * v + (1 - b) * g * g
-    return rate * math.sqrt(1 - b**t) / (1 - a**t) * h / (math.sqrt(v) + o["delta"]), h, v
+    return rate * h / (math.sqrt(v) + o["delta"]), h, v
 
 
 RULES = {
@@ -54,7 +66,7 @@ RULES = {
     "adagrad": (adagrad, 1, {"delta": 1e-3}),
     "rmsprop": (rmsprop, 1, {"rms_decay": 0.95, "delta": 1e-3}),
     "adadelta": (adadelta, 2, {"momentum": 0.9, "delta": 1e-3}),
-    "adam": (adam, 2, {"momentum": 0.9, "momentum2": 0.99, "delta": 1e-3, "step": 3}),
+    "adam": (adam, 2, {"momentum": 0.9, "momentum2": 0.99, "delta": 1e-3}),
 }
 
 
@@ -63,7 +75,7 @@ def expected(rule, options, w, g, h, v, segments, l1: bool, grad_scale: float):
     for segment in segments:
         for i in range(segment.start, segment.stop):
             decayed = g[i] * grad_scale + segment.decay * (np.sign(w[i]) if l1 else w[i])
-            step[i], h[i], v[i] = rule(decayed, segment.rate, h[i], v[i], options)
+            step[i], h[i], v[i] = rule(decayed, RATE * segment.lr_mult, h[i], v[i], options)
             w[i] -= step[i]
     return w, h, v, step
 
@@ -78,7 +90,7 @@ def test_rule(backend, make, rng, name: str, l1: bool, grad_scale: float, write_
     h, v = (h if name in ("sgd", "nesterov", "adam") else np.abs(h)), np.abs(v)
     arrays = [make(a) for a in (w, g, h, v)[: 2 + states]]
     given = [make.host(a) for a in arrays] + [make.host(make(v))] * (2 - states)
-    getattr(backend, f"{name}_update")(*arrays, SEGMENTS, **options, l1=l1, grad_scale=grad_scale, write_step=write_step)
+    getattr(backend, f"{name}_update")(*arrays, SEGMENTS, dials(backend, grad_scale=grad_scale), **options, l1=l1, write_step=write_step)
     want_w, want_h, want_v, step = expected(rule, options, *given, SEGMENTS, l1, grad_scale)
     assert_close(make.host(arrays[0]), want_w)
     assert_close(make.host(arrays[2]), want_h)
@@ -95,14 +107,66 @@ def test_rule(backend, make, rng, name: str, l1: bool, grad_scale: float, write_
 def test_a_long_array_is_updated_as_short_ones_are(backend, make, rng, name: str) -> None:
     """Several pieces and threads: the bits of every element are those of the same update on a few elements."""
     _, states, options = RULES[name]
-    count, options = (1 << 20) + 137, options | {"l1": False, "grad_scale": 0.5, "write_step": True}
+    count, options = (1 << 20) + 137, options | {"l1": False, "write_step": True}
     values = [np.resize(np.abs(rng.standard_normal(8191)), count) for _ in range(2 + states)]
     whole = [make(a) for a in values]
-    getattr(backend, f"{name}_update")(*whole, [Segment(0, count, 0.1, 0.01)], **options)
+    getattr(backend, f"{name}_update")(*whole, [Segment(0, count, 1.0, 0.01)], dials(backend, grad_scale=0.5), **options)
     part = [make(a[:8191]) for a in values]
-    getattr(backend, f"{name}_update")(*part, [Segment(0, 8191, 0.1, 0.01)], **options)
+    getattr(backend, f"{name}_update")(*part, [Segment(0, 8191, 1.0, 0.01)], dials(backend, grad_scale=0.5), **options)
     for got, want in zip(whole, part):
         np.testing.assert_allclose(make.host(got), np.resize(make.host(want), count), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_skipped_update_changes_nothing(backend, make, rng, name: str) -> None:
+    _, states, options = RULES[name]
+    values = [np.abs(rng.standard_normal(COUNT)) for _ in range(2 + states)]
+    arrays = [make(a) for a in values]
+    before = [make.host(a) for a in arrays]
+    getattr(backend, f"{name}_update")(*arrays, SEGMENTS, dials(backend, skip=1), **options, l1=False, write_step=True)
+    for got, want in zip(arrays, before):
+        np.testing.assert_array_equal(make.host(got), want)
+
+
+def test_clip_gradients(backend, make) -> None:
+    """3, 4 and zeros have the norm 5."""
+    g, norm, scale = make(np.array([3.0, *[0.0] * 1000, 4.0])), cells(backend, -1), cells(backend, -1)
+    for limit, want in ((10, 0.5), (5, 0.5), (2, 0.2)):
+        backend.clip_gradients(g, norm, scale, limit=limit, divisor=2)
+        assert (backend.to_host(norm)[0], backend.to_host(scale)[0]) == (5, want)
+
+
+def test_a_norm_that_is_not_finite(backend, make) -> None:
+    norm, scale = cells(backend, 0), cells(backend, 0)
+    backend.clip_gradients(make(np.array([np.inf, 1.0])), norm, scale, limit=1, divisor=1)
+    assert (backend.to_host(norm)[0], backend.to_host(scale)[0]) == (np.inf, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_add_sum(backend, make, dtype: str) -> None:
+    """Whole numbers, which both types hold."""
+    total = cells(backend, 1000)
+    backend.add_sum(make(np.arange(11.0), dtype), total, factor=0.5, accumulate=True)
+    assert backend.to_host(total)[0] == 1027.5
+    backend.add_sum(make(np.full((2, 3, 5, 7), 3.0), dtype), total, factor=-1, accumulate=False)
+    assert backend.to_host(total)[0] == -630
+
+
+def test_a_journal(backend) -> None:
+    journal, value = cells(backend, *[0.0] * (JOURNAL_HEAD + 3)), cells(backend, 0)
+    for entry in (3.0, -8.0):
+        backend.assign(value, [entry])
+        backend.append(journal, value, divisor=2)
+    assert backend.to_host(journal).tolist() == [2, 0, 1.5, -4, 0]
+    for entry in (np.nan, 2.0, np.inf, 5.0):
+        backend.assign(value, [entry])
+        backend.append(journal, value, divisor=2)
+    count, flag, *values = backend.to_host(journal).tolist()
+    assert (count, flag, values[:2]) == (3, 1, [1.5, -4])
+    assert math.isnan(values[2])
+    backend.assign(journal, [0, 0])
+    backend.append(journal, value, divisor=1)
+    assert backend.to_host(journal).tolist()[:3] == [1, 0, 5]
 
 
 @pytest.mark.parametrize("layout", ["contract", "gaps"])

@@ -39,10 +39,10 @@ def test_one_flat_array_holds_all_owners_in_order(backend) -> None:
     assert (flat[192:199] == 2).all()
 
 
-def test_segments_carry_each_parameters_own_rate_and_decay(backend) -> None:
-    assert arena(backend).segments(0.5, 0.1)[:4] == [
-        Segment(0, 189, 1.0, pytest.approx(0.3)),
-        Segment(192, 199, 0.25, 0.0),
+def test_segments_carry_each_parameters_own_multiples(backend) -> None:
+    assert arena(backend).segments(0.1)[:4] == [
+        Segment(0, 189, 2.0, pytest.approx(0.3)),
+        Segment(192, 199, 0.5, 0.0),
         Segment(208, 215, 0.0, 0.1),
         Segment(224, 231, 0.0, 0.1),
     ]

@@ -30,9 +30,14 @@ layer { name: "deep" type: "Softmax" bottom: "ip" top: "deep" include { min_leve
 """
 
 
-@pytest.fixture(autouse=True)
-def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["cpu", "gpu"])
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs in both of pycaffe's modes."""
+    if request.param == "gpu":
+        request.getfixturevalue("cuda")
+    monkeypatch.setattr(settings, "gpu", request.param == "gpu")
     monkeypatch.setattr(settings, "seed", 3)
+    return str(request.param)
 
 
 @pytest.fixture
@@ -146,16 +151,29 @@ def test_a_seed_makes_weights_repeatable(folder: Path) -> None:
     assert not np.array_equal(weights(), weights())
 
 
-def test_a_gpu_is_refused_clearly() -> None:
-    with pytest.raises(BackendError):
-        caffe.set_mode_gpu()
+def test_modes_and_devices(cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     caffe.set_mode_cpu()
+    assert new_backend().name in ("numpy", "onednn")
+    caffe.set_mode_gpu()
+    assert new_backend().name == "cuda"
+    assert new_backend() is new_backend(), "kernels are loaded once"
+    caffe.set_mode_cpu()
+    monkeypatch.setattr(settings, "device", 0)
+    caffe.set_device(3)
+    assert new_backend().name in ("numpy", "onednn")
+    with pytest.raises(BackendError, match="there is no GPU 3"):
+        caffe.set_mode_gpu()
+    assert new_backend().name in ("numpy", "onednn")
 
 
-def test_a_gpu_of_the_environment_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_chooses_where_no_mode_was_set(cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "gpu", None)
     monkeypatch.setenv("CAFFELITE_BACKEND", "cuda")
-    with pytest.raises(BackendError, match="pycaffe's nets do not run on a GPU yet"):
-        new_backend()
+    assert new_backend().name == "cuda"
+    monkeypatch.setenv("CAFFELITE_BACKEND", "numpy")
+    assert new_backend().name == "numpy"
+    monkeypatch.setattr(settings, "gpu", True)
+    assert new_backend().name == "cuda"
 
 
 # --- forward ------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 import caffelite as caffe
 from caffelite.errors import SpecError
+from caffelite.pycaffe.settings import settings
 
 NET = """
 layer { name: "in" type: "Input" top: "data" top: "label" input_param { shape { dim: 4 dim: 3 } shape { dim: 4 } } }
@@ -16,6 +17,14 @@ layer { name: "ip" type: "InnerProduct" bottom: "data" top: "ip" inner_product_p
 layer { name: "loss" type: "SoftmaxWithLoss" bottom: "ip" bottom: "label" top: "loss" }
 layer { name: "accuracy" type: "Accuracy" bottom: "ip" bottom: "label" top: "accuracy" include { phase: TEST stage: "score" } }
 """
+
+
+@pytest.fixture(autouse=True, params=["cpu", "gpu"])
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs in both of pycaffe's modes."""
+    if request.param == "gpu":
+        request.getfixturevalue("cuda")
+    monkeypatch.setattr(settings, "gpu", request.param == "gpu")
 
 
 @pytest.fixture

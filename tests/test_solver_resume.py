@@ -95,8 +95,8 @@ def test_every_forward_pass_has_a_number_of_its_own_also_after_a_resume(tmp_path
 
     def counted() -> Solver:
         solver = make_solver(SETTINGS, IMAGES)
-        forward = solver.net.forward
-        monkeypatch.setattr(solver.net, "forward", lambda: (numbers.append(solver.net.context.forward_count), forward()))
+        feed = solver.net.feed
+        monkeypatch.setattr(solver.net, "feed", lambda: (numbers.append(solver.net.context.forward_count), feed()))
         return solver
 
     first = counted()

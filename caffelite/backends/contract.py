@@ -13,11 +13,13 @@ Rules that hold for every op:
 - `stride`, `pad`, `dilation`, `kernel` are tuples with one int per spatial axis.
 - An op checks nothing a layer has checked already; it raises DataError for bad values (a label out of range).
 - Results are deterministic: the same inputs give the same bits on the same machine and number of threads.
+- What changes from one pass or update to the next (its number, the rate) comes in a cell, an array of one float64, never as a plain
+  number: a backend may record the ops of an iteration and play them back (see `repeatable`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 Array = Any
@@ -25,20 +27,28 @@ Ints = tuple[int, ...]
 
 
 class Segment(NamedTuple):
-    """A run of one parameter in the arena: elements start..stop, its own rate (rate*lr_mult) and decay (weight_decay*decay_mult)."""
+    """A run of one parameter in the arena: elements start..stop, the multiple of the rate it learns at, its decay (weight_decay*decay_mult)."""
 
     start: int
     stop: int
-    rate: float
+    lr_mult: float
     decay: float
 
 
+class Dials(NamedTuple):
+    """What changes from one update to the next, each in a cell. skip: the update does nothing where this is not 0."""
+
+    rate: Array
+    grad_scale: Array
+    skip: Array
+
+
 class DropoutKey(NamedTuple):
-    """Names one dropout mask: see Backend.dropout_forward."""
+    """Names one dropout mask: see Backend.dropout_forward. iteration: a cell that holds a whole number."""
 
     seed: int
     layer: int
-    iteration: int
+    iteration: Array
 
 
 def strides_of(shape: Ints, itemsize: int) -> Ints:
@@ -66,10 +76,17 @@ def pool_mask_dtype(kernel: Ints) -> str:
     return "uint8" if kernel[0] * kernel[1] <= 255 else "int32"
 
 
+JOURNAL_HEAD = 2  # elements of a journal before its values: see Backend.append
+
+
 class Backend(Protocol):
-    """All ops, grouped by stem: the first word of a section's head, and the name of the file that holds them in each backend and of their test."""
+    """All ops, grouped by stem: the first word of a section's head, and the name of the file that holds them in each backend and of their test.
+
+    runs_ahead: ops may return before they have run, so that reading a result waits.
+    """
 
     name: str
+    runs_ahead: bool
 
     # --- memory ----------------------------------------------------------------------------------------------------
 
@@ -102,12 +119,22 @@ class Backend(Protocol):
         """x[...] = value."""
         ...
 
+    def assign(self, x: Array, values: Sequence[float]) -> None:
+        """x[i] = values[i]: x float64 of one axis and at most 8 elements. Nothing waits."""
+        ...
+
     def copy(self, x: Array, y: Array) -> None:
         """y <- x element by element in logical C order; equal counts, shapes and dtypes may differ (float32 <-> bfloat16)."""
         ...
 
     def synchronize(self) -> None:
         """Waits until every op so far has finished; nothing on a CPU."""
+        ...
+
+    def repeatable(self, run: Callable[[], None]) -> Callable[[], None]:
+        """A function to be called instead of `run`, which calls ops alone: each time the same ones on the same arrays, none that returns a
+        number or copies to or from the host. A backend may record them and play them back; the record holds the arrays alive, and labels
+        out of range give a NaN (as the loss or the accuracy) instead of a DataError."""
         ...
 
     # --- convolution -----------------------------------------------------------------------------------------------
@@ -407,26 +434,37 @@ class Backend(Protocol):
         """x *= factor."""
         ...
 
-    # Every update works on flat float32 arrays of one length: w values, g gradients, h (and v) states. For each segment:
-    # g' = g*grad_scale + decay*w (l1: decay*sign(w)); the step D below; w -= D. write_step: g <- D, else g is left undefined.
-    # D is evaluated in float32 in the order of spec: net-and-solver 10.
+    def add_sum(self, x: Array, total: Array, *, factor: float, accumulate: bool) -> None:
+        """total (+)= factor * sum of x, in float64; total is a cell."""
+        ...
 
-    def sgd_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, momentum: float, l1: bool, grad_scale: float, write_step: bool) -> None:
+    def append(self, journal: Array, value: Array, *, divisor: float) -> None:
+        """Adds value/divisor (a cell) to a journal, a float64 array of one axis: element 0 counts its values, which begin at JOURNAL_HEAD;
+        element 1 becomes 1 with the first value that is not finite. A full journal takes no more values."""
+        ...
+
+    def clip_gradients(self, g: Array, norm: Array, grad_scale: Array, *, limit: float, divisor: float) -> None:
+        """norm = sqrt(sum of g^2) in float64; grad_scale = (limit/norm where norm > limit, else 1) / divisor. Both are cells."""
+        ...
+
+    # Every update works on flat float32 arrays of one length: w values, g gradients, h (and v) states. For each segment:
+    # rate = dials.rate*lr_mult; g' = g*grad_scale + decay*w (l1: decay*sign(w)); the step D below; w -= D. write_step: g <- D, else g is
+    # left undefined. D is evaluated in float32 in the order of spec: net-and-solver 10.
+
+    def sgd_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, momentum: float, l1: bool, write_step: bool) -> None:
         """h <- momentum h + rate g'; D = h."""
         ...
 
-    def nesterov_update(
-        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, momentum: float, l1: bool, grad_scale: float, write_step: bool
-    ) -> None:
+    def nesterov_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, momentum: float, l1: bool, write_step: bool) -> None:
         """h' = momentum h + rate g'; D = (1+momentum) h' - momentum h; h <- h'."""
         ...
 
-    def adagrad_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, delta: float, l1: bool, grad_scale: float, write_step: bool) -> None:
+    def adagrad_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, delta: float, l1: bool, write_step: bool) -> None:
         """h <- h + g'^2; D = rate g' / (sqrt(h) + delta)."""
         ...
 
     def rmsprop_update(
-        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, rms_decay: float, delta: float, l1: bool, grad_scale: float, write_step: bool
+        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, rms_decay: float, delta: float, l1: bool, write_step: bool
     ) -> None:
         """h <- rms_decay h + (1-rms_decay) g'^2; D = rate g' / (sqrt(h) + delta)."""
         ...
@@ -438,11 +476,11 @@ class Backend(Protocol):
         h: Array,
         v: Array,
         segments: Sequence[Segment],
+        dials: Dials,
         *,
         momentum: float,
         delta: float,
         l1: bool,
-        grad_scale: float,
         write_step: bool,
     ) -> None:
         """h <- m h + (1-m) g'^2; d = g' sqrt((v+delta)/(h+delta)); v <- m v + (1-m) d^2; D = rate d."""
@@ -455,14 +493,13 @@ class Backend(Protocol):
         h: Array,
         v: Array,
         segments: Sequence[Segment],
+        dials: Dials,
         *,
         momentum: float,
         momentum2: float,
         delta: float,
-        step: int,
         l1: bool,
-        grad_scale: float,
         write_step: bool,
     ) -> None:
-        """h <- b1 h + (1-b1) g'; v <- b2 v + (1-b2) g'^2; D = rate sqrt(1-b2^step)/(1-b1^step) h / (sqrt(v) + delta)."""
+        """h <- b1 h + (1-b1) g'; v <- b2 v + (1-b2) g'^2; D = rate h / (sqrt(v) + delta). The rate holds the correction of the first steps."""
         ...

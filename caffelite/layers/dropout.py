@@ -36,7 +36,7 @@ class Dropout(Elementwise):
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
         if self.training:
-            key = DropoutKey(self.context.seed, self.stream, self.context.forward_count)
+            key = DropoutKey(self.context.seed, self.stream, self.context.pass_number)
             ops.dropout_forward(bottoms[0].data, tops[0].data, self.buffers["mask"], ratio=self.ratio, key=key)
         elif not self.in_place_here:
             ops.copy(bottoms[0].data, tops[0].data)

@@ -13,6 +13,7 @@ import numpy as np
 import caffelite.blob as engine_blob
 import caffelite.net as engine
 from caffelite.errors import SpecError
+from caffelite.pycaffe.mirror import Mirror, called_back, engine_runs, shown
 from caffelite.pycaffe.settings import TEST, TRAIN, new_backend, new_seed
 from caffelite.schema import read_net
 from caffelite.weights import write_binary
@@ -23,19 +24,19 @@ class Blob:
 
     def __init__(self, blob: engine_blob.Blob, net: engine.Net) -> None:
         self._blob, self._net = blob, net
+        self._mirrors: dict[str, Mirror] = {}
 
     @property
     def data(self) -> np.ndarray:
-        if isinstance(self._blob, engine_blob.Param):
-            return self._blob.master  # type: ignore[no-any-return]
-        return self._blob.data  # type: ignore[no-any-return]
+        array = self._blob.master if isinstance(self._blob, engine_blob.Param) else self._blob.data
+        return shown(self._mirrors, "data", self._net.backend, array)
 
     @property
     def diff(self) -> np.ndarray:
         if self._blob.diff is None:
             self._blob.diff = self._net.backend.empty(self._blob.shape, "float32")
             self._net.backend.fill(self._blob.diff, 0.0)
-        return self._blob.diff  # type: ignore[no-any-return]
+        return shown(self._mirrors, "diff", self._net.backend, self._blob.diff)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,7 +58,8 @@ class Blob:
 
     def reshape(self, *shape: int) -> None:
         """Gives a net input a new shape at once, filled with zeros; the other blobs follow at the next Net.reshape or forward."""
-        self._net.resize_input(self._blob.name, tuple(int(size) for size in shape))
+        with engine_runs():
+            self._net.resize_input(self._blob.name, tuple(int(size) for size in shape))
 
 
 class Layer:
@@ -132,8 +134,9 @@ class Net:
         for name, values in inputs.items():
             _fill(name, self.blobs[name].data, values)
         first, last = self._index(start, 0), self._index(end, len(self.layers) - 1)
-        self._net.parameters_changed()
-        self._net.forward(first, last + 1)
+        with engine_runs():
+            self._net.parameters_changed()
+            self._net.forward(first, last + 1)
         self._net.context.forward_count += 1
         names = self.top_names[end] if end else self.outputs
         return {name: self.blobs[name].data for name in [*names, *(blobs or [])]}
@@ -147,25 +150,26 @@ class Net:
             if name not in tops:
                 raise SpecError(f"a gradient is given for '{name}', which is no output", hint=f"outputs: {_names(tops)}")
             _fill(name, self.blobs[name].diff, values)
-        self._net.backward(first, last)
+        with engine_runs():
+            self._net.backward(first, last)
         names = self.bottom_names[end] if end else self.inputs
         return {name: self.blobs[name].diff for name in [*names, *(diffs or [])]}
 
     def before_forward(self, function: Callable[[int], object]) -> None:
         """Calls function(layer number) before each layer's forward, in training too."""
-        self._net.hooks.before_forward.append(function)
+        self._net.hooks.before_forward.append(called_back(function))
 
     def after_forward(self, function: Callable[[int], object]) -> None:
         """Calls function(layer number) after each layer's forward, in training too."""
-        self._net.hooks.after_forward.append(function)
+        self._net.hooks.after_forward.append(called_back(function))
 
     def before_backward(self, function: Callable[[int], object]) -> None:
         """Calls function(layer number) before each layer's backward, in training too."""
-        self._net.hooks.before_backward.append(function)
+        self._net.hooks.before_backward.append(called_back(function))
 
     def after_backward(self, function: Callable[[int], object]) -> None:
         """Calls function(layer number) after each layer's backward, in training too."""
-        self._net.hooks.after_backward.append(function)
+        self._net.hooks.after_backward.append(called_back(function))
 
     def forward_all(self, blobs: Sequence[str] | None = None, **inputs: Any) -> dict[str, np.ndarray]:
         """Runs inputs of any length through the net batch by batch; the last batch is padded with zeros, results trimmed.
@@ -205,34 +209,41 @@ class Net:
 
     def reshape(self) -> None:
         """Brings all shapes in line with the inputs'. forward does so, too."""
-        self._net.reshape()
+        with engine_runs():
+            self._net.reshape()
 
     def copy_from(self, path: str | Path) -> None:
         """Copies weights by layer name from a .caffemodel or HDF5 file; a text may name several, separated by commas."""
-        self._net.copy_from(path)
+        with engine_runs():
+            self._net.copy_from(path)
 
     def share_with(self, other: Net) -> None:
         """Uses other's parameter values, layer by layer by name."""
-        self._net.share_with(other._net)
+        with engine_runs():
+            self._net.share_with(other._net)
 
     def save(self, path: str | Path, write_diff: bool = False) -> None:
         """Writes a binary .caffemodel, whatever the name."""
-        write_binary(self._net, Path(path), write_diff)
+        with engine_runs():
+            write_binary(self._net, Path(path), write_diff)
 
     def save_hdf5(self, path: str | Path, write_diff: bool = False) -> None:
         """Writes an HDF5 model."""
         from caffelite.hdf5 import write_model
 
-        write_model(self._net, Path(path), write_diff)
+        with engine_runs():
+            write_model(self._net, Path(path), write_diff)
 
     def load_hdf5(self, path: str | Path) -> None:
         """Reads an HDF5 model."""
-        self._net.copy_from(path)
+        with engine_runs():
+            self._net.copy_from(path)
 
     def clear_param_diffs(self) -> None:
         """Zeros every parameter gradient."""
-        self._net.zero_grads()
-        self._net.arena.settle_grads()
+        with engine_runs():
+            self._net.zero_grads()
+            self._net.arena.settle_grads()
 
 
 def _names(names: Iterable[str]) -> str:

@@ -1,22 +1,24 @@
-"""What set_mode_cpu, set_mode_gpu and set_random_seed choose for the nets made after them."""
+"""What set_mode_cpu, set_mode_gpu, set_device and set_random_seed choose for the nets made after them."""
 
 from __future__ import annotations
 
 import os
+from functools import cache
 
 from caffelite import backends
 from caffelite.backends.contract import Backend
-from caffelite.errors import BackendError
 from caffelite.layer import known_types
 
 TRAIN, TEST = 0, 1
 
 
 class _Settings:
-    """The choices in force."""
+    """The choices in force. gpu: None for what CAFFELITE_BACKEND says."""
 
     def __init__(self) -> None:
         self.seed: int | None = None
+        self.gpu: bool | None = None
+        self.device = 0
 
 
 settings = _Settings()
@@ -24,16 +26,24 @@ settings = _Settings()
 
 def set_mode_cpu() -> None:
     """Nets made from now on run on a CPU backend (CAFFELITE_BACKEND or the fastest that loads)."""
+    settings.gpu = False
 
 
 def set_mode_gpu() -> None:
-    """BackendError: these classes show every blob as a numpy.ndarray and run on CPUs alone."""
-    raise BackendError("pycaffe's nets do not run on a GPU yet", hint="use a CPU backend here; `caffelite train --gpu 0` trains on a GPU")
+    """Nets made from now on run on the GPU that set_device chose, or the first one. BackendError when it does not start."""
+    _gpu(settings.device)
+    settings.gpu = True
 
 
 def set_device(device: int) -> None:
-    """BackendError, as for set_mode_gpu."""
-    set_mode_gpu()
+    """The GPU for nets made from now on, by its number, once set_mode_gpu asks for one."""
+    settings.device = device
+
+
+@cache
+def _gpu(device: int) -> Backend:
+    """One backend for each GPU, with its compiled kernels."""
+    return backends.get("cuda", device=device)
 
 
 def set_random_seed(seed: int) -> None:
@@ -47,11 +57,11 @@ def layer_type_list() -> list[str]:
 
 
 def new_backend() -> Backend:
-    """The backend of the next net. BackendError where the environment asks for a GPU."""
+    """The backend of the next net. BackendError when it does not load."""
     name = os.environ.get("CAFFELITE_BACKEND") or "auto"
-    if name == "cuda":
-        set_mode_gpu()
-    return backends.get(name)
+    if settings.gpu or (settings.gpu is None and name == "cuda"):
+        return _gpu(settings.device)
+    return backends.get("auto" if name == "cuda" else name)
 
 
 def new_seed() -> int:

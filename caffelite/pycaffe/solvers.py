@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from caffelite.pycaffe.mirror import called_back, engine_runs
 from caffelite.pycaffe.net import Net
 from caffelite.pycaffe.settings import new_backend, settings
 from caffelite.schema import pb, read_solver
@@ -69,19 +70,23 @@ class Solver:
 
     def step(self, iterations: int) -> None:
         """Runs some iterations, with the tests, displays and snapshots that fall due."""
-        self._solver.step(iterations)
+        with engine_runs():
+            self._solver.step(iterations)
 
     def solve(self, resume_file: str | Path | None = None) -> None:
         """Trains up to max_iter, from a saved state if given."""
-        self._solver.solve(resume_file)
+        with engine_runs():
+            self._solver.solve(resume_file)
 
     def restore(self, state_file: str | Path) -> None:
         """Takes up the run saved in a .solverstate file."""
-        self._solver.restore(state_file)
+        with engine_runs():
+            self._solver.restore(state_file)
 
     def snapshot(self) -> None:
         """Writes the model and the solver's state."""
-        self._solver.snapshot()
+        with engine_runs():
+            self._solver.snapshot()
 
     def share_weights(self, net: Net) -> None:
         """Lets `net` use the train net's parameter values."""
@@ -89,11 +94,12 @@ class Solver:
 
     def apply_update(self) -> None:
         """One update from the gradients that are in the net."""
-        self._solver.apply_update()
+        with engine_runs():
+            self._solver.apply_update()
 
     def add_callback(self, on_start: Callable[[], object], on_gradients_ready: Callable[[], object]) -> None:
         """Calls on_start() at the start of each iteration, on_gradients_ready() when its gradients are complete, before the update."""
-        self._solver.listeners.append(_Callback(on_start, on_gradients_ready))
+        self._solver.listeners.append(_Callback(called_back(on_start), called_back(on_gradients_ready)))
 
 
 class SGDSolver(Solver):

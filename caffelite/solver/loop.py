@@ -11,23 +11,26 @@ from typing import Any
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Backend, Segment
+from caffelite.backends.contract import Array, Backend
 from caffelite.errors import SpecError, TrainingError
 from caffelite.net import Net
 from caffelite.params import FlatState
 from caffelite.schema import SolverSpec, pb
 from caffelite.solver.config import NetChoice, check_best, check_solver, test_choices, train_choice
 from caffelite.solver.debug import backward_with_debug, forward_with_debug
+from caffelite.solver.iteration import MOST_UNREAD, Iteration
 from caffelite.solver.listeners import Listener, Output
 from caffelite.solver.rates import RatePolicy
 from caffelite.solver.restore import cursors_of_tests, make_state, new_history, restore
-from caffelite.solver.rules import RULES, apply_rule
+from caffelite.solver.rules import RULES
 from caffelite.solver.scoring import Scorer, outputs_of
 from caffelite.solver.signals import DEFAULT_EFFECTS, SignalWatch
 from caffelite.solver.snapshot import SnapshotStore
 from caffelite.solver.state_files import write_state
-from caffelite.solver.tracking import Best, LossWindow
+from caffelite.solver.tracking import Best, LossWindow, UpdateNotes
 from caffelite.weights import left_to_fillers
+
+LOOK_SECONDS = 0.5  # between two looks at a device that runs ahead, at the most
 
 
 class Solver:
@@ -56,13 +59,17 @@ class Solver:
         self.listeners, self.effects = list(listeners), effects
         self.iter = 0
         self.seed = int(self.param.random_seed) if self.param.random_seed >= 0 else int.from_bytes(os.urandom(4), "little")
-        self.rates = RatePolicy(self.param, lambda text: self.tell(text, "sgd_solver.cpp"))
+        self._notes = UpdateNotes(lambda text: self.tell(text, "sgd_solver.cpp"), self.param.clip_gradients)
+        self.rates = RatePolicy(self.param, lambda text: self._notes.add(self.iter, text))
         self.snapshots = SnapshotStore(self.param)
         self.best = Best(self.param.snapshot_best) if self.param.snapshot_best else None
         self._watch: SignalWatch | None = None
         self._stopping = False
         self.test_cursors: list[pb.DataCursor] | None = None  # from before the test that is under way
-        self._segments: tuple[float, list[Segment]] = (math.nan, [])
+        self._iteration: Iteration | None = None
+        self._starts: list[dict[str, int]] = []  # where the data stood before each iteration that has not been looked at
+        self._start = self._unseen = 0  # iterations: the first of this call, the first whose loss is not known
+        self._looked = -math.inf
         self._clock = time.perf_counter()
         self._window = LossWindow(self.param.average_loss)
         self.test_nets: list[Net] = []
@@ -212,105 +219,150 @@ class Solver:
     @np.errstate(all="ignore")
     def step(self, iterations: int) -> None:
         """Runs `iterations` iterations in the order of spec net-and-solver 8.2; fewer when a signal stops it."""
-        p, start, stop = self.param, self.iter, self.iter + iterations
         self._stopping = False
-        self._window, self._clock = LossWindow(p.average_loss), time.perf_counter()
-        while self.iter < stop:
-            self.net.zero_grads()
-            if p.test_interval and self.iter % p.test_interval == 0 and (self.iter > 0 or p.test_initialization):
-                self.test_all()
-                if self._stopping:
-                    return
-            self._event("on_iteration_start", self.iter)
-            display = p.display > 0 and self.iter % p.display == 0
-            smoothed = self._window.add(self._forward_backward(debug=display and p.debug_info), self.iter - start)
-            rate = self.rates.rate(self.iter)
-            if display:
-                self._display(smoothed, rate)
-            self.net.arena.settle_grads()
-            self._event("on_gradients", self.iter)
-            self._update(rate)
-            for listener in self.listeners:
-                listener.on_iteration(self.iter, smoothed)
-            if self._after_update():
-                return
+        self._window, self._clock, self._looked = LossWindow(self.param.average_loss), time.perf_counter(), -math.inf
+        self._start = self._unseen = self.iter
+        self._notes.start(self.iter)
+        self._starts.clear()
+        self._work.reset()
+        stop = self.iter + iterations
+        while self.iter < stop and not self._stopping:
+            self._step()
+        self._look()
 
-    def _forward_backward(self, *, debug: bool) -> float:
-        total = 0.0
+    def _step(self) -> None:
+        p, number = self.param, self.iter
+        self.net.zero_grads()
+        if p.test_interval and number % p.test_interval == 0 and (number > 0 or p.test_initialization):
+            self.test_all()
+            if self._stopping:
+                return
+        self._event("on_iteration_start", number)
+        self._starts.append({layer.name: layer.source.position for layer in self.net.data_layers})
+        rate, display = self.rates.rate(number), p.display > 0 and number % p.display == 0
+        self._work.set_rate(rate, number)
+        if split := self._must_split():
+            self._passes(debug=display and p.debug_info)
+        else:
+            self._whole()
+        if self._must_look(display):
+            self._look()
+        if display:
+            self._display(self._window.smoothed, rate)
+        if split:
+            self._event("on_gradients", number)
+            self._update()
+            self._take_norms()
+        self.iter += 1
+        self._notes.tell(self.iter)
+        for listener in self.listeners:
+            listener.on_iteration(self.iter, self._window.smoothed)
+        self._after_update()
+
+    def _must_split(self) -> bool:
+        """Whether somebody wants to see or change the gradients between the passes and the update."""
+        watched = any(getattr(type(listener), "on_gradients", None) is not Listener.on_gradients for listener in self.listeners)
+        return watched or self.observe or self.net.borrows
+
+    def _whole(self) -> None:
+        for part in range(self.param.iter_size):
+            self._place_forward(part)
+            self.net.feed()
+            self._work.run(part)
+
+    def _passes(self, *, debug: bool) -> None:
         for part in range(self.param.iter_size):
             self._place_forward(part)
             forward_with_debug(self.net, self.tell) if debug else self.net.forward()
-            loss = self.net.loss()
+            self._work.add_loss(part == 0, part == self.param.iter_size - 1)
+            backward_with_debug(self.net, self.tell) if debug else self.net.backward()
+        self.net.arena.settle_grads()
+
+    # A backend that runs ahead is looked at now and then, so that it need not wait for us; the device itself stops updating at a bad loss.
+
+    def _must_look(self, display: bool) -> bool:
+        late = time.perf_counter() - self._looked > LOOK_SECONDS or len(self._starts) >= MOST_UNREAD
+        return display or late or not self.backend.runs_ahead
+
+    def _look(self) -> None:
+        """Takes note of what the iterations since the last look came to. TrainingError, or DataError, placed at the first that went wrong."""
+        for loss in self._work.take_losses():
             if not math.isfinite(loss):
                 raise self._diverged(loss)
-            backward_with_debug(self.net, self.tell) if debug else self.net.backward()
-            total += loss
-        return total / self.param.iter_size
+            self._window.add(loss, self._unseen - self._start)
+            self._unseen += 1
+            del self._starts[0]
+        self._take_norms()
+        self._notes.tell(self.iter)
+        self._looked = time.perf_counter()
+
+    def _take_norms(self) -> None:
+        for norm in self._work.take_norms():
+            self._notes.add_norm(norm)
 
     def _place_forward(self, part: int) -> None:
         self.net.context.forward_count = self.iter * self.param.iter_size + part
 
     def _display(self, smoothed: float, rate: float) -> None:
-        now = time.perf_counter()
-        self._event("on_display", self.iter, smoothed, outputs_of(self.net), rate, now - self._clock)
+        now, outputs = time.perf_counter(), outputs_of(self.net)
+        if self.backend.runs_ahead and any(math.isnan(value) for output in outputs for value in output.values):
+            self.net.recheck()
+        self._event("on_display", self.iter, smoothed, outputs, rate, now - self._clock)
         self._clock = now
 
-    def _after_update(self) -> bool:
-        """Serves signals and the regular snapshot; returns whether to stop."""
+    def _after_update(self) -> None:
+        """Serves signals and the regular snapshot."""
         requests = self._watch.take() if self._watch else set()
         self._stopping |= "stop" in requests
         if "snapshot" in requests or (self.param.snapshot and self.iter % self.param.snapshot == 0):
             self.snapshot()
-        return self._stopping
 
     # --- the update ----------------------------------------------------------------------------------------------------
 
     @property
+    def _work(self) -> Iteration:
+        if self._iteration is None:
+            write_step = self.param.snapshot_diff or self.observe
+            self._iteration = Iteration(self.net, self.param, self._states, write_step=write_step)
+        return self._iteration
+
+    @property
     def lr(self) -> float:
         """The rate of the next update; reading it can advance multistep, as in Caffe."""
-        return self.rates.rate(self.iter)
+        rate = self.rates.rate(self.iter)
+        self._notes.tell_all()
+        return rate
 
     def apply_update(self) -> None:
         """One update from the gradients in the net (spec net-and-solver 10)."""
-        self._update(self.rates.rate(self.iter))
+        self._work.set_rate(self.lr, self.iter)
+        self._notes.start(self.iter)
+        self._update()
+        self._take_norms()
+        self.iter += 1
+        self._notes.tell(self.iter)
 
-    def _update(self, rate: float) -> None:
-        arena, p = self.net.arena, self.param
+    def _update(self) -> None:
         if self.net.borrows:
             raise SpecError("the train net uses another net's parameters and cannot train them", hint="share the other way round: other.share_with(solver.net)")
-        if arena.grad is not None:
-            arena.settle_grads()
-            if self._segments[0] != rate:
-                self._segments = (rate, arena.segments(rate, p.weight_decay))
-            apply_rule(
-                p,
-                self.backend,
-                arena.master,
-                arena.grad,
-                self._states,
-                self._segments[1],
-                iteration=self.iter,
-                grad_scale=self._clip_factor() / p.iter_size,
-                write_step=p.snapshot_diff or self.observe,
-            )
-            self.net.parameters_changed()
-        self.iter += 1
-
-    def _clip_factor(self) -> float:
-        """What clip_gradients multiplies the raw sum of gradients by."""
-        limit = self.param.clip_gradients
-        if limit < 0:
-            return 1.0
-        norm = math.sqrt(self.backend.sum_squares(self.net.arena.grad))
-        if norm <= limit:
-            return 1.0
-        factor = limit / norm
-        self.tell(f"Gradient clipping: scaling down gradients (L2 norm {norm:g} > {limit:g}) by scale factor {factor:g}", "sgd_solver.cpp")
-        return factor
+        self._work.update()
 
     def _diverged(self, loss: float) -> TrainingError:
-        first = self.net.first_nonfinite() or "no layer shows it when the pass is repeated"
+        """Goes back to the iteration that has not been seen yet, whose weights are still there, and says what is wrong with it."""
+        self.iter = self._unseen
+        self._work.reset()
+        for layer in self.net.data_layers:
+            layer.source.seek(self._starts[0][layer.name])
+        self._starts.clear()
+        first = self._first_nonfinite() or "no layer shows it when the pass is repeated"
         return TrainingError(f"the loss is {loss:g} in iteration {self.iter}: {first}", hint=self._advice())
+
+    def _first_nonfinite(self) -> str | None:
+        for part in range(self.param.iter_size):
+            self._place_forward(part)
+            if found := self.net.first_nonfinite():
+                return found
+        return None
 
     def _advice(self) -> str:
         last = self.snapshots.last
@@ -322,6 +374,7 @@ class Solver:
     @np.errstate(all="ignore")
     def test_all(self) -> None:
         """Scores every test net with the weights as they are."""
+        self._look()
         self.test_cursors = cursors_of_tests(self)
         try:
             for index in range(len(self.test_nets)):
@@ -383,6 +436,7 @@ class Solver:
         write_state(Path(state), make_state(self, model))
 
     def _require_finite(self) -> None:
+        self._look()
         if self.backend.all_finite(self.net.arena.master):
             return
         bad = next(label for param, label in zip(self.net.arena.params, self.net.arena.labels) if not self.backend.all_finite(param.master))
@@ -395,4 +449,5 @@ class Solver:
         A state written by Caffe lacks the seed and the data position: these stay as they are.
         """
         restore(self, Path(path))
+        self._iteration = None  # a record of it holds the seed
         self.tell("SGDSolver: restoring history", "sgd_solver.cpp")

@@ -3,44 +3,57 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from caffelite.backends.contract import Array, Backend, Segment
+from caffelite.backends.contract import Array, Backend, Dials, Segment
 from caffelite.errors import SpecError
 from caffelite.schema import SolverSpec, pb
 
-Settings = Callable[[pb.SolverParameter, int], dict[str, Any]]
+Settings = Callable[[pb.SolverParameter], dict[str, Any]]
+Correction = Callable[[pb.SolverParameter, int], float]
+
+
+def _none(p: pb.SolverParameter, iteration: int) -> float:
+    return 1.0
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One solver type: its op in the backend contract, its number of history arrays, and the op's own settings."""
+    """One solver type: its op in the backend contract, its number of history arrays, the op's own settings, and what multiplies the rate of
+    the update that comes after `iteration` others."""
 
     op: str
     states: int
     settings: Settings
+    correction: Correction = _none
 
 
-def _momentum(p: pb.SolverParameter, iteration: int) -> dict[str, Any]:
+def _momentum(p: pb.SolverParameter) -> dict[str, Any]:
     return {"momentum": p.momentum}
 
 
-def _adagrad(p: pb.SolverParameter, iteration: int) -> dict[str, Any]:
+def _adagrad(p: pb.SolverParameter) -> dict[str, Any]:
     return {"delta": p.delta}
 
 
-def _rmsprop(p: pb.SolverParameter, iteration: int) -> dict[str, Any]:
+def _rmsprop(p: pb.SolverParameter) -> dict[str, Any]:
     return {"rms_decay": p.rms_decay, "delta": p.delta}
 
 
-def _adadelta(p: pb.SolverParameter, iteration: int) -> dict[str, Any]:
+def _adadelta(p: pb.SolverParameter) -> dict[str, Any]:
     return {"momentum": p.momentum, "delta": p.delta}
 
 
-def _adam(p: pb.SolverParameter, iteration: int) -> dict[str, Any]:
-    return {"momentum": p.momentum, "momentum2": p.momentum2, "delta": p.delta, "step": iteration + 1}
+def _adam(p: pb.SolverParameter) -> dict[str, Any]:
+    return {"momentum": p.momentum, "momentum2": p.momentum2, "delta": p.delta}
+
+
+def _adam_correction(p: pb.SolverParameter, iteration: int) -> float:
+    """The averages start at zero, so that the first of them are too small (Kingma and Ba 2015)."""
+    return math.sqrt(1 - p.momentum2 ** (iteration + 1)) / (1 - p.momentum ** (iteration + 1))
 
 
 RULES: dict[str, Rule] = {
@@ -49,7 +62,7 @@ RULES: dict[str, Rule] = {
     "AdaGrad": Rule("adagrad_update", 1, _adagrad),
     "RMSProp": Rule("rmsprop_update", 1, _rmsprop),
     "AdaDelta": Rule("adadelta_update", 2, _adadelta),
-    "Adam": Rule("adam_update", 2, _adam),
+    "Adam": Rule("adam_update", 2, _adam, _adam_correction),
 }
 REGULARIZERS = ("L2", "L1")
 
@@ -87,17 +100,14 @@ def apply_rule(
     gradients: Array,
     states: Sequence[Array],
     segments: Sequence[Segment],
+    dials: Dials,
     *,
-    iteration: int,
-    grad_scale: float,
     write_step: bool,
 ) -> None:
     """One update of flat float32 arrays of one length; `states` are the rule's history arrays in the order they are saved.
 
-    iteration: updates done before this one. grad_scale multiplies the raw gradient sum (clipping and 1/iter_size).
-    write_step: leave the applied step in `gradients`.
+    dials.grad_scale multiplies the raw gradient sum (clipping and 1/iter_size). write_step: leave the applied step in `gradients`.
     """
     rule = RULES[param.type]
-    update = getattr(ops, rule.op)
     l1 = param.regularization_type == "L1"
-    update(weights, gradients, *states, segments, **rule.settings(param, iteration), l1=l1, grad_scale=grad_scale, write_step=write_step)
+    getattr(ops, rule.op)(weights, gradients, *states, segments, dials, **rule.settings(param), l1=l1, write_step=write_step)

@@ -35,7 +35,7 @@ class Scorer:
     """
 
     def __init__(self, net: Net, batches: int | None, forward: Callable[[Net], None] | None = None) -> None:
-        self.net, self._run = net, forward or (lambda net: net.forward())
+        self.net, self._run = net, forward or Net.forward_again
         self.whole = batches is None
         self._tail_size = 0
         self._tail: Net | None = None
@@ -59,7 +59,7 @@ class Scorer:
             net.context.forward_count = self._passes
             self._passes += 1
             self._run(net)
-            means.add(net, weight)
+            means.add(_checked_values(net), net.loss(), weight)
         return Scores(means.outputs(self.net), means.loss, self.records)
 
     def _batch_nets(self) -> Iterator[tuple[Net, float]]:
@@ -87,8 +87,8 @@ class _Means:
         self._weights: dict[str, npt.NDArray[np.float64]] = {}
         self._loss = self._weight = 0.0
 
-    def add(self, net: Net, weight: float) -> None:
-        for name, values in net.output_values().items():
+    def add(self, outputs: dict[str, np.ndarray], loss: float, weight: float) -> None:
+        for name, values in outputs.items():
             flat = np.asarray(values, np.float64).ravel()
             if name not in self._sums or len(self._sums[name]) < len(flat):
                 grown = np.zeros((2, len(flat)))
@@ -97,7 +97,7 @@ class _Means:
                 self._sums[name], self._weights[name] = grown
             self._sums[name][: len(flat)] += weight * flat
             self._weights[name][: len(flat)] += weight
-        self._loss += weight * net.loss()
+        self._loss += weight * loss
         self._weight += weight
 
     @property
@@ -106,6 +106,14 @@ class _Means:
 
     def outputs(self, net: Net) -> list[Output]:
         return [Output(name, tuple((self._sums[name] / self._weights[name]).tolist()), net.loss_weight(name)) for name in net.outputs]
+
+
+def _checked_values(net: Net) -> dict[str, np.ndarray]:
+    """The net's outputs. DataError for a label out of range, which a pass that is played back tells by a NaN."""
+    values = net.output_values()
+    if net.backend.runs_ahead and any(np.isnan(value).any() for value in values.values()):
+        net.recheck()
+    return values
 
 
 def outputs_of(net: Net) -> list[Output]:

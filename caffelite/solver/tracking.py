@@ -1,8 +1,9 @@
-"""What a run keeps count of: the smoothed loss and the best test result."""
+"""What a run keeps count of: the smoothed loss, the best test result, and what is to be said of updates."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -39,3 +40,44 @@ class LossWindow:
             self.smoothed += (loss - self._losses[slot]) / self._size
             self._losses[slot] = loss
         return self.smoothed
+
+
+class UpdateNotes:
+    """What Caffe says of updates, each after what it says of its iteration's losses, in the order of the updates; `tell` says it.
+
+    A norm may come to be known some iterations later (see solver/iteration.py): what follows it then waits for it.
+    """
+
+    def __init__(self, tell: Callable[[str], object], limit: float) -> None:
+        self._tell, self._limit = tell, limit
+        self._notes: list[tuple[int, str]] = []
+        self._next_norm = 0  # the number of the update whose norm comes next
+
+    def start(self, number: int) -> None:
+        """The next update is number `number`; everything about those before is known."""
+        self.tell_all()
+        self._next_norm = number
+
+    def add(self, number: int, text: str) -> None:
+        """Something about update `number`."""
+        self._notes.append((number, text))
+
+    def add_norm(self, norm: float) -> None:
+        """The gradient's norm in the next update whose norm was not known."""
+        if norm > self._limit:
+            text = f"Gradient clipping: scaling down gradients (L2 norm {norm:g} > {self._limit:g}) by scale factor {self._limit / norm:g}"
+            self.add(self._next_norm, text)
+        self._next_norm += 1
+
+    def tell(self, end: int) -> None:
+        """Says what there is about the updates before number `end`, up to the first whose norm is not known."""
+        end = min(end, self._next_norm) if self._limit >= 0 else end
+        self._notes.sort(key=lambda note: note[0])
+        while self._notes and self._notes[0][0] < end:
+            self._tell(self._notes.pop(0)[1])
+
+    def tell_all(self) -> None:
+        """Says everything."""
+        for _, text in self._notes:
+            self._tell(text)
+        self._notes.clear()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from inspect import isfunction, signature
 from math import prod
@@ -56,6 +57,7 @@ class Base:
     """Holds the driver, the loaded programs and the scratch memory. Not for use from several threads at once."""
 
     name = "cuda"
+    runs_ahead = True
 
     def __init_subclass__(cls, *, any_layout: bool = False) -> None:
         """Lets ops see only arrays that lie as strides_of says. any_layout: the class's own ops take every layout themselves."""
@@ -70,6 +72,7 @@ class Base:
         self.driver = driver
         self._programs: dict[str, Program] = {}
         self._scratch: dict[str, Array] = {}
+        self._held: list[Any] | None = None
 
     def launch(self, module: Module, name: str, grid: int | Ints, block: int | Ints, *args: Any, shared: int = 0) -> None:
         """Runs a kernel of a module. args: arrays, None or NumPy scalars. A grid without blocks runs nothing."""
@@ -83,6 +86,17 @@ class Base:
         if program is None:
             program = self._programs[module.name] = self.driver.load(module)
         program.launch(name, grid, block, args, shared)
+        if self._held is not None:
+            self._held.extend(args)
+
+    @contextmanager
+    def holding(self, arrays: list[Any]) -> Iterator[None]:
+        """Within it, the arguments of all launches are added to `arrays`."""
+        self._held = arrays
+        try:
+            yield
+        finally:
+            self._held = None
 
     def scratch(self, nbytes: int, use: str = "") -> Array:
         """At least `nbytes` bytes (uint8) with undefined contents, aligned to 64, until the next call of scratch for the same use."""

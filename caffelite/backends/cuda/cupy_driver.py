@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class CupyDriver:
     name = "cupy"
 
     def __init__(self, device: int = 0) -> None:
+        self.capturing = False
         try:
             import cupy
         except ImportError as error:
@@ -89,11 +91,13 @@ class CupyDriver:
         return isinstance(x, DeviceArray)
 
     def from_host(self, values: Any, x: Array) -> None:
+        self._not_while_capturing()
         with self._reported():
             self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._stream)
         self.synchronize()  # `values` may go as soon as this returns
 
     def to_host(self, x: Array) -> Any:
+        self._not_while_capturing()
         held = x.host()
         with self._reported():
             self._runtime.memcpyAsync(held.ctypes.data, x.address, x.size * x.itemsize, TO_HOST, self._stream)
@@ -109,7 +113,30 @@ class CupyDriver:
             hint = f"NVIDIA's driver may be older than CUDA {major}.{minor}, which compiled them: update it, or name an older NVRTC in CAFFELITE_NVRTC"
             raise BackendError(f"GPU {self.device} does not load the kernels of {module.name}: {error}", hint=hint) from error
 
+    def capture(self, run: Callable[[], None]) -> CupyRecord:
+        with self._reported():
+            self._runtime.streamBeginCapture(self._stream, self._runtime.streamCaptureModeRelaxed)
+        self.capturing = True
+        try:
+            run()
+        except BaseException:
+            self._abandon_capture()
+            raise
+        finally:
+            self.capturing = False
+        with self._reported():
+            return CupyRecord(self, self._runtime.streamEndCapture(self._stream))
+
+    def _abandon_capture(self) -> None:
+        with suppress(self._runtime.CUDARuntimeError):  # what went wrong before is what is to be told
+            self._runtime.graphDestroy(self._runtime.streamEndCapture(self._stream))
+
+    def _not_while_capturing(self) -> None:
+        if self.capturing:
+            raise RuntimeError("an op that is recorded copies from or to the host, or waits")
+
     def synchronize(self) -> None:
+        self._not_while_capturing()
         with self._reported():
             self._runtime.streamSynchronize(self._stream)
 
@@ -120,6 +147,23 @@ class CupyDriver:
             yield
         except self._runtime.CUDARuntimeError as error:
             raise BackendError(f"GPU {self.device} stopped: {error}", hint="run again from the last snapshot; it is whole") from error
+
+
+class CupyRecord:
+    """A CUDA graph, ready to run."""
+
+    def __init__(self, driver: CupyDriver, graph: int) -> None:
+        self._driver, self._runtime = driver, driver._runtime
+        try:
+            self._graph = self._runtime.graphInstantiate(graph)
+        finally:
+            self._runtime.graphDestroy(graph)
+        self._finalizer = weakref.finalize(self, self._runtime.graphExecDestroy, self._graph)
+        self._finalizer.atexit = False  # the device's context may be gone by then, and its graphs with it
+
+    def play(self) -> None:
+        with self._driver._reported():
+            self._runtime.graphLaunch(self._graph, self._driver._stream)
 
 
 @functools.cache

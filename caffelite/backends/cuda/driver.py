@@ -6,7 +6,7 @@ CAFFELITE_CUDA_DRIVER chooses: "cupy" (a GPU; the default) or "emulator" (the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from caffelite.backends.contract import Array, Ints
@@ -26,10 +26,23 @@ class Program(Protocol):
         ...
 
 
+class Record(Protocol):
+    """Launches, recorded."""
+
+    def play(self) -> None:
+        """Runs them all, in their order, on the arrays they were recorded with, whose memory the caller keeps."""
+        ...
+
+
 class Driver(Protocol):
     """A device and its memory. An Array has shape, strides (bytes), dtype, size, ndim, itemsize and reshape, as numpy.ndarray has them."""
 
     name: str
+
+    @property
+    def capturing(self) -> bool:
+        """Whether `capture` is at work."""
+        ...
 
     def allocate(self, nbytes: int) -> Array:
         """`nbytes` zeroed bytes as an array of uint8, aligned to 64. BackendError when memory runs out."""
@@ -53,6 +66,11 @@ class Driver(Protocol):
 
     def load(self, module: Module) -> Program:
         """Compiles a module for this device, or finds it compiled. BackendError when that fails."""
+        ...
+
+    def capture(self, run: Callable[[], None]) -> Record:
+        """What run() launches, without running it. Memory that it allocates is zeroed by the record. RuntimeError where it copies from or to
+        the host, or waits; BackendError when the driver refuses."""
         ...
 
     def synchronize(self) -> None:

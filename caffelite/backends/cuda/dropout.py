@@ -15,7 +15,7 @@ DRAWN = 16  # elements that a thread draws at once
 
 class Dropout(Base):
     def dropout_forward(self, x: Array, y: Array, mask: Array, *, ratio: float, key: DropoutKey) -> None:
-        numbers = (_factor(ratio), np.uint32(round(ratio * 65536)), *(np.uint64(part) for part in (key.seed, key.layer, key.iteration)))
+        numbers = (_factor(ratio), np.uint32(round(ratio * 65536)), np.uint64(key.seed), np.uint64(key.layer), key.iteration)
         self.launch(DROPOUT, f"dropout_forward<{cname(x)}>", blocks(-(-x.size // DRAWN)), THREADS, x, y, mask, *numbers, np.int64(x.size))
 
     def dropout_backward(self, dy: Array, mask: Array, dx: Array, *, ratio: float) -> None:

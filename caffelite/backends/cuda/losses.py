@@ -90,7 +90,10 @@ class Losses(Base):
         return ordered
 
     def _raise_for_bad_labels(self, bad: Array, label: Array, classes: int, ignore_label: int | None) -> None:
-        """Waits for the kernels. DataError, with the words of the numpy backend, when they have met a label out of range."""
+        """Waits for the kernels. DataError, with the words of the numpy backend, when they have met a label out of range; their result is a NaN
+        then, which has to do while they are recorded."""
+        if self.driver.capturing:
+            return
         if self.driver.to_host(bad)[0]:
             held = self._dense_in_c_order(label)
             class_numbers(self.driver.to_host(held), held.shape, classes, ignore_label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -9,10 +10,12 @@ import numpy as np
 from caffelite.backends.contract import Array, Ints, c_order, is_usual
 from caffelite.backends.cuda.common import C_NAMES, DTYPES, THREADS, Base, blocks
 from caffelite.backends.cuda.launch import Module
+from caffelite.backends.cuda.repeat import Repeat
 from caffelite.errors import BackendError
 
 ANY = ("float", "bf16", "unsigned char", "int", "double")
 MOST_AXES = 8
+CELLS = np.dtype([("value", np.float64, 8)])  # struct Cells
 LAYOUT = np.dtype([("axes", np.int32), ("size", np.int64, MOST_AXES), ("stride", np.int64, MOST_AXES)], align=True)
 PAIRS = [("float", "float"), ("float", "bf16"), ("bf16", "float"), ("bf16", "bf16"), ("unsigned char", "unsigned char"), ("int", "int"), ("double", "double")]
 PAIRS += [("double", "float"), ("float", "double")]
@@ -21,7 +24,12 @@ EMULATED = "the GPU is emulated on the CPU (CAFFELITE_CUDA_DRIVER=emulator): cor
 
 MEMORY = Module(
     "memory",
-    [*(f"fill_dense<{t}>" for t in ANY), *(f"fill_any<{t}>" for t in ANY), *(f"{k}<{s}, {t}>" for k in ("copy_dense", "copy_any") for s, t in PAIRS)],
+    [
+        *(f"fill_dense<{t}>" for t in ANY),
+        *(f"fill_any<{t}>" for t in ANY),
+        *(f"{k}<{s}, {t}>" for k in ("copy_dense", "copy_any") for s, t in PAIRS),
+        "assign_cells",
+    ],
 )
 
 
@@ -64,6 +72,11 @@ class Memory(Base, any_layout=True):
         else:
             self.launch(MEMORY, f"fill_any<{_cname(x)}>", blocks(x.size), THREADS, x, _layout(x), np.float32(value), np.int64(x.size))
 
+    def assign(self, x: Array, values: Sequence[float]) -> None:
+        held = np.zeros((), CELLS)
+        held["value"][: len(values)] = values
+        self.launch(MEMORY, "assign_cells", 1, 1, x, cast(np.void, held[()]), np.int32(len(values)))
+
     def copy(self, x: Array, y: Array) -> None:
         if not x.size:
             return
@@ -75,6 +88,9 @@ class Memory(Base, any_layout=True):
 
     def synchronize(self) -> None:
         self.driver.synchronize()
+
+    def repeatable(self, run: Callable[[], None]) -> Callable[[], None]:
+        return Repeat(self, run)
 
     def _move(self, x: Array, y: Array) -> None:
         self.copy(x, y)

@@ -24,7 +24,7 @@ class Dropout(Base):
 
 def draw_mask(mask: Array, ratio: float, key: DropoutKey) -> None:
     """Fills mask with 0 and 1 as Backend.dropout_forward's contract says."""
-    words = np.random.Philox(key=np.array([key.seed, key.layer], np.uint64), counter=np.array([0, 0, key.iteration, 0], np.uint64))
+    words = np.random.Philox(key=np.array([key.seed, key.layer], np.uint64), counter=np.array([0, 0, int(key.iteration[0]), 0], np.uint64))
     threshold = round(ratio * 65536)
     ordered = np.moveaxis(mask, 1, -1) if mask.ndim == 4 else mask  # axes in memory order
     target = ordered.reshape(-1)  # the mask itself where it has no gaps, else a copy

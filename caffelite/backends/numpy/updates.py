@@ -7,7 +7,7 @@ from math import fsum, sqrt
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Segment
+from caffelite.backends.contract import JOURNAL_HEAD, Array, Dials, Segment
 from caffelite.backends.numpy.common import Base, chunks, flat, store, widen
 
 # rule(rate, step, scratch, states...): on entry `step` holds g', on return D; `scratch` is free memory.
@@ -29,18 +29,30 @@ class Updates(Base):
         (values,) = widen(x)
         store(x, np.multiply(values, factor, out=values))
 
-    def sgd_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, momentum: float, l1: bool, grad_scale: float, write_step: bool) -> None:
+    def add_sum(self, x: Array, total: Array, *, factor: float, accumulate: bool) -> None:
+        total[0] = (total[0] if accumulate else 0.0) + factor * self._sum(x, lambda part: float(part.sum()))
+
+    def append(self, journal: Array, value: Array, *, divisor: float) -> None:
+        place, kept = JOURNAL_HEAD + int(journal[0]), value[0] / divisor
+        journal[1] = float(journal[1] or not np.isfinite(kept))
+        if place < len(journal):
+            journal[place] = kept
+            journal[0] += 1
+
+    def clip_gradients(self, g: Array, norm: Array, grad_scale: Array, *, limit: float, divisor: float) -> None:
+        norm[0] = sqrt(self.sum_squares(g))
+        grad_scale[0] = (limit / norm[0] if norm[0] > limit else 1.0) / divisor
+
+    def sgd_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, momentum: float, l1: bool, write_step: bool) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
             h *= momentum
             step *= rate
             h += step
             step[...] = h
 
-        self._update(rule, w, g, (h,), segments, l1=l1, grad_scale=grad_scale, write_step=write_step)
+        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step)
 
-    def nesterov_update(
-        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, momentum: float, l1: bool, grad_scale: float, write_step: bool
-    ) -> None:
+    def nesterov_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, momentum: float, l1: bool, write_step: bool) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
             np.multiply(h, momentum, out=scratch)
             step *= rate
@@ -48,24 +60,24 @@ class Updates(Base):
             np.multiply(h, 1 + momentum, out=step)
             step -= scratch
 
-        self._update(rule, w, g, (h,), segments, l1=l1, grad_scale=grad_scale, write_step=write_step)
+        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step)
 
-    def adagrad_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, delta: float, l1: bool, grad_scale: float, write_step: bool) -> None:
+    def adagrad_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, delta: float, l1: bool, write_step: bool) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
             np.multiply(step, step, out=scratch)
             h += scratch
             _divide_by_root(step, h, delta, rate, scratch)
 
-        self._update(rule, w, g, (h,), segments, l1=l1, grad_scale=grad_scale, write_step=write_step)
+        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step)
 
     def rmsprop_update(
-        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], *, rms_decay: float, delta: float, l1: bool, grad_scale: float, write_step: bool
+        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, rms_decay: float, delta: float, l1: bool, write_step: bool
     ) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
             _average_square(h, step, rms_decay, scratch)
             _divide_by_root(step, h, delta, rate, scratch)
 
-        self._update(rule, w, g, (h,), segments, l1=l1, grad_scale=grad_scale, write_step=write_step)
+        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step)
 
     def adadelta_update(
         self,
@@ -74,11 +86,11 @@ class Updates(Base):
         h: Array,
         v: Array,
         segments: Sequence[Segment],
+        dials: Dials,
         *,
         momentum: float,
         delta: float,
         l1: bool,
-        grad_scale: float,
         write_step: bool,
     ) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array, v: Array) -> None:
@@ -90,7 +102,7 @@ class Updates(Base):
             _average_square(v, step, momentum, scratch)
             step *= rate
 
-        self._update(rule, w, g, (h, v), segments, l1=l1, grad_scale=grad_scale, write_step=write_step)
+        self._update(rule, w, g, (h, v), segments, dials, l1=l1, write_step=write_step)
 
     def adam_update(
         self,
@@ -99,31 +111,31 @@ class Updates(Base):
         h: Array,
         v: Array,
         segments: Sequence[Segment],
+        dials: Dials,
         *,
         momentum: float,
         momentum2: float,
         delta: float,
-        step: int,
         l1: bool,
-        grad_scale: float,
         write_step: bool,
     ) -> None:
-        correction = sqrt(1 - momentum2**step) / (1 - momentum**step)
-
         def rule(rate: float, step: Array, scratch: Array, h: Array, v: Array) -> None:
             _average_square(v, step, momentum2, scratch)
             h *= momentum
             step *= 1 - momentum
             h += step
             step[...] = h
-            _divide_by_root(step, v, delta, rate * correction, scratch)
+            _divide_by_root(step, v, delta, rate, scratch)
 
-        self._update(rule, w, g, (h, v), segments, l1=l1, grad_scale=grad_scale, write_step=write_step)
+        self._update(rule, w, g, (h, v), segments, dials, l1=l1, write_step=write_step)
 
     def _update(
-        self, rule: Rule, w: Array, g: Array, states: Sequence[Array], segments: Sequence[Segment], *, l1: bool, grad_scale: float, write_step: bool
+        self, rule: Rule, w: Array, g: Array, states: Sequence[Array], segments: Sequence[Segment], dials: Dials, *, l1: bool, write_step: bool
     ) -> None:
         """Runs a rule over all segments. D is computed in g where it is asked for, else in the cache, which spares g's way back to memory."""
+        rate, grad_scale, skip = (float(cell[0]) for cell in dials)  # plain numbers, which leave float32 arrays float32
+        if skip:
+            return
         pieces = [(s, s.start + a, s.start + b) for s in segments for a, b in chunks(s.stop - s.start)]
 
         def run(piece: tuple[Segment, int, int]) -> None:
@@ -135,7 +147,7 @@ class Updates(Base):
             if segment.decay:
                 np.multiply(np.sign(weights) if l1 else weights, segment.decay, out=scratch)
                 step += scratch
-            rule(segment.rate, step, scratch, *(state[start:stop] for state in states))
+            rule(rate * segment.lr_mult, step, scratch, *(state[start:stop] for state in states))
             weights -= step
 
         self._each(run, pieces, w.size)

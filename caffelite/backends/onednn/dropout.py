@@ -17,7 +17,7 @@ def draw_piece(target: Array, start: int, stop: int, threshold: int, key: Dropou
     """Mask elements start..stop of the stream that draw_mask draws from its beginning; start is a multiple of 16.
 
     One counter value gives four words of four elements each."""
-    counter = np.array([start // 16, 0, key.iteration, 0], np.uint64)
+    counter = np.array([start // 16, 0, int(key.iteration[0]), 0], np.uint64)
     words = np.random.Philox(key=np.array([key.seed, key.layer], np.uint64), counter=counter)
     for at in range(start, stop, 4 * WORDS):
         piece = target[at : min(at + 4 * WORDS, stop)]

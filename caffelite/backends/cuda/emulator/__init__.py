@@ -11,7 +11,7 @@ import ctypes
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,38 @@ class EmulatorDriver:
     name = "emulator"
 
     def __init__(self, mode: str | None = None, order: str | None = None) -> None:
+        self._tape: list[Callable[[], None]] | None = None
         self.mode = mode or os.environ.get("CAFFELITE_EMULATOR") or "fast"
         self.order = order or os.environ.get("CAFFELITE_EMULATOR_ORDER") or "up"
         for name, value, known in (("CAFFELITE_EMULATOR", self.mode, tuple(MODES)), ("CAFFELITE_EMULATOR_ORDER", self.order, ORDERS)):
             if value not in known:
                 raise BackendError(f"{name} is '{value}'", hint=f"known ones: {', '.join(known)}")
 
+    @property
+    def capturing(self) -> bool:
+        return self._tape is not None
+
+    def run(self, action: Callable[[], None]) -> None:
+        """Runs what a GPU would put on its stream, or records it."""
+        if self._tape is None:
+            action()
+        else:
+            self._tape.append(action)
+
+    def capture(self, run: Callable[[], None]) -> EmulatedRecord:
+        tape: list[Callable[[], None]] = []
+        self._tape = tape
+        try:
+            run()
+        finally:
+            self._tape = None
+        return EmulatedRecord(tape)
+
     def allocate(self, nbytes: int) -> Array:
         memory = np.zeros(nbytes + ALIGN, np.uint8)
         address = memory.ctypes.data
+        if self.capturing:
+            self.run(lambda: memory.fill(0))
         return DeviceArray(memory, address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
 
     def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
@@ -52,18 +75,33 @@ class EmulatorDriver:
         return isinstance(x, DeviceArray)
 
     def from_host(self, values: Any, x: Array) -> None:
+        self.synchronize()
         ctypes.memmove(x.address, values.ctypes.data, x.size * x.itemsize)
 
     def to_host(self, x: Array) -> Any:
+        self.synchronize()
         held = x.host()
         ctypes.memmove(held.ctypes.data, x.address, x.size * x.itemsize)
         return held
 
     def load(self, module: Module) -> EmulatedProgram:
-        return EmulatedProgram(build(module.path, module.names, list(module.sources()), self.mode), module, self.mode, self.order)
+        return EmulatedProgram(build(module.path, module.names, list(module.sources()), self.mode), module, self)
 
     def synchronize(self) -> None:
         """Every kernel has finished when its launch returns."""
+        if self.capturing:
+            raise RuntimeError("an op that is recorded copies from or to the host, or waits")
+
+
+class EmulatedRecord:
+    """Launches as functions without arguments."""
+
+    def __init__(self, actions: list[Callable[[], None]]) -> None:
+        self._actions = actions
+
+    def play(self) -> None:
+        for action in self._actions:
+            action()
 
 
 class _Kernel(ctypes.Structure):
@@ -75,8 +113,8 @@ class _Kernel(ctypes.Structure):
 class EmulatedProgram:
     """A module as a shared library."""
 
-    def __init__(self, library: Path, module: Module, mode: str, order: str) -> None:
-        self.path, self.mode, self.order = library, mode, order
+    def __init__(self, library: Path, module: Module, driver: EmulatorDriver) -> None:
+        self.path, self._driver = library, driver
         self._library = ctypes.CDLL(str(library))
         self._library.emu_errors.restype = ctypes.c_char_p
         self._kernels = {name: self._find(f"emu_kernel_{i}") for i, name in enumerate(module.names)}
@@ -95,10 +133,14 @@ class EmulatedProgram:
         pointers = (ctypes.c_void_p * len(held))(*(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in held))
         spans = [_span(arg) for arg in args]
         regions = (ctypes.c_uint64 * max(2 * len(spans), 1))(*(word for span in spans for word in span))
-        self._library.emu_config(ORDERS.index(self.order), ctypes.c_uint64(1), 0, int(self.mode == "check"))
-        failures = self._library.emu_launch(entry, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), shared, pointers, len(spans), regions)
-        if failures:
-            raise BackendError(f"{name}: {failures} error(s) on the emulator\n{self._located(self._library.emu_errors().decode())}")
+
+        def run(_alive: Any = held) -> None:
+            self._library.emu_config(ORDERS.index(self._driver.order), ctypes.c_uint64(1), 0, int(self._driver.mode == "check"))
+            failures = self._library.emu_launch(entry, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), shared, pointers, len(spans), regions)
+            if failures:
+                raise BackendError(f"{name}: {failures} error(s) on the emulator\n{self._located(self._library.emu_errors().decode())}")
+
+        self._driver.run(run)
 
     def _located(self, report: str) -> str:
         """The report with code addresses replaced by file:line of the innermost frame in a kernel."""

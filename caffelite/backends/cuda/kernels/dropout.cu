@@ -32,10 +32,11 @@ __device__ __forceinline__ void drop(const T* x, T* y, unsigned char* mask, long
   store<N>(y + i, v);
 }
 template <class T>
-__global__ void dropout_forward(const T* x, T* y, unsigned char* mask, float factor, unsigned threshold, u64 seed, u64 layer, u64 iteration, long long n) {
+__global__ void dropout_forward(const T* x, T* y, unsigned char* mask, float factor, unsigned threshold, u64 seed, u64 layer, const double* number, long long n) {
   constexpr int N = 16 / sizeof(T);
   bool pack = packed<N>(x) && packed<N>(y) && packed<N>(mask);
   int lane = threadIdx.x & 31;
+  u64 iteration = (u64)*number;
   for (long long chunk = thread_index() >> 5; chunk * CHUNK < n; chunk += thread_count() >> 5) {  // the same for all lanes of a warp
     unsigned mine = draw(chunk * 32 + lane, iteration, seed, layer, threshold);
     for (int part = 0; part < DRAWN / N; ++part) {

@@ -157,7 +157,7 @@ __global__ void softmax_loss_result(const double* partial, int count, double div
   double sum = ordered_sum(partial, 0, count), counted = ordered_sum(partial, 1, count), bad = ordered_sum(partial, 2, count);
   if (threadIdx.x == 0) {
     if (divisor == 0) divisor = counted > 1 ? counted : 1;
-    *loss = (float)(sum / divisor);
+    *loss = bad > 0 ? NAN : (float)(sum / divisor);
     *normalizer = (float)divisor;
     *any_bad = bad > 0;
   }
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(256, 4) accuracy_count(const T* x, const float
 __global__ void accuracy_result(const double* partial, int count, float* accuracy, int* any_bad) {
   double right = ordered_sum(partial, 0, count), counted = ordered_sum(partial, 1, count), bad = ordered_sum(partial, 2, count);
   if (threadIdx.x == 0) {
-    *accuracy = (float)(right / (counted > 1 ? counted : 1));
+    *accuracy = bad > 0 ? NAN : (float)(right / (counted > 1 ? counted : 1));
     *any_bad = bad > 0;
   }
 }

@@ -51,6 +51,16 @@ __global__ void fill_any(T* x, Layout layout, float value, long long n) {
   for (long long i = thread_index(); i < n; i += thread_count()) x[offset_of(layout, i)] = item;
 }
 
+struct Cells {
+  double value[8];
+};
+
+__global__ void assign_cells(double* x, Cells cells, int n) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i)  // by numbers known to the compiler: an array of parameters that is indexed at run time would be copied first
+    if (i < n) x[i] = cells.value[i];
+}
+
 template <class S, class T>
 __global__ void copy_dense(const S* x, T* y, long long n) {
   constexpr int width = Vec<T>::size < Vec<S>::size ? Vec<S>::size : Vec<T>::size;  // elements in 16 bytes of the narrower type

@@ -6,16 +6,18 @@
 // Every step is a float32 operation rounded by itself, in the order of the numpy backend, so that both give the same bits: products are
 // __fmul_rn, which the compiler does not fuse with a sum; division and square root are rounded correctly without fast-math.
 // Bytes an element: reads w, g and each state, writes w and each state (and g when the step is asked for): 20 for SGD, 28 for Adam.
+// What changes from one update to the next is read from memory, so that a recorded launch stays right.
 // Sums: doubles from the first term on; 4 bytes read an element. Partial sums of up to 1024 blocks, then one block.
 // Ladder: this is the first rung; not measured.
 #include "elementwise.cuh"
 #include "partials.cuh"
 
 // --- sums and scaling ------------------------------------------------------------------------------------------------------
-enum Term { SQUARE, ABSOLUTE, NOT_FINITE };
+enum Term { VALUE, SQUARE, ABSOLUTE, NOT_FINITE };
 
 template <Term TERM>
 __device__ __forceinline__ double term_of(float x) {
+  if (TERM == VALUE) return x;
   if (TERM == SQUARE) return (double)x * x;
   if (TERM == ABSOLUTE) return fabsf(x);
   return (__float_as_uint(x) & 0x7f800000u) == 0x7f800000u;
@@ -33,9 +35,29 @@ __global__ void __launch_bounds__(256, 4) sum_terms(const T* x, double* partial,
   store_partial(partial, 0, sum);
 }
 
-__global__ void sum_partials(const double* partial, int count, double* sum) {
+__global__ void sum_partials(const double* partial, int count, double* sum, double factor, bool accumulate) {
   double all = ordered_sum(partial, 0, count);
-  if (threadIdx.x == 0) *sum = all;
+  if (threadIdx.x == 0) *sum = (accumulate ? *sum : 0) + factor * all;
+}
+
+// norm: the root of the sum of squares; grad_scale: what a gradient is multiplied by so that its norm is at most `limit`, over `divisor`.
+__global__ void clip_scale(const double* partial, int count, double* norm, double* grad_scale, double limit, double divisor) {
+  double root = sqrt(ordered_sum(partial, 0, count));
+  if (threadIdx.x == 0) {
+    *norm = root;
+    *grad_scale = (root > limit ? limit / root : 1) / divisor;
+  }
+}
+
+// journal: how many values it holds, whether one was not finite, and the values: see contract.py.
+__global__ void append_value(double* journal, int room, const double* value, double divisor) {
+  double kept = *value / divisor;
+  int place = (int)journal[0];
+  if (!(kept - kept == 0)) journal[1] = 1;
+  if (place < room) {
+    journal[2 + place] = kept;
+    journal[0] = place + 1;
+  }
 }
 
 template <class T>
@@ -49,7 +71,8 @@ constexpr int CHUNK = 4096;  // elements to a block; updates.py knows it too
 struct Segment {
   long long start, stop;
   long long block;  // number of its first block
-  float rate, decay;
+  double lr_mult;
+  float decay;
 };
 
 // The last segment whose first block is not after this one.
@@ -63,8 +86,12 @@ __device__ __forceinline__ Segment segment_of(const Segment* table, int segments
   return table[low];
 }
 
+struct Dials {
+  const double *rate, *grad_scale, *skip;
+};
+
 struct Options {
-  float grad_scale;
+  float rate, grad_scale;
   int l1, write_step;
 };
 
@@ -125,7 +152,7 @@ struct AdaDelta {
   }
 };
 
-struct Adam {  // the rates in the table hold the correction for the first steps
+struct Adam {  // the rate holds the correction for the first steps
   static constexpr int STATES = 2;
   float keep1, rest1, keep2, rest2, delta;
   __device__ __forceinline__ float step(float g, float rate, float& h, float& v) const {
@@ -146,7 +173,7 @@ __device__ __forceinline__ void update_run(float* w, float* g, float* h, float* 
       float sign = weight > 0 ? 1.f : weight < 0 ? -1.f : weight == 0 ? 0.f : weight;  // NaN has NaN for a sign
       gradient = __fadd_rn(gradient, __fmul_rn(options.l1 ? sign : weight, segment.decay));
     }
-    gradients[k] = rule.step(gradient, segment.rate, first[k], second[k]);
+    gradients[k] = rule.step(gradient, options.rate, first[k], second[k]);
     weights[k] = __fsub_rn(weight, gradients[k]);
   }
   store<N>(w, weights);
@@ -156,8 +183,10 @@ __device__ __forceinline__ void update_run(float* w, float* g, float* h, float* 
 }
 
 template <class Rule>
-__device__ __forceinline__ void update(float* w, float* g, float* h, float* v, const void* table, int segments, Rule rule, Options options) {
+__device__ __forceinline__ void update(float* w, float* g, float* h, float* v, const void* table, int segments, Rule rule, Dials dials, int l1, int write_step) {
+  if (*dials.skip != 0) return;
   Segment segment = segment_of(static_cast<const Segment*>(table), segments);
+  Options options{(float)(*dials.rate * segment.lr_mult), (float)*dials.grad_scale, l1, write_step};
   bool pack = packed<4>(w) && packed<4>(g) && packed<4>(h) && packed<4>(v);
   long long from = (segment.start / CHUNK + blockIdx.x - segment.block) * CHUNK;
   long long to = min(from + CHUNK, segment.stop);
@@ -172,8 +201,8 @@ __device__ __forceinline__ void update(float* w, float* g, float* h, float* v, c
   }
 }
 
-#define COMMON const unsigned char *table, int segments, float grad_scale, int l1, int write_step
-#define OPTIONS Options{grad_scale, l1, write_step}
+#define COMMON const unsigned char *table, int segments, const double *rate, const double *grad_scale, const double *skip, int l1, int write_step
+#define OPTIONS Dials{rate, grad_scale, skip}, l1, write_step
 
 __global__ void __launch_bounds__(256, 4) sgd_update(float* w, float* g, float* h, COMMON, float momentum) {
   update(w, g, h, nullptr, table, segments, Sgd{momentum}, OPTIONS);

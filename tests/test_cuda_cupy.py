@@ -39,6 +39,7 @@ class Stand:
         self.launches: list[dict[str, Any]] = []
         self.limits: list[tuple[int, int, int]] = []
         self.lost = False
+        self.events: list[str] = []
         self.graphs: list[str] = []
         runtime = SimpleNamespace(
             CUDARuntimeError=RuntimeError_,
@@ -59,6 +60,11 @@ class Stand:
             graphLaunch=self.launch_graph,
             graphDestroy=lambda graph: self.graphs.append(f"destroy {graph}"),
             graphExecDestroy=lambda graph: self.graphs.append(f"destroy exec {graph}"),
+            eventCreate=lambda: self.event("create", 31 + len(self.events)),
+            eventRecord=lambda event, stream: self.event("record", event, stream),
+            eventSynchronize=lambda event: self.event("wait for", event),
+            eventElapsedTime=lambda start, end: 2.5 if (start, end) == (31, 32) else -1.0,
+            eventDestroy=lambda event: self.event("destroy", event),
         )
         driver = SimpleNamespace(
             CUDADriverError=DriverError,
@@ -70,6 +76,10 @@ class Stand:
         self.cuda = SimpleNamespace(
             runtime=runtime, driver=driver, MemoryPool=lambda: SimpleNamespace(malloc=self.alloc), memory=SimpleNamespace(OutOfMemoryError=OutOfMemory)
         )
+
+    def event(self, what: str, *numbers: int) -> int:
+        self.events.append(" ".join(map(str, (what, *numbers))))
+        return numbers[0]
 
     def count(self) -> int:
         if self.devices < 0:
@@ -231,6 +241,13 @@ def test_a_kernel_gets_its_arguments_by_value(cupy: Stand, monkeypatch: pytest.M
     assert len(cupy.limits) == 1
     with pytest.raises(BackendError, match=r"kernel k does not start with grid \(1, 1, 1\), block \(64, 1, 1\) and 2000000 bytes"):
         program.launch("k", (1, 1, 1), (64, 1, 1), [x], 2_000_000)
+
+
+def test_time_is_taken_between_two_events(cupy: Stand) -> None:
+    driver = CupyDriver()
+    assert driver.seconds(lambda: cupy.events.append("run")) == 0.0025
+    assert cupy.events == ["create 31", "create 32", "record 31 77", "run", "record 32 77", "wait for 32", "destroy 31", "destroy 32"]
+    assert driver.device_name == "Test GPU"
 
 
 def test_views_are_numpys() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,12 @@ def as_tf32(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(params=TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}")
-def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tile:
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tile]:
     """Each tile in turn, as the only one to choose from."""
     monkeypatch.setattr(gemm_plan, "TILES", (request.param,))
-    return request.param
+    gemm_plan.candidates.cache_clear()
+    yield request.param
+    gemm_plan.candidates.cache_clear()
 
 
 @pytest.mark.parametrize(("rows", "columns", "depth", "splits"), [(5, 7, 16 * LEAST_SLICES - 1, 1), (5, 7, 32 * LEAST_SLICES, 2), (5, 7, 100_000, 261)])

@@ -14,6 +14,7 @@ import numpy as np
 
 from caffelite.backends.contract import Array, Ints, is_usual, strides_of
 from caffelite.backends.cuda.driver import Driver, Program
+from caffelite.backends.cuda.gemm_tune import Tuner
 from caffelite.backends.cuda.launch import Module
 from caffelite.errors import BackendError
 
@@ -69,7 +70,7 @@ class Base:
                 setattr(cls, name, _laid_out(member))
 
     def __init__(self, driver: Driver) -> None:
-        self.driver = driver
+        self.driver, self.tuner = driver, Tuner(driver)
         self._programs: dict[str, Program] = {}
         self._scratch: dict[str, Array] = {}
         self._held: list[Any] | None = None

@@ -60,11 +60,11 @@ class CupyDriver:
             raise BackendError(f"there is no GPU {device}: {count} found", hint=f"choose 0 to {count - 1}; caffelite device-query lists them")
         self._runtime.setDevice(device)
         facts = self._runtime.getDeviceProperties(device)
-        capability = (int(facts["major"]), int(facts["minor"]))
+        capability, self.device_name = (int(facts["major"]), int(facts["minor"])), facts["name"].decode()
         if capability < OLDEST:
-            name = facts["name"].decode()
             raise BackendError(
-                f"GPU {device} ({name}) has compute capability {capability[0]}.{capability[1]}; caffelite needs 8.0 or newer", hint="use --backend onednn"
+                f"GPU {device} ({self.device_name}) has compute capability {capability[0]}.{capability[1]}; caffelite needs 8.0 or newer",
+                hint="use --backend onednn",
             )
         return capability
 
@@ -134,6 +134,22 @@ class CupyDriver:
     def _not_while_capturing(self) -> None:
         if self.capturing:
             raise RuntimeError("an op that is recorded copies from or to the host, or waits")
+
+    def seconds(self, run: Callable[[], None]) -> float | None:
+        self._not_while_capturing()
+        with self._reported():
+            events = [self._runtime.eventCreate() for _ in range(2)]
+        try:
+            with self._reported():
+                self._runtime.eventRecord(events[0], self._stream)
+            run()
+            with self._reported():
+                self._runtime.eventRecord(events[1], self._stream)
+                self._runtime.eventSynchronize(events[1])
+                return float(self._runtime.eventElapsedTime(*events)) / 1000
+        finally:
+            for event in events:
+                self._runtime.eventDestroy(event)
 
     def synchronize(self) -> None:
         self._not_while_capturing()

@@ -38,6 +38,7 @@ class Driver(Protocol):
     """A device and its memory. An Array has shape, strides (bytes), dtype, size, ndim, itemsize and reshape, as numpy.ndarray has them."""
 
     name: str
+    device_name: str
 
     @property
     def capturing(self) -> bool:
@@ -71,6 +72,10 @@ class Driver(Protocol):
     def capture(self, run: Callable[[], None]) -> Record:
         """What run() launches, without running it. Memory that it allocates is zeroed by the record. RuntimeError where it copies from or to
         the host, or waits; BackendError when the driver refuses."""
+        ...
+
+    def seconds(self, run: Callable[[], None]) -> float | None:
+        """How long what run() launches takes on the device; None where that cannot be told."""
         ...
 
     def synchronize(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.common import FLOAT32, THREADS, Base, blocks, cname
-from caffelite.backends.cuda.gemm_plan import EXACT, ITEM, Cut, choose, exact, module_of
+from caffelite.backends.cuda.gemm_plan import EXACT, ITEM, Cut, candidates, exact, module_of
 from caffelite.backends.cuda.launch import Module, typed
 
 GEMM = Module("gemm", ["gemm_forward", "gemm_data", "gemm_weights", *typed("gemm_finish"), *typed("gemm_pack", "gemm_pad", arguments=2)])
@@ -69,63 +69,81 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
     if kind == EXACT:
         return _exact_forward(ops, g, x, w, b, y, relu=relu, transposed=transposed)
     fit = _Fit(x, g.w[1], g.group, narrow=kind == "bf16")
-    sizes = {"rows": y.size // g.y[1], "columns": g.group_outputs, "depth": g.cells * fit.channels, "groups": g.group, "outputs": y.size}
-    cut = choose(kind, **sizes, narrow=fit.piece < VECTOR)
     repack = transposed or w.dtype != x.dtype or fit.channels != g.w[1] or w.address % VECTOR != 0
-    weights = g.w[0] * g.cells * fit.channels
-    space = _Space(ops, weights=weights * x.itemsize if repack else 0, bias=_float_bytes(b), partial=cut.partial_bytes, x=fit.nbytes)
-    x = _padded(ops, x, space.part("x", x.dtype), g.w[1], fit.channels) if fit.copy else x
-    if repack:
-        room = space.part("weights", x.dtype)
-        w = _packed(ops, w, room, (1, g.w[1], 1, g.w[0]), fit.channels) if transposed else _padded(ops, w, room, g.w[1], fit.channels)
-    bias, partial = space.floats(b), space.part("partial", "float32")
-    final = (None, np.bool_(False)) if partial is not None else (bias, np.bool_(relu))
-    name = f"mma_forward<{kind}, {cut.tile.rows}, {cut.tile.columns}, {fit.piece}>"
-    _launch(ops, name, cut, x, w, final[0], y, partial, g.struct(cut, channels=fit.channels), final[1])
-    if partial is not None:
-        _finish(ops, partial, bias, y, cut, columns=g.y[1], relu=relu)
+    weights = g.w[0] * g.cells * fit.channels * x.itemsize if repack else 0
+
+    def run(cut: Cut) -> None:
+        space = _Space(ops, weights=weights, bias=_float_bytes(b), partial=cut.partial_bytes, x=fit.nbytes)
+        left = _padded(ops, x, space.part("x", x.dtype), g.w[1], fit.channels) if fit.copy else x
+        right, room = w, space.part("weights", x.dtype)
+        if repack:
+            right = _packed(ops, w, room, (1, g.w[1], 1, g.w[0]), fit.channels) if transposed else _padded(ops, w, room, g.w[1], fit.channels)
+        bias, partial = space.floats(b), space.part("partial", "float32")
+        final = (bias, np.bool_(relu)) if partial is None else (None, np.bool_(False))
+        name = f"mma_forward<{kind}, {cut.tile.rows}, {cut.tile.columns}, {fit.piece}>"
+        _launch(ops, name, cut, left, right, final[0], y, partial, g.struct(cut, channels=fit.channels), final[1])
+        if partial is not None:
+            _finish(ops, partial, bias, y, cut, columns=g.y[1], relu=relu)
+
+    sizes = {"rows": y.size // g.y[1], "columns": g.group_outputs, "depth": g.cells * fit.channels, "groups": g.group, "outputs": y.size}
+    run(ops.tuner.pick(_shape("forward", kind, g), candidates(kind, **sizes, narrow=fit.piece < VECTOR), run))
+    return None
 
 
 def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, *, packed: bool = False, tf32: bool = False) -> None:
     """dx = the transpose of w, applied to dy. packed: w lies as (group, C/group, kH, kW, O/group) already."""
     kind = _kind(dx, tf32)
     fit = _Fit(dy, g.group_outputs, g.group) if kind != EXACT else _Fit.none(g.group_outputs)
-    sizes = {"rows": g.class_rows, "columns": g.w[1], "depth": g.class_cells * fit.channels, "groups": g.group, "outputs": dx.size}
-    cut = exact(**sizes, classes=prod(g.stride)) if kind == EXACT else choose(kind, **sizes, classes=prod(g.stride))
     ready = packed and w.dtype == dx.dtype and fit.channels == g.group_outputs and (kind == EXACT or w.address % VECTOR == 0)
-    weights = g.w[1] * g.group * g.cells * fit.channels
-    space = _Space(ops, weights=0 if ready else weights * dx.itemsize, partial=cut.partial_bytes, dy=fit.nbytes)
-    dy = _padded(ops, dy, space.part("dy", dy.dtype), g.group_outputs, fit.channels) if fit.copy else dy
-    if not ready:
-        # Packing what is packed already is a copy with another type and zeros: rows of outputs, each a group of one cell and one channel.
-        shape = (w.size // g.group_outputs, g.group_outputs, 1, 1) if packed else (g.group, g.group_outputs, g.cells, g.w[1])
-        w = _packed(ops, w, space.part("weights", dx.dtype), shape, fit.channels)
-    partial = space.part("partial", "float32")
+    weights = 0 if ready else g.w[1] * g.group * g.cells * fit.channels * dx.itemsize
+    # Packing what is packed already is a copy with another type and zeros: rows of outputs, each a group of one cell and one channel.
+    order = (w.size // g.group_outputs, g.group_outputs, 1, 1) if packed else (g.group, g.group_outputs, g.cells, g.w[1])
+
+    def run(cut: Cut) -> None:
+        space = _Space(ops, weights=weights, partial=cut.partial_bytes, dy=fit.nbytes)
+        left = _padded(ops, dy, space.part("dy", dy.dtype), g.group_outputs, fit.channels) if fit.copy else dy
+        right = w if ready else _packed(ops, w, space.part("weights", dx.dtype), order, fit.channels)
+        partial = space.part("partial", "float32")
+        if kind == EXACT:
+            aligned = np.bool_(_whole_vectors(g.group_outputs, left, right))
+            ops.launch(GEMM, "gemm_data", cut.blocks, cut.tile.threads, left, right, dx, partial, g.struct(cut), aligned)
+        else:
+            name = f"mma_data<{kind}, {cut.tile.rows}, {cut.tile.columns}>"
+            _launch(ops, name, cut, left, right, dx, partial, g.struct(cut, outputs=fit.channels))
+        if partial is not None:
+            _finish(ops, partial, None, dx, cut, columns=g.x[1])
+
+    sizes = {"rows": g.class_rows, "columns": g.w[1], "depth": g.class_cells * fit.channels, "groups": g.group, "outputs": dx.size}
     if kind == EXACT:
-        aligned = np.bool_(_whole_vectors(g.group_outputs, dy, w))
-        ops.launch(GEMM, "gemm_data", cut.blocks, cut.tile.threads, dy, w, dx, partial, g.struct(cut), aligned)
+        run(exact(**sizes, classes=prod(g.stride)))
     else:
-        _launch(ops, f"mma_data<{kind}, {cut.tile.rows}, {cut.tile.columns}>", cut, dy, w, dx, partial, g.struct(cut, outputs=fit.channels))
-    if partial is not None:
-        _finish(ops, partial, None, dx, cut, columns=g.x[1])
+        run(ops.tuner.pick(_shape("data", kind, g), candidates(kind, **sizes, classes=prod(g.stride)), run))
 
 
 def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, dw: Array, accumulate: bool, *, tf32: bool = False) -> None:
     """dw (+)= the sum over all pixels of dy times what their windows hold of x; dw (float32) lies as (O, kH, kW, C/group)."""
-    kind, pixels = _kind(x, tf32), dy.size // g.y[1]
+    kind = _kind(x, tf32)
     if kind == EXACT:
         return _exact_weights(ops, g, x, dy, dw, accumulate)
     fit, fit_dy = _Fit(x, g.w[1], g.group, narrow=kind == "bf16"), _Fit(dy, g.group_outputs, g.group)
-    sizes = {"rows": g.group_outputs, "columns": g.cells * fit.channels, "depth": pixels, "groups": g.group, "outputs": dw.size}
-    cut = choose(kind, **sizes, transposed=True, narrow=fit.piece < VECTOR)
-    space = _Space(ops, partial=cut.partial_bytes, x=fit.nbytes, dy=fit_dy.nbytes)
-    x = _padded(ops, x, space.part("x", x.dtype), g.w[1], fit.channels) if fit.copy else x
-    dy = _padded(ops, dy, space.part("dy", dy.dtype), g.group_outputs, fit_dy.channels) if fit_dy.copy else dy
-    partial = space.part("partial", "float32")
-    name = f"mma_weights<{kind}, {cut.tile.rows}, {cut.tile.columns}, {fit.piece}>"
-    _launch(ops, name, cut, x, dy, dw, partial, g.struct(cut, fit.channels, fit_dy.channels), np.bool_(accumulate and partial is None))
-    if partial is not None:
-        _finish(ops, partial, None, dw, cut, columns=1, accumulate=accumulate)
+
+    def run(cut: Cut, out: Array, add: bool) -> None:
+        space = _Space(ops, partial=cut.partial_bytes, x=fit.nbytes, dy=fit_dy.nbytes)
+        right = _padded(ops, x, space.part("x", x.dtype), g.w[1], fit.channels) if fit.copy else x
+        left = _padded(ops, dy, space.part("dy", dy.dtype), g.group_outputs, fit_dy.channels) if fit_dy.copy else dy
+        partial = space.part("partial", "float32")
+        name = f"mma_weights<{kind}, {cut.tile.rows}, {cut.tile.columns}, {fit.piece}>"
+        _launch(ops, name, cut, right, left, out, partial, g.struct(cut, fit.channels, fit_dy.channels), np.bool_(add and partial is None))
+        if partial is not None:
+            _finish(ops, partial, None, out, cut, columns=1, accumulate=add)
+
+    def trial(cut: Cut) -> None:  # not into what gradients have been added to
+        run(cut, ops.part(ops.scratch(dw.size * dw.itemsize, "trial"), 0, (dw.size,), dw.dtype), add=False)
+
+    sizes = {"rows": g.group_outputs, "columns": g.cells * fit.channels, "depth": dy.size // g.y[1], "groups": g.group, "outputs": dw.size}
+    cuts = candidates(kind, **sizes, transposed=True, narrow=fit.piece < VECTOR)
+    run(ops.tuner.pick(_shape("weights", kind, g), cuts, trial), dw, accumulate)
+    return None
 
 
 def _exact_forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Array, *, relu: bool, transposed: bool) -> None:
@@ -206,6 +224,12 @@ def _kind(x: Array, tf32: bool) -> str:
     name = cname(x)
     assert name in ITEM, name
     return "tf32" if tf32 and name == EXACT else name
+
+
+def _shape(product: str, kind: str, g: Geometry) -> str:
+    """Names a product for the table of what was timed."""
+    sizes = " ".join("x".join(map(str, size)) for size in (g.x, g.w, g.stride, g.pad, g.dilation))
+    return f"{product} {kind}: x, w, stride, pad, dilation {sizes} group {g.group}"
 
 
 def _launch(ops: Base, name: str, cut: Cut, *args: Any) -> None:

@@ -1,13 +1,14 @@
 """How a product is cut into blocks and splits, and the modules that hold a kernel for each choice; kernels/gemm.cu, gemm_mma.cu.
 
-The choice is a plain function of the product's sizes, never of the machine at hand or of a measurement, so that a run repeats bit for bit
-anywhere: sums depend on the splits. `choose` compares, for each tile and a few numbers of splits, an estimate of clock cycles on a GPU of
-SMS multiprocessors: blocks that each must make, times the clocks of a block, and the bytes of partial sums. Its constants are estimates from
-arithmetic (kernels/gemm_mma.cuh), not measured.
+The choice is a plain function of the product's sizes, not of the machine at hand or of a measurement (gemm_tune.py offers that too), so that a
+run repeats bit for bit anywhere: sums depend on the splits. `choose` compares, for each tile and a few numbers of splits, an estimate of
+clock cycles on a GPU of SMS multiprocessors: blocks that each must make, times the clocks of a block, and the bytes of partial sums. Its
+constants are estimates from arithmetic (kernels/gemm_mma.cuh), not measured.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -80,10 +81,18 @@ def exact(*, rows: int, columns: int, depth: int, groups: int, outputs: int, cla
 def choose(
     kind: str, *, rows: int, columns: int, depth: int, groups: int, outputs: int, classes: int = 1, transposed: bool = False, narrow: bool = False
 ) -> Cut:
-    """The cheapest cut of a product on tensor cores; transposed: with tiles of more columns than rows. Ties go to the first."""
+    """The cheapest cut of a product on tensor cores."""
+    return candidates(kind, rows=rows, columns=columns, depth=depth, groups=groups, outputs=outputs, classes=classes, transposed=transposed, narrow=narrow)[0]
+
+
+@functools.cache
+def candidates(
+    kind: str, *, rows: int, columns: int, depth: int, groups: int, outputs: int, classes: int = 1, transposed: bool = False, narrow: bool = False
+) -> tuple[Cut, ...]:
+    """Cuts of a product on tensor cores, the cheapest first; transposed: with tiles of more columns than rows. Ties keep the order of TILES."""
     tiles = (NARROW_TILE,) if narrow else TILES
     cuts = [cut for tile in tiles for cut in _candidates(kind, tile.transposed if transposed else tile, rows, columns, depth, groups * classes, outputs)]
-    return min(cuts, key=lambda cut: clocks(kind, cut))
+    return tuple(sorted(dict.fromkeys(cuts), key=lambda cut: clocks(kind, cut)))
 
 
 def _candidates(kind: str, tile: Tile, rows: int, columns: int, depth: int, products: int, outputs: int) -> Iterator[Cut]:

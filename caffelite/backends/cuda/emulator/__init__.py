@@ -31,7 +31,7 @@ KINDS = {"f": "f", "d": "f", "i": "iu", "l": "iu", "s": "iu", "b": "b", "S": "V"
 class EmulatorDriver:
     """Implements caffelite.backends.cuda.driver.Driver on the CPU. mode and order: None for what the environment says."""
 
-    name = "emulator"
+    name = device_name = "emulator"
 
     def __init__(self, mode: str | None = None, order: str | None = None) -> None:
         self._tape: list[Callable[[], None]] | None = None
@@ -86,6 +86,10 @@ class EmulatorDriver:
 
     def load(self, module: Module) -> EmulatedProgram:
         return EmulatedProgram(build(module.path, module.names, list(module.sources()), self.mode), module, self)
+
+    def seconds(self, run: Callable[[], None]) -> float | None:
+        """None: how long the emulator takes says nothing about a GPU."""
+        return None
 
     def synchronize(self) -> None:
         """Every kernel has finished when its launch returns."""

@@ -12,13 +12,15 @@
 // one sign would lean by 7e-4.
 // Sums leave through shared memory, 16 rows of a warp at a time, as vectors of 16 bytes where the result is aligned.
 //
-// block of C  warps    sums a   fragment reads:    shared      blocks an SM (H100 / A100), by shared    Bytes a slice (64 of k) and operations
-// (forward)            thread   FLOP a byte, bf16  (4 slots)   memory and 65,536 registers              a byte from L2, bf16
-//  64 x 64    2x2      32       16                 32,768      4 / 4                                    8,192     32
-// 128 x 64    2x2      64       21                 49,152      3 / 3                                    12,288    43
-// 128 x 96    2x2      96       27                 57,344      3 / 2                                    14,336    55
-// 128 x 128   2x2      128      32                 65,536      2 / 2                                    16,384    64
-// 128 x 192   2x4      96       27                 81,920      1 / 1                                    20,480    77
+//            warps     sums a  shared   blocks an SM   FLOP for a byte of bf16 read
+//  block     (m x n)   thread  bytes    H100 / A100    from shared   from L2
+//  64 x 64    2 x 2      32    32,768      4 / 4            16          32
+// 128 x 64    2 x 2      64    49,152      3 / 3            21          43
+// 128 x 96    2 x 2      96    57,344      3 / 2            27          55
+// 128 x 128   2 x 2     128    65,536      2 / 2            32          64
+// 128 x 192   2 x 4      96    81,920      1 / 1            27          77
+// Blocks: by registers (65,536) and shared memory (228 or 164 KB). Bytes: A is read ceil(N/BN) times, B ceil(M/BM) times, (BM + BN) 64 a slice,
+// mostly from L2; C is written once, and for each split once more in float.
 // tf32: half the FLOP a byte. Shared memory gives 128 bytes a clock: 16 FLOP a byte are 2048 a clock, what an A100's tensor cores make; an
 // H100's make 4096, of which mma.sync reaches about two thirds. Weight gradients use the transposed blocks (192x128, ...), since their m
 // are the outputs. Registers: tests/data/cuda-resources.csv. Operations: 2 M N K. Not measured.

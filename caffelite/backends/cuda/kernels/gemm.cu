@@ -14,8 +14,7 @@
 template <bool A_KMAJOR, bool B_KMAJOR, class A, class B, class Place>
 __device__ __forceinline__ void multiply_float(const A& a, const B& b, const Block& block, long long first, long long last, const Exit<float>& exit, Place place) {
   multiply_tables<A_KMAJOR, B_KMAJOR>(a, b, block.m, block.n, first, last, [&](int i, int j, const Vec<float>& sums) {
-    if (exit.partial) exit.run<4>(exit.sums_only(), i, j, &sums, exit.aligned_partial(), place);
-    else exit.run<4>(exit.finish, i, j, &sums, exit.aligned(), place);
+    exit.run<4>(block.m + i, block.n + j, &sums, place);
   });
 }
 
@@ -27,7 +26,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   Matrix<float> b{w + (long long)block.group * g.group_outputs * count, g.group_outputs, (int)count, count, aligned};
   long long first = block.split * g.per_split, last = min(first + g.per_split, count);
   Finish<float> finish{y, bias, relu, false};
-  Exit<float> exit{finish, partial, block, rows, g.outputs, block.group * g.group_outputs, rows * g.outputs, g.group_outputs};
+  Exit<float> exit(finish, partial, block, rows, g.group_outputs, g.outputs, block.group * g.group_outputs, rows * g.outputs);
   multiply_float<true, true>(a, b, block, first, last, exit, [](long long m) { return m; });
 }
 
@@ -39,7 +38,7 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_data(const float* dy, const f
   Filters<float> b{packed + block.group * g.group_channels * pitch, a.t, g.group_channels, pitch, aligned};
   long long first = block.split * g.per_split, last = min(first + g.per_split, count);
   Finish<float> finish{dx, nullptr, false, false};
-  Exit<float> exit{finish, partial, block, rows, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels, g.group_channels};
+  Exit<float> exit(finish, partial, block, rows, g.group_channels, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels);
   multiply_float<true, true>(a, b, block, first, last, exit, [&](long long m) { return a.t.pixel(m); });
 }
 
@@ -51,7 +50,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   Matrix<float> a{dy + block.group * g.group_outputs, pixels, g.group_outputs, g.outputs, aligned_dy};
   long long first = block.split * g.per_split, last = min(first + g.per_split, pixels);
   Finish<float> finish{dw, nullptr, false, accumulate};
-  Exit<float> exit{finish, partial, block, g.group_outputs, count, 0, g.outputs * count, (int)count};
+  Exit<float> exit(finish, partial, block, g.group_outputs, (int)count, count, 0, g.outputs * count);
   multiply_float<false, false>(a, b, block, first, last, exit, [&](long long m) { return (long long)block.group * g.group_outputs + m; });
 }
 

@@ -373,23 +373,32 @@ __device__ __forceinline__ void multiply_tables(const A& a, const B& b, long lon
   core.each(write);
 }
 
-// Runs of neighbouring sums on their way out of a block: rows x columns of C, at place(m) * pitch + first + n in a result of `all` elements, or
-// as they are in `partial`, which holds one such result for each split.
+// Where runs of neighbouring sums of a block go: element (m, n) of rows x columns of C to place(m) * pitch + first + n of the result, which has
+// `all` elements; or, not finished, to the same place in `partial`, which holds a result for each split.
 template <class T>
 struct Exit {
-  const Finish<T>& finish;
+  Finish<T> finish;
   float* partial;
-  const Block& block;
   long long rows, pitch, first, all;
   int columns;
-  template <int RUN, class To, class Place>
-  __device__ __forceinline__ void run(const To& to, int i, int j, const Vec<float>* sums, bool aligned, Place place) const {
-    long long m = block.m + i, n = block.n + j;
-    if (m >= rows || n >= columns) return;
-    to.store_run(place(m) * pitch + first + n, first + n, sums, (int)min((long long)RUN, columns - n), aligned);
+  bool aligned;
+
+  __device__ __forceinline__ Exit(const Finish<T>& finish_, float* partial_, const Block& block, long long rows_, int columns_, long long pitch_, long long first_, long long all_)
+      : finish(finish_), partial(partial_ ? partial_ + block.split * all_ : nullptr), rows(rows_), pitch(pitch_), first(first_), all(all_), columns(columns_) {
+    constexpr int RUN = Vec<T>::size;
+    aligned = pitch % RUN == 0 && first % RUN == 0 && columns % RUN == 0 && all % RUN == 0 && is_aligned16(finish.y);
   }
-  __device__ __forceinline__ bool whole(int run) const { return pitch % run == 0 && first % run == 0 && columns % run == 0; }
-  __device__ __forceinline__ Finish<float> sums_only() const { return {partial + block.split * all, nullptr, false, false}; }
-  __device__ __forceinline__ bool aligned() const { return whole(Vec<T>::size) && is_aligned16(finish.y); }
-  __device__ __forceinline__ bool aligned_partial() const { return whole(4) && all % 4 == 0; }
+  template <int RUN, class Place>
+  __device__ __forceinline__ void run(long long m, long long n, const Vec<float>* sums, Place place) const {
+    if (m >= rows || n >= columns) return;
+    long long at = place(m) * pitch + first + n;
+    int count = (int)min((long long)RUN, columns - n);
+    if (!partial) {
+      finish.store_run(at, first + n, sums, count, aligned);
+      return;
+    }
+    Finish<float> sums_only{partial, nullptr, false, false};
+#pragma unroll
+    for (int e = 0; e < RUN; e += 4) sums_only.store_run(at + e, 0, sums + e / 4, count - e, aligned);
+  }
 };

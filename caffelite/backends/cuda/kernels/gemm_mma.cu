@@ -10,16 +10,9 @@
 #include "gemm_mma.cuh"
 
 template <class T, class P, class Place>
-__device__ __forceinline__ void store_tile(const P& product, unsigned char* shared, const Exit<T>& exit, Place place) {
+__device__ __forceinline__ void store_tile(const P& product, unsigned char* shared, const Block& block, const Exit<T>& exit, Place place) {
   constexpr int RUN = Vec<T>::size;
-  if (exit.partial) {
-    Finish<float> to = exit.sums_only();
-    bool aligned = exit.aligned_partial();
-    product.template drain<4>((float*)shared, [&](int i, int j, const Vec<float>* sums) { exit.template run<4>(to, i, j, sums, aligned, place); });
-  } else {
-    bool aligned = exit.aligned();
-    product.template drain<RUN>((float*)shared, [&](int i, int j, const Vec<float>* sums) { exit.template run<RUN>(exit.finish, i, j, sums, aligned, place); });
-  }
+  product.template drain<RUN>((float*)shared, [&](int i, int j, const Vec<float>* sums) { exit.template run<RUN>(block.m + i, block.n + j, sums, place); });
 }
 
 template <class Kind, int M, int N, int PIECE>
@@ -36,8 +29,8 @@ __global__ void __launch_bounds__(Tile<M, N>::THREADS, Tile<M, N>::BLOCKS)
   Product<Kind, Shape, true> product;
   multiply_slices<Shape, SLICE_BYTES / (int)sizeof(T)>(loader, product, shared, first, last);
   Finish<T> finish{y, bias, relu, false};
-  Exit<T> exit{finish, partial, block, rows, g.outputs, block.group * g.group_outputs, rows * g.outputs, g.group_outputs};
-  store_tile(product, shared, exit, [](long long m) { return m; });
+  Exit<T> exit(finish, partial, block, rows, g.group_outputs, g.outputs, block.group * g.group_outputs, rows * g.outputs);
+  store_tile(product, shared, block, exit, [](long long m) { return m; });
 }
 
 template <class Kind, int M, int N>
@@ -57,8 +50,8 @@ __global__ void __launch_bounds__(Tile<M, N>::THREADS, Tile<M, N>::BLOCKS)
   Product<Kind, Shape, true> product;
   multiply_slices<Shape, SLICE_BYTES / (int)sizeof(T)>(loader, product, shared, first, last);
   Finish<T> finish{dx, nullptr, false, false};
-  Exit<T> exit{finish, partial, block, rows, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels, g.group_channels};
-  store_tile(product, shared, exit, [&](long long m) { return t.pixel(m); });
+  Exit<T> exit(finish, partial, block, rows, g.group_channels, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels);
+  store_tile(product, shared, block, exit, [&](long long m) { return t.pixel(m); });
 }
 
 template <class Kind, int M, int N, int PIECE>
@@ -77,8 +70,8 @@ __global__ void __launch_bounds__(Tile<M, N>::THREADS, Tile<M, N>::BLOCKS)
   long long all = (long long)g.groups * g.kept_outputs * columns, before = (long long)block.group * g.kept_outputs;
   Finish<float> finish{dw, nullptr, false, accumulate};
   if (g.kept_channels == g.group_channels) {
-    Exit<float> exit{finish, partial, block, g.kept_outputs, columns, 0, all, columns};
-    store_tile(product, shared, exit, [&](long long m) { return before + m; });
+    Exit<float> exit(finish, partial, block, g.kept_outputs, columns, columns, 0, all);
+    store_tile(product, shared, block, exit, [&](long long m) { return before + m; });
     return;
   }
   product.template drain<4>((float*)shared, [&](int i, int j, const Vec<float>* sums) {  // without the columns of padding

@@ -260,7 +260,7 @@ struct Product {
         for (int half = 0; half < 2; ++half)
           *reinterpret_cast<float2*>(strip + ((lane >> 2) + 8 * half) * PITCH + 8 * j + 2 * (lane & 3)) = make_float2(sum[i][j][2 * half], sum[i][j][2 * half + 1]);
       __syncwarp();
-#pragma unroll
+#pragma unroll 1
       for (int run = lane; run < 16 * ACROSS; run += 32) {
         int row = run / ACROSS, column = run % ACROSS * RUN;
         Vec<float> sums[RUN / 4];

@@ -3,7 +3,8 @@
   taskset -c 0 python benchmarks/data_throughput.py [--images 10000] [--batch 100] [--repeat 5]
 
 Makes an LMDB of random raw 3x64x64 records in a temporary folder (and one of JPEG records), then times passes over it; the median
-of the repeats is shown. One core does everything: the thread that prepares and the one that takes batches.
+of the repeats is shown. One core does everything: the thread that prepares and the one that takes batches. Rows into "bytes" are the
+host's part of feeding a GPU: records read and gathered, crops drawn; a backend that ignores what it is given stands for the GPU.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from caffelite.backends.numpy import NumpyBackend
 from caffelite.data.images import encode_image
 from caffelite.data.lmdb_source import Writer
 from caffelite.data.source import BatchSource
@@ -44,14 +48,44 @@ def write_database(path: Path, images: int, encoded: bool) -> None:
     writer.finish()
 
 
+class Nowhere(NumpyBackend):
+    """Takes raw images, and is their Uploads too, and does nothing with them."""
+
+    raw_images = True
+
+    def uploads(self, nbytes: int) -> Any:
+        self._nbytes = nbytes
+        return self
+
+    def block(self) -> Any:
+        return np.zeros(self._nbytes, np.uint8)
+
+    def send(self, block: Any) -> Callable[[], None]:
+        self._block = block
+        return lambda: None
+
+    def receive(self) -> Any:
+        return self._block
+
+    def close(self) -> None:
+        pass
+
+    def transform(self, planes: Any, places: Any, mean: Any, y: Any, *, scale: float) -> None:
+        pass
+
+    def copy(self, x: Any, y: Any) -> None:
+        pass
+
+
 def fail(message: str, *path: str | int, hint: str | None = None) -> SpecError:
     """Errors have no place here."""
     return SpecError(message, hint=hint)
 
 
-def rate(database: Path, transform: pb.TransformationParameter, args: argparse.Namespace, dtype: str, shuffle: bool) -> float:
+def rate(database: Path, transform: pb.TransformationParameter, args: argparse.Namespace, dtype: str, shuffle: bool, cache: bool = False) -> float:
     """Median images a second over args.repeat passes."""
     param = pb.DataParameter(source=str(database), batch_size=args.batch, backend=pb.DataParameter.LMDB, shuffle=shuffle)
+    param.cache = pb.DataParameter.DEVICE if cache else pb.DataParameter.NONE
     source = BatchSource(param, transform, pb.TRAIN, 1, 2, fail)
     shape = (args.batch, *source.item_shape)
     data = np.zeros((shape[0], shape[2], shape[3], shape[1]), np.float32)
@@ -62,11 +96,16 @@ def rate(database: Path, transform: pb.TransformationParameter, args: argparse.N
     label = np.zeros(args.batch, np.float32)
     batches = source.count // args.batch
     rates = []
-    source.start(args.batch, dtype)
+    nowhere = Nowhere()
+    if dtype != "bytes":
+        source.start(args.batch, dtype)
     for _ in range(args.repeat + 1):
         start = time.perf_counter()
         for _ in range(batches):
-            source.next(data.transpose(0, 3, 1, 2), label)
+            if dtype == "bytes":
+                source.load(nowhere, args.batch, "float32", data.transpose(0, 3, 1, 2), label)
+            else:
+                source.next(data.transpose(0, 3, 1, 2), label)
         rates.append(batches * args.batch / (time.perf_counter() - start))
     source.close()
     return statistics.median(rates[1:])
@@ -88,15 +127,19 @@ def main() -> None:
         mean.write_bytes(message_bytes(blob))
         by_file = {"mean_file": str(mean), "crop_size": CROP, "mirror": True}
         print(f"{'records':34} {'order':8} {'into':9} images/s")
-        for name, database, transform, dtype, shuffle in (
+        for name, database, transform, dtype, shuffle, *cache in (
             ("raw, crop, mirror, mean_value", raw, values, "float32", False),
             ("raw, crop, mirror, mean_value", raw, values, "float32", True),
             ("raw, crop, mirror, mean_value", raw, values, "bfloat16", True),
             ("raw, crop, mirror, mean_file", raw, by_file, "float32", True),
             ("raw, whole, scale", raw, {"scale": 1 / 256}, "float32", False),
+            ("raw, crop, mirror, mean_value", raw, values, "bytes", False),
+            ("raw, crop, mirror, mean_value", raw, values, "bytes", True),
+            ("the same, cache: DEVICE", raw, values, "bytes", True, True),
             ("JPEG, crop, mirror, mean_value", jpeg, values, "float32", True),
+            ("JPEG, crop, mirror, mean_value", jpeg, values, "bytes", True),
         ):
-            result = rate(database, pb.TransformationParameter(**transform), args, dtype, shuffle)
+            result = rate(database, pb.TransformationParameter(**transform), args, dtype, shuffle, *cache)
             print(f"{name:34} {'shuffled' if shuffle else 'keys':8} {dtype:9} {result:8,.0f}", flush=True)
 
 

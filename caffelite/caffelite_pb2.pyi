@@ -300,13 +300,19 @@ class TransformationParameter(_message.Message):
     def __init__(self, scale: _Optional[float] = ..., mirror: bool = ..., crop_size: _Optional[int] = ..., mean_file: _Optional[str] = ..., mean_value: _Optional[_Iterable[float]] = ..., force_color: bool = ..., force_gray: bool = ...) -> None: ...
 
 class DataParameter(_message.Message):
-    __slots__ = ("source", "backend", "batch_size", "rand_skip", "prefetch", "force_encoded_color", "scale", "mean_file", "crop_size", "mirror", "shuffle")
+    __slots__ = ("source", "backend", "batch_size", "rand_skip", "prefetch", "force_encoded_color", "scale", "mean_file", "crop_size", "mirror", "shuffle", "cache")
     class DB(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         LEVELDB: _ClassVar[DataParameter.DB]
         LMDB: _ClassVar[DataParameter.DB]
     LEVELDB: DataParameter.DB
     LMDB: DataParameter.DB
+    class Cache(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        NONE: _ClassVar[DataParameter.Cache]
+        DEVICE: _ClassVar[DataParameter.Cache]
+    NONE: DataParameter.Cache
+    DEVICE: DataParameter.Cache
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -318,6 +324,7 @@ class DataParameter(_message.Message):
     CROP_SIZE_FIELD_NUMBER: _ClassVar[int]
     MIRROR_FIELD_NUMBER: _ClassVar[int]
     SHUFFLE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     source: str
     backend: DataParameter.DB
     batch_size: int
@@ -329,7 +336,8 @@ class DataParameter(_message.Message):
     crop_size: int
     mirror: bool
     shuffle: bool
-    def __init__(self, source: _Optional[str] = ..., backend: _Optional[_Union[DataParameter.DB, str]] = ..., batch_size: _Optional[int] = ..., rand_skip: _Optional[int] = ..., prefetch: _Optional[int] = ..., force_encoded_color: bool = ..., scale: _Optional[float] = ..., mean_file: _Optional[str] = ..., crop_size: _Optional[int] = ..., mirror: bool = ..., shuffle: bool = ...) -> None: ...
+    cache: DataParameter.Cache
+    def __init__(self, source: _Optional[str] = ..., backend: _Optional[_Union[DataParameter.DB, str]] = ..., batch_size: _Optional[int] = ..., rand_skip: _Optional[int] = ..., prefetch: _Optional[int] = ..., force_encoded_color: bool = ..., scale: _Optional[float] = ..., mean_file: _Optional[str] = ..., crop_size: _Optional[int] = ..., mirror: bool = ..., shuffle: bool = ..., cache: _Optional[_Union[DataParameter.Cache, str]] = ...) -> None: ...
 
 class ImageDataParameter(_message.Message):
     __slots__ = ("source", "root_folder", "batch_size", "rand_skip", "shuffle", "new_height", "new_width", "is_color", "scale", "mean_file", "crop_size", "mirror")

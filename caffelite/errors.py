@@ -64,5 +64,17 @@ class BackendError(CaffeliteError):
     """A machine, library or precision that was asked for is not available, or failed."""
 
 
+class OutOfMemoryError(BackendError):
+    """A device has not as much memory as is needed. wanted: bytes that could not be had; free and total: the device's; used: those of this run."""
+
+    def __init__(self, device: str, *, wanted: int, free: int, total: int, used: int) -> None:
+        self.device, self.wanted, self.free, self.total, self.used = device, wanted, free, total, used
+        mb = [f"{count / 2**20:,.0f}" for count in (wanted, free, total)]
+        super().__init__(
+            f"out of memory on {device}: {mb[0]} MB more are needed, {mb[1]} of {mb[2]} MB are free",
+            hint="lower batch_size, or train with --precision bfloat16",
+        )
+
+
 class TrainingError(CaffeliteError):
     """Training cannot go on: the loss is not finite, for example."""

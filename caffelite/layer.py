@@ -40,12 +40,13 @@ class BufferSpec:
 @dataclass
 class RunContext:
     """What layers may depend on beside their blobs: the run's seed and the number of the forward pass (iteration*iter_size + part; also in a
-    cell, for ops), for random layers, and whether products may be taken in tf32."""
+    cell, for ops), for random layers, and whether products may be taken in tf32. tell: takes what a user should hear of."""
 
     seed: int = 0
     forward_count: int = 0
     pass_number: Array = None
     tf32: bool = False
+    tell: Callable[[str], object] = lambda text: None
 
 
 class Layer:
@@ -81,6 +82,7 @@ class Layer:
         self.context = RunContext()
         self.stream = zlib.crc32(self.name.encode())  # names this layer's random numbers
         self.training = phase == pb.TRAIN
+        self.keeps = True  # a backward step follows forward; set by the memory plan, before buffer_specs is asked
 
     # --- set-up --------------------------------------------------------------------------------------------------------
 

@@ -101,6 +101,8 @@ def _blob_regions(graph: Graph, backward: bool) -> Iterable[Region]:
 
 def _data_uses(blob: BlobInfo, steps: dict[int, int], end: int, backward: bool) -> list[int]:
     uses = [steps[id(node)] for node in [*blob.writers, *blob.readers]]
+    if any(node.layer.is_source for node in blob.writers):
+        uses.append(0)  # where a pass is recorded, all sources are fed before its first layer runs
     if backward:
         late = [n for n in blob.writers if n.needs_backward and n.layer.backward_reads() & {TOP, SIGN}]
         late += [n for n in blob.readers if n.needs_backward and BOTTOM in n.layer.backward_reads()]
@@ -128,8 +130,8 @@ def _gives(node: Node, blob: BlobInfo) -> bool:
 def _buffer_regions(graph: Graph, backend: Backend, backward: bool) -> Iterable[Region]:
     end = 2 * len(graph.nodes)
     for i, node in enumerate(graph.nodes):
+        runs_back = node.layer.keeps = backward and node.needs_backward
         for name, spec in buffer_specs(node, backend).items():
-            runs_back = backward and node.needs_backward
             for part, first, last in _buffer_lives(spec, i, end - 1 - i, runs_back):
                 yield Region((part, node.name, name), spec.shape, spec.dtype, first, last)
 

@@ -49,6 +49,7 @@ class Net:
     its own and no layer is fused, so that any blob can be read and written between calls (pycaffe). seed: of fillers and of
     every random layer. share: a net whose parameter values (by layer name) this one uses as its own; workspace: a net whose
     arena of passing values this one may use too, when the two never run at the same time. `hooks`: see Hooks.
+    prepare: given for a net that is only to be measured: called with each layer before it is asked for shapes; no parameter gets a value.
     """
 
     def __init__(
@@ -64,13 +65,14 @@ class Net:
         seed: int = 0,
         share: Net | None = None,
         workspace: Net | None = None,
+        prepare: Callable[[Layer], object] | None = None,
     ) -> None:
         self.spec, self.phase, self.backend, self.precision, self.observe, self.seed = spec, phase, backend, precision, observe, seed
         self.compute = "bfloat16" if precision == "bfloat16" else "float32"
         self.context = RunContext(seed, pass_number=backend.empty((1,), "float64"), tf32=precision == "tf32")
         self._run: Callable[[], None] | None = None
         self.hooks = Hooks()
-        self.graph: Graph = build_graph(spec, phase=phase, level=level, stages=stages, compute=self.compute)
+        self.graph: Graph = build_graph(spec, phase=phase, level=level, stages=stages, compute=self.compute, prepare=prepare or _nothing)
         self.has_backward = self.graph.has_backward and (observe or phase == pb.TRAIN)
         if not observe:
             fuse(self.graph)
@@ -81,6 +83,7 @@ class Net:
         self.data_layers = [layer for layer in self.layers if hasattr(layer, "source")]
         self.blobs = {name: Blob(name, info.shape, info.dtype) for name, info in self.graph.blobs.items()}
         self.steps = [Step(n, n.layer, [self.blobs[b.name] for b in n.bottoms], [self.blobs[t.name] for t in n.tops]) for n in self.graph.nodes]
+        self.prepare = prepare
         self._start_positions: dict[str, int] = {}
         self.borrows = False  # share_with was called: values lie in another net's arena
         try:
@@ -99,7 +102,7 @@ class Net:
         own = [info for info in self.graph.owners if info.node.name not in borrowed]
         self.arena = ParamArena(self.backend, own, compute=self.compute, gradients=self.has_backward)
         self._arenas: list[ParamArena] = [self.arena, *(lender._arenas if lender else [])]
-        for info in own:
+        for info in own if self.prepare is None else ():
             self.backend.from_host(initial_values(info, self.seed), self.arena.find(info).master)
         for step in self.steps:
             node, layer = step.node, step.layer
@@ -409,6 +412,10 @@ def _named(step: Step) -> Iterator[None]:
     except CaffeliteError as error:
         error.layer = error.layer or step.layer.name
         raise
+
+
+def _nothing(layer: Layer) -> None:
+    """What a net does to its layers beforehand, unless it is told to do something."""
 
 
 def _check_borrowed(node: Node, params: Sequence[Param]) -> None:

@@ -7,8 +7,10 @@ where CAFFELITE_TESTDATA names a folder with golden/ and data/.
 from __future__ import annotations
 
 import os
+import platform
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,38 @@ def cuda() -> Any:
         if os.environ.get("CAFFELITE_CUDA_DRIVER"):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def onednn() -> Any:
+    """The backend; it must load where its wheel exists, and is skipped on other machines."""
+    try:
+        chosen: Any = backends.get("onednn")
+    except BackendError as error:
+        if sys.platform == "linux" and platform.machine() == "x86_64":
+            raise
+        pytest.skip(str(error))
+    chosen.small_products = 0
+    return chosen
+
+
+@pytest.fixture
+def no_numpy(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """no_numpy(op) counts the calls of NumPy's implementation of an op."""
+
+    def watch(op: str) -> list[str]:
+        calls: list[str] = []
+        owner = next(cls for cls in backends.get("numpy").__class__.__mro__ if op in vars(cls))
+        plain = vars(owner)[op]
+
+        def counted(*args: Any, **options: Any) -> Any:
+            calls.append(op)
+            return plain(*args, **options)
+
+        monkeypatch.setattr(owner, op, counted)
+        return calls
+
+    return watch
 
 
 @pytest.fixture

@@ -288,7 +288,7 @@ def test_flags_write_into_the_solver(tmp_path: Path) -> None:
         (["--snapshot", "a.solverstate", "--weights", "b.caffemodel"], 2, "--snapshot and --weights exclude each other"),
         (["--gpu", "0,1"], 2, "--gpu takes the number of one GPU, found '0,1'\n  caffelite device-query lists them"),
         (["--gpu", "0", "--backend", "onednn"], 2, "--gpu 0 and --backend onednn exclude each other"),
-        (["--backend", "onednm"], 1, "unknown backend 'onednm'"),
+        (["--backend", "onednm"], 2, "unknown backend 'onednm'\n  did you mean 'onednn'? known ones: auto, numpy, onednn, cuda"),
         (["--weights", "none.caffemodel"], 1, "none.caffemodel"),
         (["--snapshot", "none.solverstate"], 1, "none.solverstate"),
         (["--log", "snaps"], 1, "cannot write log snaps: Is a directory"),
@@ -310,7 +310,7 @@ def test_solver_mode_gpu_needs_a_decision(folder: Path, tmp_path: Path, capsys: 
     assert err.endswith("(or [cuda12]); or pass --backend onednn (or numpy), which wins over solver_mode\n")
     said(capsys, "train", "--solver", str(solver), "--iterations", "1", "--backend", "numpy")
     monkeypatch.setenv("CAFFELITE_BACKEND", "nmpy")
-    _, err = said(capsys, "train", "--solver", str(solver), status=1)
+    _, err = said(capsys, "train", "--solver", str(solver), status=2)
     assert "unknown backend 'nmpy' (asked for by the environment: CAFFELITE_BACKEND=nmpy)" in err
 
 

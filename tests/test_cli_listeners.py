@@ -49,7 +49,8 @@ def fake_solver(iteration: int = 0, *, max_iter: int = 1000, iter_size: int = 1,
         batch_size=50, name="tiny", phase=pb.TRAIN, layers=[], outputs=["accuracy", "loss"], graph=SimpleNamespace(nodes=[]), spec=SimpleNamespace(file="n")
     )
     param = pb.SolverParameter(net="n.prototxt", max_iter=max_iter, iter_size=iter_size, display=display)
-    return SimpleNamespace(iter=iteration, net=net, test_nets=[], param=param, spec=SimpleNamespace(param=param, file="s.prototxt"))
+    backend = SimpleNamespace(peak_bytes=lambda: None)
+    return SimpleNamespace(iter=iteration, net=net, backend=backend, test_nets=[], param=param, spec=SimpleNamespace(param=param, file="s.prototxt"))
 
 
 def run_events(listeners: list[Any], solver: Any, *, start: int = 0, stop: int = 400, clock: Clock | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 
 from caffelite import backends
+from caffelite.backends.contract import Peaks
 from caffelite.backends.cuda import cupy_driver
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.cupy_driver import CupyDriver
 from caffelite.backends.cuda.launch import Module
 from caffelite.errors import BackendError
+
+OPS, COPIES = 77, 78  # streams
 
 
 class RuntimeError_(RuntimeError):
@@ -39,19 +43,24 @@ class Stand:
         self.launches: list[dict[str, Any]] = []
         self.limits: list[tuple[int, int, int]] = []
         self.lost = False
-        self.events: list[str] = []
         self.graphs: list[str] = []
+        self.streams = [OPS, COPIES]
+        self.calls: list[tuple[Any, ...]] = []  # what concerns events and copies
+        self.locked: dict[int, Any] = {}  # page-locked memory by its address
+        self.chosen: list[tuple[int, int]] = []
         runtime = SimpleNamespace(
             CUDARuntimeError=RuntimeError_,
             streamNonBlocking=1,
             getDeviceCount=self.count,
             driverGetVersion=lambda: 13000,
-            setDevice=lambda device: None,
+            setDevice=lambda device: self.chosen.append((threading.get_ident(), device)),
             getDeviceProperties=lambda device: {"name": b"Test GPU", "major": self.capability[0], "minor": self.capability[1]},
             streamCreateWithFlags=self.create_stream,
             streamSynchronize=self.wait,
             memsetAsync=lambda address, value, size, stream: ctypes.memset(address, value, size),
             memcpyAsync=self.copy,
+            eventElapsedTime=lambda start, stop: 250.0 * (stop - start),
+            deviceGetAttribute=lambda attribute, device: {16: 132, 13: 1_980_000, 36: 2_619_000, 37: 5120}[attribute],
             memGetInfo=lambda: (self.free, 4 << 20),
             streamCaptureModeRelaxed=2,
             streamBeginCapture=lambda stream, mode: self.graphs.append(f"begin {stream} {mode}"),
@@ -60,11 +69,16 @@ class Stand:
             graphLaunch=self.launch_graph,
             graphDestroy=lambda graph: self.graphs.append(f"destroy {graph}"),
             graphExecDestroy=lambda graph: self.graphs.append(f"destroy exec {graph}"),
-            eventCreate=lambda: self.event("create", 31 + len(self.events)),
-            eventRecord=lambda event, stream: self.event("record", event, stream),
-            eventSynchronize=lambda event: self.event("wait for", event),
-            eventElapsedTime=lambda start, end: 2.5 if (start, end) == (31, 32) else -1.0,
-            eventDestroy=lambda event: self.event("destroy", event),
+            eventDisableTiming=2,
+            eventBlockingSync=1,
+            hostAllocDefault=0,
+            eventCreateWithFlags=self.create_event,
+            eventRecord=lambda event, stream: self.calls.append(("record", event, stream)),
+            eventSynchronize=lambda event: (self.wait(0), self.calls.append(("synchronize", event))),
+            eventDestroy=lambda event: self.calls.append(("destroy", event)),
+            streamWaitEvent=lambda stream, event: self.calls.append(("wait", stream, event)),
+            hostAlloc=self.lock,
+            freeHost=self.locked.pop,
         )
         driver = SimpleNamespace(
             CUDADriverError=DriverError,
@@ -76,10 +90,6 @@ class Stand:
         self.cuda = SimpleNamespace(
             runtime=runtime, driver=driver, MemoryPool=lambda: SimpleNamespace(malloc=self.alloc), memory=SimpleNamespace(OutOfMemoryError=OutOfMemory)
         )
-
-    def event(self, what: str, *numbers: int) -> int:
-        self.events.append(" ".join(map(str, (what, *numbers))))
-        return numbers[0]
 
     def count(self) -> int:
         if self.devices < 0:
@@ -93,10 +103,24 @@ class Stand:
     def create_stream(self, flags: int) -> int:
         if self.lost:
             raise RuntimeError_("cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy or unavailable")
-        return 77
+        assert flags == 1
+        return self.streams.pop(0) if self.streams else 99
+
+    def create_event(self, flags: int) -> int:
+        assert flags in (1, 3)
+        self.calls.append(("event",))
+        return 1000 + self.calls.count(("event",))
+
+    def lock(self, size: int, flags: int) -> int:
+        if size > self.free:
+            raise RuntimeError_("cudaErrorMemoryAllocation: out of memory")
+        held = np.full(size, 0xEE, np.uint8)
+        self.locked[held.ctypes.data] = held
+        return int(held.ctypes.data)
 
     def copy(self, to: int, source: int, size: int, kind: int, stream: int) -> None:
         self.wait(stream)
+        self.calls.append(("copy", stream))
         ctypes.memmove(to, source, size)
 
     def load(self, image: bytes) -> int:
@@ -135,6 +159,7 @@ class Stand:
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Stand:
     stand = Stand()
+    monkeypatch.setattr(cupy_driver, "_CURRENT", threading.local())
     monkeypatch.setitem(sys.modules, "cupy", stand)
     monkeypatch.delenv("CAFFELITE_CUDA_DRIVER", raising=False)
     return stand
@@ -192,26 +217,134 @@ def test_values_come_and_go(cupy: Stand) -> None:
     assert not driver.is_array(values)
 
 
+def test_an_upload_has_a_stream_of_its_own_between_events(cupy: Stand) -> None:
+    driver = CupyDriver()
+    x, values = driver.allocate(16), driver.pinned(16)
+    assert not values.any(), "memory is zeroed"
+    values[:] = 7
+    after, done = driver.event(), driver.event()
+    driver.record(after)
+    driver.upload(values, x, after, done)
+    driver.wait(done)
+    done.synchronize()
+    driver.send(values, x)
+    one, two = after.handle, done.handle
+    assert cupy.calls == [
+        ("event",),
+        ("event",),
+        ("record", one, OPS),
+        ("wait", COPIES, one),
+        ("copy", COPIES),
+        ("record", two, COPIES),
+        ("wait", OPS, two),
+        ("synchronize", two),
+        ("copy", OPS),
+    ]
+    assert driver.to_host(x).tolist() == [7] * 16
+    del after
+    assert cupy.calls[-1] == ("destroy", one)
+
+
+def test_page_locked_memory_goes_when_nobody_looks_into_it(cupy: Stand) -> None:
+    driver = CupyDriver()
+    part = driver.pinned(64)[8:16].view(np.float32)
+    assert len(cupy.locked) == 1
+    part[:] = 3
+    assert next(iter(cupy.locked.values()))[8:16].view(np.float32).tolist() == [3, 3]
+    del part
+    assert not cupy.locked
+
+
+def test_page_locked_memory_that_cannot_be_had(cupy: Stand) -> None:
+    with pytest.raises(BackendError) as caught:
+        CupyDriver().pinned(3 << 20)
+    wanted = (
+        "3.0 MB of page-locked memory for copies to GPU 0 cannot be had: cudaErrorMemoryAllocation: out of memory\n  lower prefetch or batch_size in data_param"
+    )
+    assert str(caught.value) == wanted
+
+
 def test_out_of_memory_says_how_much(cupy: Stand) -> None:
     with pytest.raises(BackendError) as caught:
         CupyDriver().allocate(3 << 20)
     assert str(caught.value) == ("out of memory on GPU 0: 3 MB more are needed, 1 of 4 MB are free\n  lower batch_size, or train with --precision bfloat16")
 
 
+def test_time_is_measured_by_events_on_the_stream(cupy: Stand) -> None:
+    backend = backends.get("cuda")
+    start, stop = backend.mark(), backend.mark()
+    assert cupy.calls == [("event",), ("record", 1001, OPS), ("event",), ("record", 1002, OPS)]
+    assert backend.seconds_between(start, stop) == 0.25
+    del start, stop
+    assert {("destroy", 1001), ("destroy", 1002)} < set(cupy.calls), "events are given back"
+
+
+def test_what_the_device_is_made_of(cupy: Stand) -> None:
+    backend = backends.get("cuda")
+    assert backend.peaks("float32") == Peaks("Test GPU", pytest.approx(2 * 128 * 132 * 1.98e9), pytest.approx(2 * 2.619e9 * 640), "clocks and units")
+    assert backend.peaks("bfloat16").operations is None
+
+
+def test_memory_in_use_is_counted(cupy: Stand) -> None:
+    driver = CupyDriver()
+    before = driver.meter.used
+    x = driver.allocate(513)
+    assert driver.meter.used == before + 1024
+    del x
+    assert driver.meter.used == before
+    assert driver.meter.peak >= before + 1024
+
+
 def test_a_lost_device_is_reported(cupy: Stand) -> None:
     driver = CupyDriver()
-    x = driver.allocate(4)
+    x, event, locked = driver.allocate(4), driver.event(), driver.pinned(4)
     cupy.lost = True
-    for call in (driver.synchronize, lambda: driver.to_host(x), lambda: driver.from_host(np.zeros(4, np.uint8), x)):
+    for call in (
+        driver.synchronize,
+        event.synchronize,
+        lambda: driver.send(locked, x),
+        lambda: driver.upload(locked, x, event, event),
+        lambda: driver.to_host(x),
+        lambda: driver.from_host(np.zeros(4, np.uint8), x),
+    ):
         with pytest.raises(BackendError, match=r"GPU 0 stopped: cudaErrorIllegalAddress.*\n  run again from the last snapshot"):
             call()
 
 
 def test_backends_of_one_gpu_share_its_stream_and_memory(cupy: Stand) -> None:
     one, another = CupyDriver(), CupyDriver()
-    assert (one._stream, one._pool) == (another._stream, another._pool)
+    assert (one._stream, one._copies, one._pool) == (another._stream, another._copies, another._pool) == (OPS, COPIES, one._pool)
     cupy.devices = 2
     assert CupyDriver(1)._pool is not one._pool
+
+
+def test_every_call_is_made_on_the_drivers_own_device(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs in one process, and one GPU used from two threads."""
+    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest, tell: (b"code", {"k": "_Z1k"}))
+    cupy.devices = 2
+    drivers = [CupyDriver(0), CupyDriver(1)]
+    arrays = [driver.allocate(4) for driver in drivers]
+    programs = [driver.load(Module("k", ["k"])) for driver in drivers]
+    me = threading.get_ident()
+
+    def devices(*calls: Any) -> list[int]:
+        cupy.chosen.clear()
+        for call in calls:
+            call()
+        return [device for _, device in cupy.chosen]
+
+    assert devices(drivers[0].synchronize, drivers[1].synchronize, drivers[1].synchronize) == [0, 1], "asked for where it changes, and not again"
+    calls = [lambda i=i: drivers[i].to_host(arrays[i]) for i in (0, 1)]
+    calls += [lambda i=i: drivers[i].from_host(np.zeros(4, np.uint8), arrays[i]) for i in (0, 1)]
+    calls += [lambda i=i: drivers[i].allocate(4) for i in (0, 1)]
+    calls += [drivers[i].mark for i in (0, 1)]
+    arguments = (None, np.float32(0), np.zeros((), [("a", np.int32), ("b", np.float32, 2)])[()])
+    calls += [lambda i=i: programs[i].launch("k", (1, 1, 1), (1, 1, 1), [arrays[i], *arguments], 0) for i in (0, 1)]
+    assert devices(*calls[:8]) == [0, 1] * 4
+    assert devices(*calls[8:]) == [0, 1]
+    worker = threading.Thread(target=drivers[1].synchronize)
+    assert devices(worker.start, worker.join) == [1]
+    assert cupy.chosen[0][0] != me
 
 
 def test_a_busy_device(cupy: Stand) -> None:
@@ -220,14 +353,14 @@ def test_a_busy_device(cupy: Stand) -> None:
 
 
 def test_kernels_that_the_driver_does_not_know(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest: (b"newer", {"k": "_Z1k"}))
+    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest, tell: (b"newer", {"k": "_Z1k"}))
     monkeypatch.setattr("caffelite.backends.cuda.nvrtc.version", lambda newest: (13, 0))
     with pytest.raises(BackendError, match=r"GPU 0 does not load the kernels of k: CUDA_ERROR_INVALID_IMAGE.*\n  NVIDIA's driver may be older than CUDA 13\.0"):
         CupyDriver().load(Module("k", ["k"]))
 
 
 def test_a_kernel_gets_its_arguments_by_value(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest: (b"code", {"k": "_Z1k"}))
+    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest, tell: (b"code", {"k": "_Z1k"}))
     driver = CupyDriver()
     x, record = driver.allocate(16), np.zeros((), np.dtype([("a", np.int32), ("b", np.float32, 2)]))
     record["a"], record["b"] = 7, (1, 2)
@@ -241,13 +374,6 @@ def test_a_kernel_gets_its_arguments_by_value(cupy: Stand, monkeypatch: pytest.M
     assert len(cupy.limits) == 1
     with pytest.raises(BackendError, match=r"kernel k does not start with grid \(1, 1, 1\), block \(64, 1, 1\) and 2000000 bytes"):
         program.launch("k", (1, 1, 1), (64, 1, 1), [x], 2_000_000)
-
-
-def test_time_is_taken_between_two_events(cupy: Stand) -> None:
-    driver = CupyDriver()
-    assert driver.seconds(lambda: cupy.events.append("run")) == 0.0025
-    assert cupy.events == ["create 31", "create 32", "record 31 77", "run", "record 32 77", "wait for 32", "destroy 31", "destroy 32"]
-    assert driver.device_name == "Test GPU"
 
 
 def test_views_are_numpys() -> None:

@@ -199,3 +199,24 @@ def test_hooks_are_called_also_when_they_come_late(cuda: Any) -> None:
     solver.step(2)
     for label, weights in weights_of(want).items():
         np.testing.assert_array_equal(weights_of(solver)[label], weights, label)
+
+
+LATE = """
+  layer { name: "x" type: "DummyData" top: "x" dummy_data_param { shape { dim: 4 dim: 3 dim: 16 dim: 16 } data_filler { type: "gaussian" std: 1 } } }
+  layer { name: "c" type: "Convolution" bottom: "x" top: "c" convolution_param { num_output: 3 kernel_size: 3 weight_filler { type: "msra" } } }
+  layer { name: "p" type: "Pooling" bottom: "c" top: "p" pooling_param { pool: AVE kernel_size: 7 stride: 7 } }
+  layer { name: "t" type: "Data" top: "t" transform_param { crop_size: 2 scale: 0.01 } data_param { source: "LMDB" backend: LMDB batch_size: 4 } }
+  layer { name: "loss" type: "EuclideanLoss" bottom: "p" bottom: "t" top: "loss" }
+"""
+
+
+def test_a_source_behind_other_layers_is_fed_before_them(cuda: Any, reference: Any) -> None:
+    """All sources are fed before a record is played: what the layers in between write must not lie where the source's top does."""
+    losses = []
+    for ops in (cuda, reference):  # with observe, all have memory of their own
+        solver, found = make_solver(RATE, LATE, ops, observe=ops is reference), []
+        for _ in range(5):
+            solver.step(1)
+            found.append(solver.net.loss())
+        losses.append(found)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)

@@ -12,9 +12,11 @@ import pytest
 from caffelite import backends
 from caffelite.backends.contract import Backend
 from caffelite.backends.cuda import gemm_plan, gemm_tune
+from caffelite.backends.cuda.peaks import Facts
 from caffelite.errors import BackendError
 
 M, K, N = 70, 600, 24
+GPU = Facts("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98e9, 2.6e9, 5120)
 
 
 @pytest.fixture
@@ -27,13 +29,12 @@ def made(cuda: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         backend = backends.get("cuda")
         times = iter(seconds or [])
 
-        def timed(run: Callable[[], None]) -> float | None:
+        def between(start: object, stop: object) -> float:
             if seconds is None:
                 raise AssertionError("timed again")
-            run()
             return next(times)
 
-        backend.driver.seconds = timed
+        backend.driver.seconds_between, backend.driver.facts = between, lambda: GPU
         return backend
 
     return make
@@ -92,9 +93,9 @@ def test_the_formula_decides_where_nothing_else_is_asked_for(made, monkeypatch: 
     assert not backend.tuner._picked
 
 
-def test_the_formula_decides_where_the_driver_cannot_time(cuda: Backend, made, tmp_path: Path) -> None:
+def test_the_formula_decides_on_the_emulator(cuda: Backend, made, tmp_path: Path) -> None:
     backend = made([1.0])
-    del backend.driver.seconds
+    del backend.driver.facts
     gradient(backend)
     (picked,) = backend.tuner._picked.values()
     assert picked == gemm_plan.choose("bf16", rows=N, columns=K, depth=M, groups=1, outputs=N * K, transposed=True)
@@ -103,7 +104,7 @@ def test_the_formula_decides_where_the_driver_cannot_time(cuda: Backend, made, t
 
 def test_a_table_belongs_to_a_device_and_to_kernels(cuda: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     tuner, before = gemm_tune.Tuner(cuda.driver), gemm_tune.Tuner(cuda.driver).path
-    monkeypatch.setattr(cuda.driver, "device_name", "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(cuda.driver, "facts", lambda: GPU)
     other = tuner.path
     assert other.name.startswith("tiles-NVIDIA-H100-80GB-HBM3-")
     assert other.suffix == ".json"

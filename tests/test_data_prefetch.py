@@ -47,6 +47,20 @@ def test_slots_come_in_order_and_no_more_than_there_are() -> None:
     assert not threads()
 
 
+def test_ready_does_not_wait() -> None:
+    filled = threading.Semaphore(0)
+    prefetcher = Prefetcher(lambda slot: filled.acquire(), [[0], [1]], "under test")
+    assert prefetcher.ready() is None
+    filled.release()
+    assert prefetcher.get() == [0]
+    assert prefetcher.ready() is None
+    filled.release()
+    with prefetcher._state.changed:
+        assert prefetcher._state.changed.wait_for(lambda: prefetcher._state.ready, 10)
+    assert prefetcher.ready() == [1]
+    prefetcher.close()
+
+
 def test_an_error_comes_out_after_the_slots_before_it() -> None:
     prefetcher = Prefetcher(Counter(bad=2), [[0], [0], [0]], "under test")
     assert [prefetcher.get(), prefetcher.get()] == [[0], [1]]

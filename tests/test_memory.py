@@ -81,3 +81,48 @@ def test_reuse_and_fusion_change_no_bit_of_the_gradients(backend, precision: str
     assert len(results[0]) == 9
     for ours, reference in zip(*results):
         np.testing.assert_array_equal(ours, reference)
+
+
+KEEPERS = """
+layer { name: "pool" type: "Pooling" bottom: "x" top: "p" pooling_param { kernel_size: 3 stride: 2 } }
+layer { name: "where" type: "Pooling" bottom: "p" top: "q" top: "index" pooling_param { kernel_size: 2 } }
+layer { name: "lrn" type: "LRN" bottom: "q" top: "n" }
+layer { name: "k" type: "Convolution" bottom: "n" top: "k" convolution_param { num_output: 3 kernel_size: 1 weight_filler { type: "msra" } } }
+layer { name: "scale" type: "Scale" bottom: "k" top: "k" scale_param { filler { value: 0.5 } } }
+layer { name: "prelu" type: "PReLU" bottom: "k" top: "k" }
+layer { name: "ip" type: "InnerProduct" bottom: "k" top: "ip" inner_product_param { num_output: 5 weight_filler { type: "xavier" } } }
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "ip" bottom: "t" top: "loss" }
+layer { name: "silence" type: "Silence" bottom: "index" }
+"""
+HEAD = NET.split('layer { name: "c1"')[0].replace('type: "gaussian"', 'type: "gaussian" mean: 0.5').replace("dim: 3", "dim: 16")
+BEFORE = 'layer { name: "c" type: "Convolution" bottom: "d" top: "x" convolution_param { num_output: 16 kernel_size: 1 weight_filler { type: "msra" } } }'
+
+
+def kept_for_backward(regions) -> set[tuple[str, str]]:
+    return {(r.key[1], r.key[2]) for r in regions if r.key[0] == "buffer"} & {
+        ("pool", "mask"),
+        ("where", "mask"),
+        ("lrn", "work"),
+        ("scale", "x"),
+        ("prelu", "x"),
+    }
+
+
+def test_nothing_is_kept_for_a_backward_that_does_not_follow(backend) -> None:
+    """In phase TEST, and below the first layer that learns. A top with the places of the maxima needs the mask all the same."""
+    text = HEAD.replace('top: "x"', 'top: "d"', 1) + BEFORE + KEEPERS
+    assert len(kept_for_backward(plan(backend, text).regions)) == 5
+    assert kept_for_backward(plan(backend, text, phase=pb.TEST).regions) == {("where", "mask")}
+    fixed = HEAD + KEEPERS  # nothing below the second convolution learns
+    assert kept_for_backward(plan(backend, fixed).regions) == {("where", "mask"), ("scale", "x"), ("prelu", "x")}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_is_not_kept_changes_no_value(backend, precision: str) -> None:
+    text = HEAD.replace('top: "x"', 'top: "d"', 1) + BEFORE + KEEPERS
+    outputs = []
+    for phase in (pb.TRAIN, pb.TEST):
+        net = Net(net_from_text(text), phase=phase, backend=backend, precision=precision, seed=3)
+        net.forward()
+        outputs.append(net.output_values()["loss"])
+    np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-6 if precision == "float32" else 1e-2)

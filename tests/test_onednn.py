@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import platform
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from onednn_harness import channel_results, difference, like, random
 
 from caffelite import backends
 from caffelite.backends.contract import DropoutKey, is_usual, strides_of
-from caffelite.errors import BackendError
 
 
 class Conv(NamedTuple):
@@ -47,56 +45,6 @@ LAYERS = [
     Conv("alexnet-conv4", 384, 13, 384, 3, 1, 1, 2),
     Conv("alexnet-conv5", 384, 13, 256, 3, 1, 1, 2),
 ]
-
-
-@pytest.fixture(scope="module")
-def onednn() -> Any:
-    """The backend; it must load where its wheel exists, and is skipped on other machines."""
-    try:
-        chosen: Any = backends.get("onednn")
-    except BackendError as error:
-        if sys.platform == "linux" and platform.machine() == "x86_64":
-            raise
-        pytest.skip(str(error))
-    chosen.small_products = 0
-    return chosen
-
-
-@pytest.fixture
-def no_numpy(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
-    """no_numpy(op) counts the calls of NumPy's implementation of an op."""
-
-    def watch(op: str) -> list[str]:
-        calls: list[str] = []
-        owner = next(cls for cls in backends.get("numpy").__class__.__mro__ if op in vars(cls))
-        plain = vars(owner)[op]
-
-        def counted(*args: Any, **options: Any) -> Any:
-            calls.append(op)
-            return plain(*args, **options)
-
-        monkeypatch.setattr(owner, op, counted)
-        return calls
-
-    return watch
-
-
-def random(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0, scale: float = 1.0) -> np.ndarray:
-    """A blob of normal values."""
-    numpy = backends.get("numpy")
-    x = numpy.empty(shape, dtype)
-    numpy.from_host(np.random.default_rng(seed).standard_normal(shape, np.float32) * scale, x)
-    return x
-
-
-def like(x: np.ndarray) -> np.ndarray:
-    return np.full_like(x, 7)
-
-
-def difference(got: np.ndarray, want: np.ndarray) -> float:
-    """Largest difference by the largest value."""
-    got, want = got.astype(np.float64), want.astype(np.float64)
-    return float(np.abs(got - want).max() / np.abs(want).max())
 
 
 # --- agreement with NumPy ------------------------------------------------------------------------------------------------
@@ -347,118 +295,6 @@ def test_relu_runs_on_onednn_and_keeps_nan(onednn: Any, no_numpy: Any, slope: fl
     number = ~np.isnan(want)
     assert np.array_equal(dx.astype(np.float64)[number], np.where(want > 0, 1.0, slope)[number])
     assert not any(calls)
-
-
-def operand_of(x: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A vector over the channels, as Scale and Bias hand it over."""
-    return values.reshape(1, -1, *(1,) * (x.ndim - 2))
-
-
-def channel_results(backend: Any, x: np.ndarray, dy: np.ndarray) -> dict[str, np.ndarray]:
-    """What every op of BatchNorm, Scale and Bias makes of x and dy, by op. Scale's operand has the type of x, as in a net."""
-    channels = x.shape[1]
-    mean, variance, s, b = random((channels,), seed=5), np.abs(random((channels,), seed=6)) + np.float32(0.1), random((channels,), seed=7), random((channels,))
-    factor, shift = operand_of(x, s.astype(x.dtype)), operand_of(x, b)
-    y = {op: like(x) for op in CHANNEL_OPS}
-    ds, db, found = operand_of(x, b.copy()), operand_of(x, s.copy()), [np.empty_like(mean) for _ in range(2)]
-    backend.batch_norm_statistics(x, *found)
-    backend.batch_norm_forward(x, mean, variance, y["batch_norm_forward"], eps=0.01)
-    backend.batch_norm_backward_global(variance, dy, y["batch_norm_backward_global"], eps=0.01)
-    backend.scale_forward(x, factor, shift, y["scale_forward"])
-    backend.scale_backward_data(dy, factor, y["scale_backward_data"])
-    backend.bias_forward(x, shift, y["bias_forward"])
-    for more in (False, True):
-        backend.scale_backward_factor(x, dy, ds, accumulate=more)
-        backend.bias_backward(dy, db, accumulate=more)
-    return y | {"batch_norm_statistics": np.stack(found), "scale_backward_factor": ds, "bias_backward": db}
-
-
-CHANNEL_OPS = [
-    "batch_norm_statistics",
-    "batch_norm_forward",
-    "batch_norm_backward_global",
-    "scale_forward",
-    "scale_backward_data",
-    "scale_backward_factor",
-    "bias_forward",
-    "bias_backward",
-]
-
-
-def assert_channels_agree(got: dict[str, np.ndarray], want: dict[str, np.ndarray], dtype: str) -> None:
-    for op in CHANNEL_OPS:
-        rounded = dtype == "bfloat16" and got[op].dtype != np.float32
-        assert difference(got[op], want[op]) < (2.0**-8 if rounded else 2e-6), op
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(3, 32, 5, 4), (3, 24, 6, 4), (4, 24, 3, 3), (2, 1, 8, 8), (1, 48, 1, 1), (7, 16), (6, 40)], ids=str)
-def test_batch_norm_scale_and_bias_run_on_onednn(onednn: Any, reference: Any, no_numpy: Any, shape: tuple[int, ...], dtype: str) -> None:
-    x, dy = random(shape, dtype), random(shape, dtype, 1)
-    want, calls = channel_results(reference, x, dy), [no_numpy(op) for op in CHANNEL_OPS]
-    assert_channels_agree(channel_results(onednn, x, dy), want, dtype)
-    assert not any(calls)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("channels", [16, 20])
-def test_channels_are_summed_in_pieces(reference: Any, monkeypatch: pytest.MonkeyPatch, channels: int, dtype: str) -> None:
-    """7 images of which each counts as 3, summed 6 at a time and the last 3; 20 channels are seen as 80, with 4 sums for each."""
-    from caffelite.backends.onednn import channels as module
-
-    x, dy = random((7, channels, 12, 4), dtype), random((7, channels, 12, 4), dtype, 1)
-    x += np.arange(7).reshape(7, 1, 1, 1).astype(x.dtype)  # the pieces' own means differ
-    width = channels if channels == 16 else 80
-    cells = 48 * channels // width
-    monkeypatch.setattr(module, "IMAGE", width * cells // 3)
-    monkeypatch.setattr(module, "PIECE_ROWS", 2 * cells)
-    chosen: Any = backends.get("onednn", threads=2)
-    assert module.layout(x)[:3] == (21, width, cells // 3)
-    assert_channels_agree(channel_results(chosen, x, dy), channel_results(reference, x, dy), dtype)
-
-
-def test_statistics_of_many_values_far_from_zero(onednn: Any) -> None:
-    """In one float32 sum the later values would lose half of their digits: the mean would be 0.01 deviations off or more."""
-    x = random((8, 16, 256, 256))
-    x += 1000
-    mean, variance = np.empty((2, 16), np.float32)
-    onednn.batch_norm_statistics(x, mean, variance)
-    values = x.astype(np.float64)
-    assert np.abs(mean - values.mean(axis=(0, 2, 3))).max() < 2e-3
-    np.testing.assert_allclose(variance, values.var(axis=(0, 2, 3)), rtol=2e-5)
-
-
-@pytest.mark.parametrize("shape", [(3, 17, 5, 4), (7, 11), (2, 16, 5)], ids=str)
-def test_odd_channels_and_c_order_are_numpys(onednn: Any, no_numpy: Any, shape: tuple[int, ...]) -> None:
-    """oneDNN has only plain loops for them, which take longer than NumPy's; sums of rows are a matrix product and do without them."""
-    calls = {op: no_numpy(op) for op in CHANNEL_OPS}
-    channel_results(onednn, random(shape), random(shape))
-    assert {op for op in CHANNEL_OPS if not calls[op]} == ({"bias_backward"} if len(shape) != 3 else set())
-
-
-@pytest.mark.parametrize("operand", [(1, 8, 3, 1), (1, 1, 1, 1), (2, 1, 1, 1), (2, 8, 3, 5)], ids=str)
-def test_operands_of_other_shapes_are_numpys(onednn: Any, no_numpy: Any, operand: tuple[int, ...]) -> None:
-    x, s, y = random((2, 8, 3, 5)), random(operand, seed=1), random((2, 8, 3, 5))
-    calls = [no_numpy(op) for op in ("scale_forward", "scale_backward_data", "scale_backward_factor", "bias_forward", "bias_backward")]
-    onednn.scale_forward(x, s, s, y)
-    onednn.scale_backward_data(x, s, y)
-    onednn.scale_backward_factor(x, x, s.copy(), accumulate=False)
-    onednn.bias_forward(x, s, y)
-    onednn.bias_backward(x, s.copy(), accumulate=False)
-    assert [len(c) for c in calls] == [1] * 5
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_batch_norm_and_scale_keep_nan_in_its_channel(onednn: Any, dtype: str) -> None:
-    x = random((2, 16, 4, 4), dtype)
-    x[1, 3, 2, 0] = np.nan
-    with np.errstate(invalid="ignore"):
-        results = channel_results(onednn, x, x)
-    for op in ("batch_norm_forward", "batch_norm_backward_global", "scale_forward", "scale_backward_data", "bias_forward"):
-        assert np.array_equal(np.isnan(results[op].astype(np.float32)), np.isnan(x.astype(np.float32))), op
-    lost = np.arange(16) == 3
-    for sums in (*results["batch_norm_statistics"], results["scale_backward_factor"], results["bias_backward"]):
-        assert np.array_equal(np.isnan(sums.reshape(-1)), lost)
 
 
 @pytest.mark.parametrize("add", [False, True])

@@ -100,3 +100,15 @@ def test_precisions(backend) -> None:
 
 def test_numpy_says_that_bfloat16_is_slow(reference) -> None:
     assert "no bfloat16 arithmetic" in reference.supports("bfloat16")
+
+
+def test_time_passes_between_marks(backend) -> None:
+    start = backend.mark()
+    backend.fill(backend.empty((1000,), "float32"), 1)
+    middle = backend.mark()
+    backend.fill(backend.empty((1000,), "float32"), 2)
+    stop = backend.mark()
+    first, second = backend.seconds_between(start, middle), backend.seconds_between(middle, stop)
+    assert first > 0
+    assert second > 0
+    assert backend.seconds_between(start, stop) == pytest.approx(first + second, abs=1e-4)

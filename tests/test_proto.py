@@ -14,7 +14,7 @@ from caffelite.schema import pb
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_FIELDS_FROM = 5000
-OWN_MESSAGES = {"RunState", "DataCursor"}
+OWN_MESSAGES = {"RunState", "DataCursor", "DataParameter.Cache"}  # and enums
 
 Row = tuple[str, ...]  # (name, number, type, label, packed, default) of a field, (name, number) of an enum value
 Schema = dict[tuple[str, str], Row]

@@ -226,6 +226,19 @@ def test_find_newest_orders_by_number_not_by_name(tmp_path: Path) -> None:
     assert find_newest(f"{tmp_path}/s", pytest.fail) == tmp_path / "s_iter_100.solverstate"
 
 
+def test_find_newest_tells_of_a_run_that_started_anew(tmp_path: Path) -> None:
+    solver = linear_solver(f'{RATE} snapshot_prefix: "{tmp_path}/s"')
+    for iteration, when in ((3, 2_000), (5, 3_000), (10, 1_000)):
+        solver.iter = iteration
+        os.utime(solver.snapshot(), (when, when))
+    heard: list[str] = []
+    highest, later = (tmp_path / f"s_iter_{iteration}.solverstate" for iteration in (10, 5))
+    assert find_newest(f"{tmp_path}/s", heard.append) == highest
+    assert heard == [f"{highest} has the highest iteration and is taken, but {later} was written later: to go on from that one, give --snapshot {later}"]
+    os.utime(highest, (4_000, 4_000))
+    assert find_newest(f"{tmp_path}/s", pytest.fail) == highest
+
+
 def test_find_newest_without_any(tmp_path: Path) -> None:
     assert find_newest(f"{tmp_path}/s", pytest.fail) is None
     assert find_newest(f"{tmp_path}/none/s", pytest.fail) is None

@@ -28,6 +28,13 @@ def get(name: str = "auto", threads: int | None = None, device: int = 0) -> Back
     raise BackendError(f"unknown backend '{name}'", hint=f"known ones: auto, {', '.join(NAMES)}")
 
 
+def counting() -> Backend:
+    """The cuda backend without a GPU, of which nothing runs: its peak_bytes() are those that a run on a GPU would need."""
+    from caffelite.backends.cuda.counting import CountingBackend
+
+    return CountingBackend()
+
+
 def _numpy(threads: int | None) -> Backend:
     from caffelite.backends.numpy import NumpyBackend
 

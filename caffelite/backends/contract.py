@@ -43,6 +43,15 @@ class Dials(NamedTuple):
     skip: Array
 
 
+class Peaks(NamedTuple):
+    """A device at its best: operations a second in products of matrices (a multiply-add is two) and bytes a second; None: not known. source: who says so."""
+
+    device: str
+    operations: float | None
+    bandwidth: float | None
+    source: str
+
+
 class DropoutKey(NamedTuple):
     """Names one dropout mask: see Backend.dropout_forward. iteration: a cell that holds a whole number."""
 
@@ -79,6 +88,28 @@ def pool_mask_dtype(kernel: Ints) -> str:
 JOURNAL_HEAD = 2  # elements of a journal before its values: see Backend.append
 
 
+class Uploads(Protocol):
+    """Carries blocks of bytes to the device while ops run there. They arrive in the order in which they were sent."""
+
+    def block(self) -> Array:
+        """Host memory for one block: a numpy.ndarray of uint8 from which copies are fast; as many as are asked for."""
+        ...
+
+    def send(self, block: Array) -> Callable[[], None]:
+        """Starts copying a block. Returns a function that waits until the block has been copied, before which it must not change.
+        One block may be sent before `receive` has been called for the one before it, and no further one."""
+        ...
+
+    def receive(self) -> Array:
+        """The earliest block sent and not yet received, as uint8 on the device; what ops read of it from now on has arrived. To be used
+        by the ops up to the next `receive`."""
+        ...
+
+    def close(self) -> None:
+        """Waits for the copies under way and lets the device's memory go."""
+        ...
+
+
 class Backend(Protocol):
     """All ops, grouped by stem: the first word of a section's head, and the name of the file that holds them in each backend and of their test.
 
@@ -87,6 +118,7 @@ class Backend(Protocol):
 
     name: str
     runs_ahead: bool
+    raw_images: bool  # images had better come as bytes, to be cropped, mirrored and scaled by `transform`, than as finished floats
 
     # --- memory ----------------------------------------------------------------------------------------------------
 
@@ -115,6 +147,10 @@ class Backend(Protocol):
         """Copies a numpy.ndarray of x's shape (any real dtype) into x."""
         ...
 
+    def uploads(self, nbytes: int) -> Uploads:
+        """A way to the device for blocks of `nbytes` bytes. BackendError when there is not memory for two of them there."""
+        ...
+
     def fill(self, x: Array, value: float) -> None:
         """x[...] = value."""
         ...
@@ -135,6 +171,32 @@ class Backend(Protocol):
         """A function to be called instead of `run`, which calls ops alone: each time the same ones on the same arrays, none that returns a
         number or copies to or from the host. A backend may record them and play them back; the record holds the arrays alive, and labels
         out of range give a NaN (as the loss or the accuracy) instead of a DataError."""
+        ...
+
+    def mark(self) -> Any:
+        """A point among what runs, for seconds_between: all that was asked for so far comes before it."""
+        ...
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        """The time from one mark to another, on the clock of the machine that runs the ops; waits until the later one is reached."""
+        ...
+
+    def peaks(self, precision: str) -> Peaks | None:
+        """What the machine can do at the most in a precision; None for a CPU."""
+        ...
+
+    def peak_bytes(self) -> int | None:
+        """The most bytes that arrays have taken on a device of its own so far; None for a backend that computes in the host's memory."""
+        ...
+
+    # --- transform: images as records hold them --------------------------------------------------------------------
+
+    def transform(self, planes: Array, places: Array, mean: Array | None, y: Array, *, scale: float) -> None:
+        """y[n,c,h,w] = (image[c, top+h, left+w'] - mean) * scale, w' = W-1-w if mirrored, else w; in float32, rounded to y's type at the end.
+
+        planes (R*C,H',W') uint8: channel c of image r is planes[r*C + c]. places (N,4) int32: for each n the number r of its image, top,
+        left, and 1 if mirrored, else 0. mean float32: (C,H',W'), taken where the pixel is taken; (C,1,1); or None for 0. y (N,C,H,W).
+        Every step is a float32 operation rounded by itself: all backends give the same bits. spec: net-and-solver 6.3."""
         ...
 
     # --- convolution -----------------------------------------------------------------------------------------------

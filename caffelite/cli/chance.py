@@ -51,7 +51,7 @@ def label_shares(net: Net) -> list[float]:
 
 
 def _label(database: str, key: bytes, value: memoryview) -> int:
-    from caffelite.data.source import placed
+    from caffelite.data.datum import placed
     from caffelite.schema import parse_datum
 
     try:

@@ -12,6 +12,7 @@ from caffelite.cli.common import Parser, add_state_flags
 from caffelite.cli.specs import gpu_of, gpu_place, is_solver
 from caffelite.errors import CaffeliteError, SnapshotError
 from caffelite.graph import build_graph, select_layers
+from caffelite.layers.data import DataLayer
 from caffelite.schema import NetSpec, SolverSpec, pb, read_net, read_solver
 from caffelite.solver.config import NetChoice, check_best, check_solver, test_choices, train_choice
 from caffelite.solver.snapshot import SnapshotStore
@@ -24,7 +25,8 @@ def build_parser(prog: str) -> Parser:
     parser = Parser(
         prog,
         "Checks net and solver files: that they can be built in both phases, that every source opens and its first record\n"
-        "fits, that mean files and weights can be read, that snapshots can be written. Exits with 0 if all is well, else 2.",
+        "fits, that images are of one size where no crop_size makes them so, that mean files and weights can be read, that\n"
+        "snapshots can be written. Exits with 0 if all is well, else 2.",
         f"{prog} solvers/*.prototxt models/*/*.prototxt",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="nets and solvers, as prototxt")
@@ -103,8 +105,12 @@ def _net_check(choice: NetChoice, lines: list[str], outputs: set[str] | None = N
     def check() -> None:
         # Building asks each data layer for its item's shape, so it opens the database, reads a record and the mean file.
         graph = build_graph(choice.spec, phase=choice.phase, level=choice.level, stages=choice.stages)
-        for node in graph.nodes:
-            node.layer.close()
+        try:
+            for layer in (node.layer for node in graph.nodes if isinstance(node.layer, DataLayer)):
+                layer.source.check_sizes()
+        finally:
+            for node in graph.nodes:
+                node.layer.close()
         sources = [node.layer.param.data_param.source for node in graph.nodes if node.layer.type == "Data"]
         data = f", reading {', '.join(sources)}" if sources else ""
         if outputs is not None:

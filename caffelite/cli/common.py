@@ -145,7 +145,29 @@ def open_backend(args: argparse.Namespace, *, gpu_mode: Where | None = None, dev
     slow = backend.supports(args.precision)
     if slow and backend.name == "cuda":
         print(f"caffelite: note: {slow}", file=sys.stderr)
+    if driver := getattr(backend, "driver", None):
+        driver.tell = _Compiling()
     return backend
+
+
+class _Compiling:
+    """Says, at the first kernels that have to be compiled, what it is that takes so long."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def __call__(self, stem: str) -> None:
+        if not self._said:
+            self._said = True
+            text = f"caffelite: note: compiling CUDA kernels ({stem} and what else is needed), which takes some seconds; they are kept for other runs"
+            print(text, file=sys.stderr, flush=True)
+
+
+def asks_for_gpu(args: argparse.Namespace) -> bool:
+    """Whether the flags or CAFFELITE_BACKEND ask for the cuda backend. SpecError as for open_backend."""
+    if args.gpu is not None:
+        return _gpu_number(args) >= 0
+    return (args.backend or os.environ.get("CAFFELITE_BACKEND")) == "cuda"
 
 
 def _chosen_backend(args: argparse.Namespace, gpu_mode: Where | None, device: int) -> Backend:
@@ -158,6 +180,10 @@ def _chosen_backend(args: argparse.Namespace, gpu_mode: Where | None, device: in
     if gpu_mode and not name:
         return _gpu_of_solver(gpu_mode, device)
     try:
+        if name and name not in ("auto", *backends.NAMES):
+            near = nearest(name, backends.NAMES)
+            known = f"known ones: auto, {', '.join(backends.NAMES)}"
+            raise SpecError(f"unknown backend '{name}'", hint=f"did you mean '{near}'? {known}" if near else known)
         return backends.get(name or "auto", threads=args.threads)
     except CaffeliteError as error:
         if not args.backend and variable:
@@ -251,6 +277,23 @@ def number(value: float) -> str:
 def megabytes(count: float) -> str:
     """Bytes as megabytes of 2^20."""
     return f"{count / 2**20:,.1f} MB"
+
+
+def driver_of(backend: Backend) -> str | None:
+    """What the cuda backend runs on, "cupy" (a GPU) or "emulator"; None for a CPU backend."""
+    name = getattr(getattr(backend, "driver", None), "name", None)
+    return None if name is None else str(name)
+
+
+def machine_name(backend: str, driver: str | None) -> str:
+    """A backend's name for people, who should not take an emulated GPU for one."""
+    return f"{backend} (emulated)" if driver == "emulator" else backend
+
+
+def peak_device_mb(backend: Backend) -> float | None:
+    """The most memory that a run has taken on a GPU, in megabytes of 2^20; None on a CPU."""
+    peak = backend.peak_bytes()
+    return None if peak is None else round(peak / 2**20, 3)
 
 
 def json_text(value: Any) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Collection, Sequence
 from contextlib import closing
 
 from caffelite.cli.common import Parser, one_of, whole_number
 from caffelite.cli.live import CountLine
 
+FEW = 6  # classes that are listed
 KINDS = ("imagefolder", "list", "tiny-imagenet", "mnist", "cifar10")
 EPILOG = """kinds:
   imagefolder    SRC/CLASS/IMAGE: one folder a class, in the order of wnids.txt if there is one, else by name
@@ -50,6 +52,19 @@ def height_and_width(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def listed(names: Sequence[str]) -> str:
+    """The first names, and the last one of many, each with its number."""
+    numbered = [f"{number} {name}" for number, name in enumerate(names)]
+    return ", ".join(numbered if len(names) <= FEW else [*numbered[: FEW - 1], "...", numbered[-1]])
+
+
+def size_warning(sizes: Collection[tuple[int, int]]) -> str:
+    """What to say of images that are not all of one size."""
+    low, high = (tuple(pick(size[axis] for size in sizes) for axis in (0, 1)) for pick in (min, max))
+    span = f"heights from {low[0]} to {high[0]}, widths from {low[1]} to {high[1]}"
+    return f"the images are not all of one size ({span}): a net that reads them needs a crop_size of at most {min(low)}; or convert them with --resize"
+
+
 def run(args: argparse.Namespace) -> int:
     from caffelite.data.convert import convert_dataset
 
@@ -70,11 +85,16 @@ def run(args: argparse.Namespace) -> int:
             allow_bad=args.allow_bad,
             force=args.force,
             progress=progress,
+            tell=lambda text: print(f"caffelite: warning: {text}", file=sys.stderr),
         )
     for path, reason in report.bad:
         print(f"caffelite: warning: left out {path}: {reason}", file=sys.stderr)
     for database in report.databases:
         print(f"{database.path}: {database.count:,} records, sha256 {database.checksum}")
+    if report.classes:
+        print(f"{len(report.classes):,} classes: {listed(report.classes)}")
+    if len(report.sizes) > 1:
+        print(f"caffelite: warning: {size_warning(report.sizes)}", file=sys.stderr)
     left_out = f", {len(report.bad):,} left out" if report.bad else ""
     print(f"{report.count:,} images in {report.seconds:.1f} s ({report.count / max(report.seconds, 1e-9):,.0f} images/s){left_out}")
     return 0

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caffelite.cli.chance import chances
-from caffelite.cli.common import json_text
+from caffelite.cli.common import json_text, peak_device_mb
 from caffelite.cli.lines import LineFile, is_plain_file, set_aside
 from caffelite.cli.progress import Pace, images_per_iteration
 from caffelite.files import write_atomically
 from caffelite.solver.listeners import Listener, Output
 
 if TYPE_CHECKING:
+    from caffelite.backends.contract import Backend
     from caffelite.solver.loop import Solver
 
 
@@ -34,11 +35,12 @@ class MetricsWriter(Listener):
         self.chances: dict[str, float] = {}  # known once the run has started
         self._batch, self._pace = 1, Pace(clock)
         self._file: LineFile | None = None
+        self._backend: Backend | None = None
         self._iteration = 0
         self._started = clock()
 
     def on_start(self, solver: Solver) -> None:
-        self._iteration, self._batch = solver.iter, images_per_iteration(solver)
+        self._iteration, self._batch, self._backend = solver.iter, images_per_iteration(solver), solver.backend
         if not solver.iter:
             set_aside(self.path)
         elif is_plain_file(self.path):
@@ -72,7 +74,7 @@ class MetricsWriter(Listener):
         self._write("best", iteration, output=output, value=value, model=str(model))
 
     def on_end(self, stopped: bool) -> None:
-        self._write("end", self._iteration, stopped=stopped)
+        self._write("end", self._iteration, stopped=stopped, peak_device_mb=peak_device_mb(self._backend) if self._backend else None)
         self.close()
 
     def close(self) -> None:

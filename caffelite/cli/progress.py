@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from caffelite.cli.live import LiveLine, duration
-from caffelite.solver.listeners import Listener, Output
+from caffelite.solver.listeners import DATA_LAYER, Listener, Output
 
 if TYPE_CHECKING:
     from caffelite.solver.loop import Solver
@@ -114,7 +114,7 @@ class ProgressLine(Listener):
     def on_message(self, text: str, source: str, severity: str = "I") -> None:
         if severity == "W":
             self.line.print(f"warning: {text}")
-        elif text.startswith("    ["):  # debug_info, which Caffe too writes on the terminal
+        elif source == DATA_LAYER or text.startswith("    ["):  # debug_info, which Caffe too writes on the terminal
             self.line.print(text)
 
     def on_end(self, stopped: bool) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import asdict
 from math import prod
 from typing import Any
 
-from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, megabytes, open_backend, table
+from caffelite import backends
+from caffelite.backends.contract import Backend
+from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, asks_for_gpu, json_text, megabytes, open_backend, table
 from caffelite.cli.specs import is_solver
 from caffelite.errors import DataError
 from caffelite.graph import Graph, Node, build_graph, fuse
@@ -16,8 +19,10 @@ from caffelite.layers.data import DataLayer
 from caffelite.memory import ITEM_BYTES, plan_memory
 from caffelite.schema import pb, read_net, read_solver
 from caffelite.solver.config import NetChoice, check_solver, test_choices, train_choice
+from caffelite.solver.footprint import Footprint, footprint
 
 HEAD = ("layer", "type", "top shapes", "parameters", "multiply-adds", "memory")
+PARTS = {"copies": "their bfloat16 copies", "other": "scratch and rounding"}  # of a Footprint, where its own names do not do
 
 
 def build_parser(prog: str) -> Parser:
@@ -26,7 +31,8 @@ def build_parser(prog: str) -> Parser:
         "Shows a net's layers, shapes, parameters, multiply-adds and memory without running it.\n"
         "A solver file shows its training net and its test nets, whatever --phase says.\n\n"
         "The size of the images comes from the databases. Where one cannot be read, images of crop_size and of as many channels as\n"
-        "mean_value has entries (else three) are assumed, which is said.",
+        "mean_value has entries (else three) are assumed, which is said.\n\n"
+        "With --backend cuda it also says how much of a GPU's memory a run needs; no GPU has to be there.",
         f"{prog} models/nin/train_val.prototxt --phase TEST",
     )
     parser.add_argument("file", metavar="NET|SOLVER", help="a net or a solver, as prototxt")
@@ -40,25 +46,37 @@ def build_parser(prog: str) -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    summaries = [summarise(choice, args) for choice in nets_of(args)]
+    param, choices = nets_of(args)
+    gpu = asks_for_gpu(args)
+    backend = backends.counting() if gpu else open_backend(args)
+    summaries = [summarise(choice, args, backend) for choice in choices]
+    needs = footprint(choices, precision=args.precision, param=param, prepare=Images(args.image)) if gpu else None
     if args.json:
-        print(json_text({"file": args.file, "nets": summaries}))
+        print(json_text({"file": args.file, "nets": summaries} | ({"gpu_memory": needs.as_dict()} if needs else {})))
     else:
         print("\n\n".join("\n".join(_lines(summary)) for summary in summaries))
+        print("".join(f"\n{line}" for line in gpu_lines(needs)) if needs else "", end="\n" if needs else "")
     return 0
 
 
-def nets_of(args: argparse.Namespace) -> list[NetChoice]:
-    """The net that the file and the flags mean, or a solver's training net and its test nets."""
+def gpu_lines(needs: Footprint) -> list[str]:
+    """What a run needs of a GPU's memory, and what for."""
+    parts = {name: value for name, value in asdict(needs).items() if value and name != "peak"}
+    named = ", ".join(f"{PARTS.get(name, name)} {megabytes(value)}" for name, value in parts.items())
+    return [f"GPU memory     {megabytes(needs.peak)} predicted at the peak: {named}"]
+
+
+def nets_of(args: argparse.Namespace) -> tuple[pb.SolverParameter | None, list[NetChoice]]:
+    """The net that the file and the flags mean, or a solver and its training net and test nets."""
     if not is_solver(args.file):
-        return [NetChoice(read_net(args.file), args.file, pb.Phase.Value(args.phase), args.level, tuple(args.stage))]
+        return None, [NetChoice(read_net(args.file), args.file, pb.Phase.Value(args.phase), args.level, tuple(args.stage))]
     spec = read_solver(args.file)
     check_solver(spec)
     spec.param.train_state.stage.extend(args.stage)
     if args.level:
         spec.param.train_state.level = args.level
     train = train_choice(spec)
-    return [train, *test_choices(spec, train)]
+    return spec.param, [train, *test_choices(spec, train)]
 
 
 def image_size(text: str) -> tuple[int, int, int]:
@@ -93,7 +111,7 @@ class Images:
             self.notes.append(f"layer '{layer.name}': {error.message}; images of {'x'.join(map(str, assumed))} are assumed (--image CxHxW gives another size)")
 
 
-def summarise(choice: NetChoice, args: argparse.Namespace) -> dict[str, Any]:
+def summarise(choice: NetChoice, args: argparse.Namespace, backend: Backend) -> dict[str, Any]:
     """Everything the summary of one net says, as plain data; memory in bytes."""
     compute = "bfloat16" if args.precision == "bfloat16" else "float32"
     images = Images(args.image)
@@ -101,7 +119,7 @@ def summarise(choice: NetChoice, args: argparse.Namespace) -> dict[str, Any]:
     try:
         fuse(graph)
         training = choice.phase == pb.TRAIN and graph.has_backward
-        plan = plan_memory(graph, open_backend(args), backward=training)
+        plan = plan_memory(graph, backend, backward=training)
         parameters = sum(prod(p.spec.shape) for p in graph.owners)
         layers = [_layer(node) for node in graph.nodes]
         return {

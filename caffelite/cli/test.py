@@ -8,13 +8,16 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from caffelite.backends.contract import Backend
 from caffelite.cli.caffe_log import output_lines
 from caffelite.cli.chance import net_chances
-from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, number, open_backend, whole_number
+from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, driver_of, json_text, number, open_backend, whole_number
+from caffelite.cli.out_of_memory import explained
 from caffelite.cli.specs import load_net
 from caffelite.errors import SpecError
 from caffelite.net import Net
-from caffelite.schema import pb
+from caffelite.schema import NetSpec, pb
+from caffelite.solver.config import NetChoice
 from caffelite.solver.listeners import Output
 from caffelite.solver.scoring import Scorer, outputs_of
 from caffelite.weights import left_to_fillers
@@ -37,8 +40,13 @@ def build_parser(prog: str) -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    backend = open_backend(args)
-    net = Net(load_net(args.model), phase=pb.TEST, backend=backend, level=args.level, stages=args.stage, precision=args.precision)
+    backend, spec = open_backend(args), load_net(args.model)
+    with explained(lambda: [NetChoice(spec, args.model, pb.TEST, args.level, tuple(args.stage), args.iterations)], args.precision):
+        return _score(args, backend, spec)
+
+
+def _score(args: argparse.Namespace, backend: Backend, spec: NetSpec) -> int:
+    net = Net(spec, phase=pb.TEST, backend=backend, level=args.level, stages=args.stage, precision=args.precision)
     scorer: Scorer | None = None
     try:
         net.copy_from(args.weights)
@@ -59,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         "net": net.name,
         "weights": args.weights,
         "backend": backend.name,
+        **({"driver": driver} if (driver := driver_of(backend)) else {}),
         "precision": args.precision,
         "iterations": scorer.batches,
         "records": scores.records,

@@ -11,14 +11,29 @@ from statistics import median
 from typing import Any
 
 from caffelite.backends.contract import Backend
-from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, json_text, open_backend, table, whole_number
+from caffelite.cli.common import (
+    Parser,
+    add_machine_flags,
+    add_state_flags,
+    driver_of,
+    json_text,
+    machine_name,
+    open_backend,
+    peak_device_mb,
+    table,
+    whole_number,
+)
+from caffelite.cli.out_of_memory import explained, nets_of
+from caffelite.cli.roofline import gpu_lines, gpu_table, roofline_row
 from caffelite.cli.specs import gpu_of, gpu_place, load_net, load_solver
 from caffelite.errors import SpecError
 from caffelite.net import Net, Step
-from caffelite.schema import pb
+from caffelite.schema import NetSpec, SolverSpec, pb
+from caffelite.solver.config import NetChoice
 
 HEAD = ("layer", "type", "forward ms", "GFLOP/s", "backward ms", "GFLOP/s")
 WARM_UP_STEPS = 3
+Marks = tuple[Any, Any] | None  # before and after what is timed; None where nothing ran
 
 
 def build_parser(prog: str) -> Parser:
@@ -57,6 +72,12 @@ def peak_rss_mb() -> float | None:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
+def _device_facts(backend: Backend) -> dict[str, Any]:
+    """driver and peak_device_mb of a GPU; nothing of a CPU."""
+    facts = {"driver": driver_of(backend), "peak_device_mb": peak_device_mb(backend)}
+    return {name: value for name, value in facts.items() if value is not None}
+
+
 # --- layers ------------------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +93,13 @@ class LayerTimes:
 def time_layers(args: argparse.Namespace) -> dict[str, Any]:
     """Median milliseconds of each layer, and of whole passes."""
     backend, phase = open_backend(args), pb.Phase.Value(args.phase)
-    net = Net(load_net(args.model), phase=phase, backend=backend, level=args.level, stages=args.stage, precision=args.precision)
+    spec = load_net(args.model)
+    with explained(lambda: [NetChoice(spec, args.model, phase, args.level, tuple(args.stage))], args.precision):
+        return _timed_layers(args, backend, spec)
+
+
+def _timed_layers(args: argparse.Namespace, backend: Backend, spec: NetSpec) -> dict[str, Any]:
+    net = Net(spec, phase=pb.Phase.Value(args.phase), backend=backend, level=args.level, stages=args.stage, precision=args.precision)
     try:
         _time_round(net, [LayerTimes(step) for step in net.steps], backend)
         initial_loss = net.loss()
@@ -81,7 +108,10 @@ def time_layers(args: argparse.Namespace) -> dict[str, Any]:
             _time_round(net, layers, backend)
     finally:
         net.close()
+    peaks = backend.peaks(args.precision)
     rows = [_layer_row(layer) for layer in layers]
+    if backend.name == "cuda":
+        rows = [row | roofline_row(layer.step, row, peaks) for row, layer in zip(rows, layers)]
     forward = median(map(sum, zip(*(layer.forward for layer in layers))))
     backward = median(map(sum, zip(*(layer.backward for layer in layers))))
     return {
@@ -97,25 +127,29 @@ def time_layers(args: argparse.Namespace) -> dict[str, Any]:
         "backward_ms": backward * 1e3,
         "images_per_s": net.batch_size / (forward + backward),
         "peak_rss_mb": peak_rss_mb(),
+        **_device_facts(backend),
+        **({"peaks": peaks._asdict()} if peaks else {}),
     }
 
 
 def _time_round(net: Net, layers: list[LayerTimes], backend: Backend) -> None:
     net.refresh()  # brings the weights' bfloat16 copies up to date, outside every layer's time
     net.zero_grads()
+    marks: list[tuple[list[float], Marks]] = []
     for layer in layers:
         fused = layer.step.node.forward_fused
-        layer.forward.append(0.0 if fused else _seconds(net.forward_step, layer.step, backend))
+        marks += [(layer.forward, None if fused else _marked(net.forward_step, layer.step, backend))]
     for layer in reversed(layers):
         runs = net.has_backward and layer.step.node.needs_backward
-        layer.backward.append(_seconds(net.backward_step, layer.step, backend) if runs else 0.0)
+        marks += [(layer.backward, _marked(net.backward_step, layer.step, backend) if runs else None)]
+    for seconds, pair in marks:  # read after the round, so that a GPU does not wait between layers
+        seconds.append(backend.seconds_between(*pair) if pair else 0.0)
 
 
-def _seconds(call: Callable[[Step], None], step: Step, backend: Backend) -> float:
-    start = time.perf_counter()
+def _marked(call: Callable[[Step], None], step: Step, backend: Backend) -> Marks:
+    start = backend.mark()
     call(step)
-    backend.synchronize()
-    return time.perf_counter() - start
+    return start, backend.mark()
 
 
 def _layer_row(times: LayerTimes) -> dict[str, Any]:
@@ -135,19 +169,25 @@ def _layer_row(times: LayerTimes) -> dict[str, Any]:
 
 
 def _layer_lines(result: dict[str, Any]) -> list[str]:
-    rows = [HEAD]
+    rows = gpu_table(result) if result["backend"] == "cuda" else _cpu_table(result)
+    both = result["forward_ms"] + result["backward_ms"]
+    machine = machine_name(result["backend"], result.get("driver"))
+    lines = [f"{result['net'] or 'unnamed net'}, phase {result['phase']}, {machine}, {result['precision']}, batch {result['batch']}, "]
+    lines[0] += f"medians of {result['iterations']} rounds"
+    lines += ["", *table(rows, left=2), ""]
+    passes = f"forward {result['forward_ms']:.3f} ms, backward {result['backward_ms']:.3f} ms, together {both:.3f} ms"
+    lines.append(f"{passes} ({result['images_per_s']:,.1f} images/s)")
+    return lines + (gpu_lines(result) if result["backend"] == "cuda" else [])
+
+
+def _cpu_table(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [HEAD]
     for layer in result["layers"]:
         forward = "fused" if layer["fused"] else f"{layer['forward_ms']:.3f}"
         backward = f"{layer['backward_ms']:.3f}" if layer["backward_ms"] else ""
         rates = [f"{rate:,.1f}" if rate else "" for rate in (layer["forward_gflops"], layer["backward_gflops"])]
         rows.append((layer["name"], layer["type"], forward, rates[0], backward, rates[1]))
-    both = result["forward_ms"] + result["backward_ms"]
-    lines = [f"{result['net'] or 'unnamed net'}, phase {result['phase']}, {result['backend']}, {result['precision']}, batch {result['batch']}, "]
-    lines[0] += f"medians of {result['iterations']} rounds"
-    lines += ["", *table(rows, left=2), ""]
-    passes = f"forward {result['forward_ms']:.3f} ms, backward {result['backward_ms']:.3f} ms, together {both:.3f} ms"
-    lines.append(f"{passes} ({result['images_per_s']:,.1f} images/s)")
-    return lines
+    return rows
 
 
 # --- training steps ----------------------------------------------------------------------------------------------------
@@ -155,8 +195,6 @@ def _layer_lines(result: dict[str, Any]) -> list[str]:
 
 def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     """Median milliseconds of one training step: forward, backward (iter_size times) and update, input included."""
-    from caffelite.solver.loop import Solver
-
     spec = load_solver(args.solver)
     if args.phase != "TRAIN":
         raise SpecError("--phase TEST does not go with --solver: a training step is in phase TRAIN")
@@ -169,7 +207,14 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     if args.level:
         param.train_state.level = args.level
     param.train_state.stage.extend(args.stage)
-    solver = Solver(spec, backend=backend, precision=args.precision)
+    with explained(lambda: nets_of(spec), args.precision, param):
+        return _timed_steps(args, backend, spec)
+
+
+def _timed_steps(args: argparse.Namespace, backend: Backend, spec: SolverSpec) -> dict[str, Any]:
+    from caffelite.solver.loop import Solver
+
+    param, solver = spec.param, Solver(spec, backend=backend, precision=args.precision)
     try:
         solver.step(WARM_UP_STEPS)
         seconds = []
@@ -193,13 +238,16 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
         "step_ms_max": max(seconds) * 1e3,
         "images_per_s": images / step,
         "peak_rss_mb": peak_rss_mb(),
+        **_device_facts(backend),
     }
 
 
 def _step_lines(result: dict[str, Any]) -> list[str]:
     memory = f", peak memory {result['peak_rss_mb']:,.0f} MB" if result["peak_rss_mb"] else ""
+    memory += f", of the GPU's {result['peak_device_mb']:,.0f} MB" if "peak_device_mb" in result else ""
+    machine = machine_name(result["backend"], result.get("driver"))
     return [
-        f"{result['net'] or result['solver']}, {result['backend']}, {result['precision']}, {result['batch']} images a step",
+        f"{result['net'] or result['solver']}, {machine}, {result['precision']}, {result['batch']} images a step",
         f"training step {result['step_ms']:.2f} ms (median of {result['iterations']}; {result['step_ms_min']:.2f} to {result['step_ms_max']:.2f})",
         f"{result['images_per_s']:,.1f} images/s{memory}",
     ]

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from caffelite import __version__
 from caffelite.cli.caffe_log import CaffeLog
-from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, comma_list, one_of, open_backend, whole_number
+from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, comma_list, driver_of, megabytes, one_of, open_backend, whole_number
 from caffelite.cli.live import duration
 from caffelite.cli.metrics import MetricsWriter
+from caffelite.cli.out_of_memory import explained, nets_of, with_snapshot
 from caffelite.cli.progress import ProgressLine
 from caffelite.cli.specs import gpu_of, gpu_place, load_solver
 from caffelite.cli.tensorboard import TensorBoardWriter
-from caffelite.errors import SpecError
+from caffelite.errors import OutOfMemoryError, SpecError
 from caffelite.schema import SolverSpec
 from caffelite.solver.listeners import Listener
 from caffelite.solver.loop import Solver
@@ -33,7 +34,9 @@ def build_parser(prog: str) -> Parser:
     parser.add_argument("--solver", required=True, metavar="FILE", help="the solver (prototxt)")
     start = parser.add_argument_group("start")
     start.add_argument("--weights", type=comma_list, metavar="FILES", help="start from these .caffemodel files (several with commas), by layer name")
-    start.add_argument("--snapshot", metavar="FILE", help="go on from a .solverstate; auto: from the newest whole one, or anew if there is none")
+    start.add_argument(
+        "--snapshot", metavar="FILE", help="go on from a .solverstate; auto: from the whole one of the highest iteration, or anew if there is none"
+    )
     start.add_argument("--iterations", type=whole_number(1), metavar="N", help="train until this iteration instead of the solver's max_iter")
     parser.add_argument(
         "--log", metavar="FILE", help="also write a log in Caffe's line shapes; a resumed run goes on in it, a new one keeps an older log as FILE.old"
@@ -57,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         del spec.param.weights[:]  # found by "auto"
     metrics_path = Path(args.metrics or f"{spec.param.snapshot_prefix}_metrics.jsonl")
     facts = {"solver": args.solver, "backend": backend.name, "precision": args.precision, "version": __version__}
+    facts |= {"driver": driver} if (driver := driver_of(backend)) else {}
     facts |= {"resumed_from": str(resume)} if resume else {}
     progress, metrics = ProgressLine(sys.stdout), MetricsWriter(metrics_path, facts)
     log = [CaffeLog(Path(args.log), append=resume is not None)] if args.log else []
@@ -67,11 +71,15 @@ def run(args: argparse.Namespace) -> int:
     effects = {"SIGINT": args.sigint_effect, "SIGTERM": args.sigint_effect, "SIGHUP": args.sighup_effect}
     started = time.monotonic()
     try:
-        solver = Solver(spec, backend=backend, precision=args.precision, listeners=listeners, effects=effects)
-        try:
-            solver.solve(resume=resume)
-        finally:
-            solver.close()
+        with explained(lambda: nets_of(spec), args.precision, spec.param):
+            solver = Solver(spec, backend=backend, precision=args.precision, listeners=listeners, effects=effects)
+            try:
+                solver.solve(resume=resume)
+            finally:
+                solver.close()
+    except OutOfMemoryError as error:
+        with_snapshot(error, progress.state)
+        raise
     finally:
         progress.close()
         metrics.close()
@@ -82,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     for line in closing_lines(progress, metrics.chances, time.monotonic() - started):
         print(line)
     print(f"  metrics   {metrics_path} (curves: caffelite plot {metrics_path})")
+    if (peak := backend.peak_bytes()) is not None:
+        print(f"  memory    {megabytes(peak)} of the GPU's at the peak (caffelite summary --backend cuda foretells it)")
     if args.log:
         print(f"  log       {args.log}")
     if progress.stopped:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from caffelite.data import importers
-from caffelite.data.decoding import Decoder, Failure, Settings, raw_datum
+from caffelite.data.decoding import Decoder, Failure, Record, Settings, raw_datum
 from caffelite.data.importers import Part, Plan
 from caffelite.data.lmdb_source import LONGEST_KEY, Database, Writer
 from caffelite.errors import DataError, SpecError, Where
@@ -41,11 +41,16 @@ class DatabaseReport:
 
 @dataclass
 class ConvertReport:
-    """What was written, the files that could not be used with the reasons, and how long it took."""
+    """What was written, the files that could not be used with the reasons, and how long it took.
+
+    classes: the folders that an imagefolder's labels stand for. sizes: every (height, width) among images that came from files.
+    """
 
     databases: list[DatabaseReport] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
+    classes: list[str] = field(default_factory=list)
+    sizes: set[tuple[int, int]] = field(default_factory=set)
 
     @property
     def count(self) -> int:
@@ -77,6 +82,7 @@ def convert_dataset(
     allow_bad: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    tell: Callable[[str], object] = lambda text: None,
 ) -> ConvertReport:
     """Writes the data set at `src` as LMDB. kind: one of KINDS.
 
@@ -85,7 +91,7 @@ def convert_dataset(
     root: what a list's paths are relative to (its own folder if None). resize: (height, width). gray: one channel. encoded: store
     image files instead of planes, of kind encode_type ("png", "jpg"; "" keeps each file's kind, untouched where possible). shuffle:
     in an order drawn from `seed`. threads: decoding processes (None: as many as there are CPUs). force: replace existing databases.
-    progress(done, total) is called now and then.
+    progress(done, total) is called now and then; tell(text) hears, before anything is written, of a source that looks like another.
 
     DataError when the source cannot be read, when files are unreadable (its hint lists them) unless allow_bad, when a database exists
     already, and when one cannot be written. A database appears under its name only when it is whole, on disk, and read back.
@@ -93,6 +99,8 @@ def convert_dataset(
     start = time.monotonic()
     settings = _settings(kind, resize, gray, encoded, encode_type)
     plan = _plan(kind, Path(src), None if root is None else Path(root), split)
+    if kind == "imagefolder" and (doubt := importers.doubtful_level(Path(src), plan.classes)):
+        tell(doubt)
     targets = [_target(Path(dst), part) for part in plan.parts]
     for target in targets:
         _refuse_existing(target, force)
@@ -108,6 +116,7 @@ def convert_dataset(
         job.decoder.close()
     if kind != "list":
         _write_names(Path(dst), plan, beside=kind == "imagefolder")
+    job.report.classes = plan.classes if kind == "imagefolder" else []
     job.report.seconds = time.monotonic() - start
     return job.report
 
@@ -235,9 +244,14 @@ class _Job:
             key = b"%08d_%b" % (index, os.fsencode(image.name))
             if len(key) > LONGEST_KEY:
                 made = Failure(image.path, f"its name is too long: the key has {len(key)} bytes, LMDB allows {LONGEST_KEY}")
-            if isinstance(made, Failure):
-                self.report.bad.append((made.path, made.reason))
-            yield None if isinstance(made, Failure) else (key, made)
+            yield self._noted(key, made)
+
+    def _noted(self, key: bytes, made: Record | Failure) -> tuple[bytes, bytes] | None:
+        if isinstance(made, Failure):
+            self.report.bad.append((made.path, made.reason))
+            return None
+        self.report.sizes.add(made.size)
+        return key, made.data
 
 
 def _bad_images(bad: list[tuple[str, str]], target: Path) -> DataError:

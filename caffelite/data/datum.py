@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from caffelite.data.images import Pixels, decode_image
-from caffelite.errors import DataError
+from caffelite.errors import DataError, Where
 from caffelite.schema import parse_datum, pb
 
 LARGEST_LABEL = 2**24  # beyond, float32 (a label blob's type) does not hold every whole number
@@ -75,6 +75,12 @@ class DatumDecoder:
         if prefix != self._prefix or len(self._tails) >= _MOST_TAILS:
             self._prefix, self._shape, self._end, self._tails = prefix, shape, len(prefix) + count, {}
         self._tails[tail] = label
+
+
+def placed(error: DataError, source: str, key: bytes) -> DataError:
+    """The error of one record with its database and key."""
+    text = key.decode("utf-8", "backslashreplace")
+    return DataError(f"record '{text}': {error.message}", where=Where(source), hint=error.hint)
 
 
 def _only_label(tail: bytes) -> bool:

@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,6 +47,13 @@ class Settings:
     encoding: str = ""
 
 
+class Record(NamedTuple):
+    """A serialised Datum, and the (height, width) of its image."""
+
+    data: bytes
+    size: tuple[int, int]
+
+
 class Failure(NamedTuple):
     """A file that could not be used, and why."""
 
@@ -54,7 +61,7 @@ class Failure(NamedTuple):
     reason: str
 
 
-def make_record(image: ImageFile, settings: Settings) -> bytes | Failure:
+def make_record(image: ImageFile, settings: Settings) -> Record | Failure:
     """The Datum of one file, as Caffe's convert_imageset makes it."""
     try:
         with open(image.path, "rb") as file:
@@ -64,14 +71,14 @@ def make_record(image: ImageFile, settings: Settings) -> bytes | Failure:
         return Failure(image.path, f"cannot be read: {error.strerror or error}")
     except (DataError, MemoryError) as error:
         return Failure(image.path, error.message if isinstance(error, DataError) else "too large for the memory")
+    channels, height, width = pixels.shape
     if not settings.encoding:
-        channels, height, width = pixels.shape
-        return raw_datum(pixels.tobytes(), (channels, height, width), image.label, encoded=False)
+        return Record(raw_datum(pixels.tobytes(), (channels, height, width), image.label, encoded=False), (height, width))
     own = os.path.splitext(image.path)[1].lower().lstrip(".").replace("jpeg", "jpg")
     wanted = settings.encoding if settings.encoding != "auto" else own if own in ("jpg", "png") else "png"
     if own != wanted or settings.size is not None:
         content = encode_image(np.asarray(pixels), wanted)
-    return pb.Datum(data=content, label=image.label, encoded=True).SerializeToString()
+    return Record(pb.Datum(data=content, label=image.label, encoded=True).SerializeToString(), (height, width))
 
 
 def raw_datum(planes: bytes, shape: Sequence[int], label: int, *, encoded: bool | None = None) -> bytes:
@@ -91,20 +98,20 @@ class Decoder:
         self._idle: SimpleQueue[_Worker] | None = None
         self._started: list[_Worker] = []
 
-    def make(self, images: Sequence[ImageFile]) -> Iterator[bytes | Failure]:
+    def make(self, images: Sequence[ImageFile]) -> Iterator[Record | Failure]:
         """The records of all images in their order."""
         if self.workers <= 1 or len(images) <= _FEW:
             return (make_record(image, self.settings) for image in images)
         return self._parallel([images[i : i + _CHUNK] for i in range(0, len(images), _CHUNK)])
 
-    def _parallel(self, chunks: Sequence[Sequence[ImageFile]]) -> Iterator[bytes | Failure]:
+    def _parallel(self, chunks: Sequence[Sequence[ImageFile]]) -> Iterator[Record | Failure]:
         if self._idle is None:
             self._started = [_Worker(self.settings) for _ in range(self.workers)]
             self._idle = SimpleQueue()
             for worker in self._started:
                 self._idle.put(worker)
         with ThreadPoolExecutor(self.workers, "decode") as threads:
-            pending: deque[Future[list[bytes | Failure]]] = deque()
+            pending: deque[Future[list[Record | Failure]]] = deque()
             try:
                 for chunk in chunks:
                     pending.append(threads.submit(self._convert, self._idle, chunk))
@@ -116,7 +123,7 @@ class Decoder:
                 for future in pending:
                     future.cancel()
 
-    def _convert(self, idle: SimpleQueue[_Worker], images: Sequence[ImageFile]) -> list[bytes | Failure]:
+    def _convert(self, idle: SimpleQueue[_Worker], images: Sequence[ImageFile]) -> list[Record | Failure]:
         worker = idle.get()
         try:
             return worker.convert(images)
@@ -148,13 +155,13 @@ class _Worker:
         self._requests, self._answers = self._process.stdin, self._process.stdout
         pickle.dump(settings, self._requests, pickle.HIGHEST_PROTOCOL)
 
-    def convert(self, images: Sequence[ImageFile]) -> list[bytes | Failure]:
+    def convert(self, images: Sequence[ImageFile]) -> list[Record | Failure]:
         """The records of some images. DataError when the process has ended."""
         try:
             pickle.dump([tuple(image) for image in images], self._requests, pickle.HIGHEST_PROTOCOL)
             self._requests.flush()
-            entries: list[int | tuple[str, str]] = pickle.load(self._answers)
-            return [self._answers.read(entry) if isinstance(entry, int) else Failure(*entry) for entry in entries]
+            entries: list[tuple[int, tuple[int, int]] | tuple[str, str]] = pickle.load(self._answers)
+            return [_received(self._answers, *entry) for entry in entries]
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             message = f"a decoding process ended (exit status {self._process.poll()})"
             raise DataError(message, hint="was memory short? try with --threads 1") from error
@@ -167,18 +174,23 @@ class _Worker:
         self._process.wait()
 
 
+def _received(answers: Any, first: int | str, second: Any) -> Record | Failure:
+    """What a worker says of one image: how many bytes its record has, which are read, and the image's size; or a failure's fields."""
+    return Failure(first, second) if isinstance(first, str) else Record(answers.read(first), second)
+
+
 def serve() -> None:
-    """A worker: reads Settings and then lists of images, answers each with sizes (or failures) and then the records themselves."""
+    """A worker: reads Settings and then lists of images, answers each with lengths and sizes (or failures) and then the records themselves."""
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     try:
         settings: Settings = pickle.load(requests)
         while True:
             made = [make_record(ImageFile(*image), settings) for image in pickle.load(requests)]
-            sizes: Iterable[Any] = [len(record) if isinstance(record, bytes) else tuple(record) for record in made]
-            pickle.dump(list(sizes), answers, pickle.HIGHEST_PROTOCOL)
+            entries = [(len(record.data), record.size) if isinstance(record, Record) else tuple(record) for record in made]
+            pickle.dump(entries, answers, pickle.HIGHEST_PROTOCOL)
             for record in made:
-                if isinstance(record, bytes):
-                    answers.write(record)
+                if isinstance(record, Record):
+                    answers.write(record.data)
             answers.flush()
     except (EOFError, BrokenPipeError):
         os._exit(0)  # the program has what it wanted, or is gone

@@ -62,6 +62,25 @@ def image_folder(source: Path) -> Plan:
     return Plan([Part("", files)], classes)
 
 
+def doubtful_level(source: Path, classes: Sequence[str]) -> str | None:
+    """What to say where the folders taken for classes hold folders alone, several at least in one of them: the classes of a set in parts, it seems."""
+    inside = [list(os.scandir(source / name)) for name in classes]
+    if any(entry.is_file() and os.path.splitext(entry.name)[1].lower() in ENDINGS for entries in inside for entry in entries):
+        return None
+    folders = [sum(entry.is_dir() for entry in entries) for entries in inside]
+    if max(folders, default=0) < 2:
+        return None  # CLASS/images/IMAGE
+    fullest = source / classes[folders.index(max(folders))]
+    return (
+        f"{source}: the {len(classes)} folders taken for classes ({_listed(classes)}) hold no images but folders, up to {max(folders)}; "
+        f"if those are the classes, convert each part by itself, {fullest} say"
+    )
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 def image_list(source: Path, root: Path | None = None) -> Plan:
     """Lines "PATH LABEL" (split at the last space), paths relative to `root` or else to the list's own folder."""
     text = _text(source, 'expected lines "PATH LABEL"')

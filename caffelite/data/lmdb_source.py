@@ -73,6 +73,7 @@ class Database:
         file = data_file(self.path)
         status = os.stat(file)
         key = (status.st_dev, status.st_ino)
+        self.identity = (*key, status.st_mtime_ns)  # the same for all Databases of one file
         self._environment = _acquire(key, file, self.path)
         self._finalizer = weakref.finalize(self, _release, key)
         self._finalizer.atexit = False

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from caffelite.data.datum import DatumDecoder
+from caffelite.data.datum import DatumDecoder, placed
 from caffelite.data.images import Pixels
 from caffelite.data.lmdb_source import Database
-from caffelite.data.source import placed
 from caffelite.errors import DataError, Where
 from caffelite.files import write_atomically
 from caffelite.schema import array_to_blob, message_bytes, pb

@@ -71,6 +71,11 @@ class Prefetcher(Generic[T]):
                 return state.ready.popleft()
         raise state.error or RuntimeError("get() after close()")
 
+    def ready(self) -> T | None:
+        """The next slot if it is filled already."""
+        with self._state.changed:
+            return self._state.ready.popleft() if self._state.ready else None
+
     def put_back(self, slot: T) -> None:
         """Gives a slot from get() back."""
         with self._state.changed:

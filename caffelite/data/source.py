@@ -2,48 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from caffelite.data.datum import DatumDecoder
+from caffelite.backends.contract import Array, Backend
+from caffelite.data.cache import DeviceCache, device_cache
+from caffelite.data.datum import DatumDecoder, placed
+from caffelite.data.filling import Batch, CachedFiller, Filler
 from caffelite.data.lmdb_source import Database, data_file
-from caffelite.data.order import Order, words_at
+from caffelite.data.order import Order
 from caffelite.data.prefetch import Prefetcher
-from caffelite.data.transformer import Fail, ItemError, Transformer
+from caffelite.data.raw import RawFeed, RawLayout
+from caffelite.data.transformer import Fail, Transformer
 from caffelite.errors import DataError, Where
 from caffelite.schema import pb
 
 MOST_PREFETCH = 1000  # batches; each has memory of its own
 
 
-class Batch:
-    """Memory for one batch: data (N,H,W,C) in the wanted type and labels (N)."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
-        self.data: npt.NDArray[Any] = np.zeros(shape, dtype)
-        self.labels = np.zeros(shape[0], np.float32)
-
-
 class BatchSource:
     """Transformed batches of an LMDB, as data_param and transform_param ask.
 
     seed and stream key all random draws; fail(message, *path, hint=) makes SpecErrors placed at a field of the layer. The database is
-    opened when first asked about. Set `seed` and seek() at any time between batches; start() before next().
+    opened when first asked about. Set `seed` and seek() at any time between batches; start() before next(). `tell` is called with what
+    a user should hear of.
     """
 
     def __init__(self, data: pb.DataParameter, transform: pb.TransformationParameter, phase: int, seed: int, stream: int, fail: Fail) -> None:
         _check_fields(data, fail)
         self.param, self._seed, self.stream, self._fail = data, seed, stream, fail
         self.transformer = Transformer(transform, phase == pb.TRAIN, fail)
+        self.tell: Callable[[str], object] = _nobody
         self._position = 0
         self._batch, self._dtype = 0, "float32"
+        self._ops: Backend | None = None  # which takes raw images; None where batches are transformed here
         self._database: Database | None = None
         self._item_shape: tuple[int, int, int] | None = None
-        self._prefetcher: Prefetcher[Batch] | None = None
+        self._raw_shape: tuple[int, int, int] | None = None
+        self._slots: list[Batch] = []
+        self._raw: RawFeed | None = None
+        self._cache: DeviceCache | None = None
+        self._prefetcher: Prefetcher[Any] | None = None
 
     # --- what it reads -------------------------------------------------------------------------------------------------
 
@@ -63,6 +67,11 @@ class BatchSource:
         return DataError(f"{error.where}: {error.message}", where=place.where, layer=place.layer, hint=error.hint)
 
     @property
+    def is_open(self) -> bool:
+        """Whether the database has been opened."""
+        return self._database is not None
+
+    @property
     def count(self) -> int:
         """The number of records."""
         return self.database.count
@@ -71,8 +80,16 @@ class BatchSource:
     def item_shape(self) -> tuple[int, int, int]:
         """(C,H,W) of a transformed image, from the first record. Errors as for `database`; SpecError when the transform does not fit it."""
         if self._item_shape is None:
-            self._item_shape = self.transformer.output_shape(self._first_shape())
+            pixels = self._first_pixels()
+            channels, height, width = pixels.shape
+            self._item_shape = self.transformer.output_shape(pixels.shape)
+            self._raw_shape = (channels, height, width) if pixels.dtype == np.uint8 else None
         return self._item_shape
+
+    @property
+    def raw_shape(self) -> tuple[int, int, int] | None:
+        """(C,H,W) of the first record's image once it has been looked at; None before, and where it does not consist of bytes."""
+        return self._raw_shape
 
     def assume(self, image: tuple[int, int, int]) -> tuple[int, int, int]:
         """Takes the images to be (C,H,W) `image` without opening the database, for those who want shapes alone; returns item_shape.
@@ -81,11 +98,31 @@ class BatchSource:
         self._item_shape = self.transformer.cropped((self.transformer.channels or image[0], *image[1:]))
         return self._item_shape
 
-    def _first_shape(self) -> tuple[int, ...]:
+    def check_sizes(self, most: int = 64) -> None:
+        """DataError when images among `most` records, from all over the database, differ in size and no crop_size makes them equal."""
+        if self.transformer.crop:
+            return
+        seen: dict[tuple[int, ...], bytes] = {}
+        decode, step = DatumDecoder(self.transformer.channels), max(1, self.count // most)
+        with closing(self.database.reader()) as reader:
+            for key, value in reader.read(range(0, self.count, step), ordered=False):
+                try:
+                    seen.setdefault(decode(value).pixels.shape, key)
+                except DataError as error:
+                    raise self._at_source(placed(error, self.param.source, key)) from error
+                if len(seen) > 1:
+                    (first, _), (other, _) = seen.items()
+                    sizes = " and ".join("x".join(map(str, shape[1:])) for shape in (first, other))
+                    text = key.decode("utf-8", "backslashreplace")
+                    hint = "give the layer a crop_size, or convert the images again with --resize"
+                    message = f"record '{text}': the images are not all of one size: {sizes} are among them (height x width)"
+                    raise self._at_source(DataError(message, where=Where(self.param.source), hint=hint))
+
+    def _first_pixels(self) -> npt.NDArray[Any]:
         with closing(self.database.reader()) as reader:
             key, value = next(reader.read([0], ordered=True))
             try:
-                return DatumDecoder(self.transformer.channels)(value).pixels.shape
+                return np.array(DatumDecoder(self.transformer.channels)(value).pixels)
             except DataError as error:
                 raise self._at_source(placed(error, self.param.source, key)) from error
 
@@ -115,12 +152,35 @@ class BatchSource:
 
     # --- running -------------------------------------------------------------------------------------------------------
 
-    def start(self, batch: int, dtype: str = "float32") -> None:
-        """Says what next() will be asked for: batches of `batch` images in "float32" or "bfloat16". Reading ahead begins."""
-        if (batch, dtype) != (self._batch, self._dtype):
-            self._stop()
-            self._batch, self._dtype = batch, dtype
+    def start(self, batch: int, dtype: str = "float32", ops: Backend | None = None) -> None:
+        """Says what will be asked for: by next() and take(), batches of `batch` images in "float32" or "bfloat16"; by load(), where the
+        backend `ops` takes raw images, such batches. Reading ahead begins."""
+        if (batch, dtype, ops) != (self._batch, self._dtype, self._ops):
+            self._drop()
+            self._batch, self._dtype, self._ops = batch, dtype, ops
         self._run()
+
+    def load(self, ops: Backend, batch: int, dtype: str, images: Array, labels: Array | None) -> None:
+        """Puts the next batch into arrays of a backend: images (N,C,H,W) of type `dtype`, labels (N) float32. Errors as for `take`, and
+        SpecError for `cache: DEVICE` where the backend has no use for it or the images are not all bytes of one size."""
+        if not self._goes_raw(ops):
+            self.start(batch, dtype)
+            self.take(partial(_copy, ops, images, labels))
+            return
+        self.start(batch, dtype, ops)
+        assert self._raw is not None
+        with self._stopped_by_errors():
+            self._raw.load(self._run(), images, labels)
+        self._position += batch
+
+    def _goes_raw(self, ops: Backend) -> bool:
+        cached = self.param.cache == pb.DataParameter.DEVICE
+        if cached and not ops.raw_images:
+            hint = "train with --gpu 0, or remove cache: DEVICE"
+            raise self._fail("cache: DEVICE keeps images in a GPU's memory, and this runs on a CPU", "data_param", "cache", hint=hint)
+        if ops.raw_images:
+            _ = self.item_shape  # has looked at the first record
+        return ops.raw_images and (cached or self._raw_shape is not None)
 
     def next(self, data_out: npt.NDArray[Any], label_out: npt.NDArray[np.float32] | None = None) -> None:
         """Copies the next batch into data_out (N,C,H,W; fastest when channels lie last in memory) and label_out (N). Errors as for `take`."""
@@ -139,82 +199,85 @@ class BatchSource:
         the key; the position stays at the batch that failed.
         """
         prefetcher = self._run()
-        try:
+        with self._stopped_by_errors():
             batch = prefetcher.get()
-        except BaseException:
-            self._stop()
-            raise
         use(batch.data.transpose(0, 3, 1, 2), batch.labels)
         self._position += len(batch.labels)
         prefetcher.put_back(batch)
 
     def close(self) -> None:
-        """Ends the thread and closes the database; it may be used again after, from the same position."""
-        self._stop()
+        """Ends the thread, lets go of all memory and closes the database; it may be used again after, from the same position."""
+        self._drop()
+        self._cache = None
         if self._database is not None:
             self._database.close()
             self._database = None
 
-    def _run(self) -> Prefetcher[Batch]:
+    def _run(self) -> Prefetcher[Any]:
         if self._prefetcher is None:
             if not self._batch:
                 raise ValueError("BatchSource.start() was not called")
-            channels, height, width = self.item_shape
-            slots = [Batch((self._batch, height, width, channels), _dtype(self._dtype)) for _ in range(self.param.prefetch)]
             order = Order(self.count, self.param.shuffle, self.seed, self.stream)
-            feed = _Feed(self.database, order, self.transformer, self._position)
-            self._prefetcher = Prefetcher(feed.fill, slots, f"data {self.param.source}")
+            fill, slots = self._raw_way(self._ops, order) if self._ops else self._way(order)
+            self._prefetcher = Prefetcher(fill, slots, f"data {self.param.source}")
         return self._prefetcher
 
+    def _way(self, order: Order) -> tuple[Callable[[Any], object], list[Any]]:
+        """What fills the memory of batches, and that memory, where batches are transformed here."""
+        channels, height, width = self.item_shape
+        if not self._slots:
+            self._slots = [Batch((self._batch, height, width, channels), _dtype(self._dtype)) for _ in range(self.param.prefetch)]
+        return Filler(self.database, order, self.transformer, self._position).fill, self._slots
+
+    def _raw_way(self, ops: Backend, order: Order) -> tuple[Callable[[Any], object], list[Any]]:
+        """The same where they are transformed by the backend."""
+        if self.param.cache == pb.DataParameter.DEVICE:
+            self._cache = device_cache(ops, self.database, self.transformer.channels, self._fail, self.tell)
+        cache, image = self._cache, self._cache.image if self._cache else self._raw_shape
+        if self._raw is None:
+            assert image is not None
+            layout = RawLayout(self._batch, 0 if cache else self._batch, image)
+            self._raw = RawFeed(ops, layout, self.transformer, self.param.prefetch, cache.planes if cache else None)
+        if cache:
+            return CachedFiller(cache, order, self.transformer, self._position).fill, self._raw.slots
+        return Filler(self.database, order, self.transformer, self._position).fill, self._raw.slots
+
+    @contextmanager
+    def _stopped_by_errors(self) -> Iterator[None]:
+        """Ends the thread where it has failed, so that the next batch is read anew."""
+        try:
+            yield
+        except BaseException:
+            self._stop()
+            raise
+
     def _stop(self) -> None:
+        """Ends the thread and forgets what it has read ahead."""
+        self._end_thread()
+        if self._raw is not None:
+            self._raw.reset()
+
+    def _drop(self) -> None:
+        """The same, and lets go of the batches' memory."""
+        self._end_thread()
+        if self._raw is not None:
+            self._raw.close()
+        self._raw, self._slots = None, []
+
+    def _end_thread(self) -> None:
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
 
 
-class _Feed:
-    """Fills batches one after another from a position on; runs in the prefetch thread."""
-
-    def __init__(self, database: Database, order: Order, transformer: Transformer, position: int) -> None:
-        self.database, self.order, self.transformer = database, order, transformer
-        self.position = position
-        self._reader = database.reader()
-        self._decode = DatumDecoder(transformer.channels)
-        self._floats: npt.NDArray[np.float32] = np.empty(0, np.float32)
-
-    def fill(self, batch: Batch) -> None:
-        """Fills one batch and moves on behind it."""
-        order, count = self.order, len(batch.labels)
-        items, keys = [], []
-        for i, (key, value) in enumerate(self._reader.read(order.numbers(self.position, count), not order.shuffle)):
-            try:
-                pixels, batch.labels[i] = self._decode(value)
-            except DataError as error:
-                raise placed(error, self.database.path, key) from error
-            items.append(pixels)
-            keys.append(key)
-        floats = self._scratch(batch)
-        try:
-            self.transformer.apply(items, words_at(order.seed, order.stream, self.position, count), floats)
-        except ItemError as error:
-            raise placed(error, self.database.path, keys[error.index]) from error
-        if floats is not batch.data:
-            batch.data[...] = floats
-        self.position += count
-
-    def _scratch(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """Where float32 values are made: the batch itself, or memory of our own for another type."""
-        if batch.data.dtype == np.float32:
-            return batch.data
-        if self._floats.shape != batch.data.shape:
-            self._floats = np.empty(batch.data.shape, np.float32)
-        return self._floats
+def _copy(ops: Backend, images: Array, labels: Array | None, image_values: Array, label_values: Array) -> None:
+    ops.from_host(image_values, images)
+    if labels is not None:
+        ops.from_host(label_values, labels)
 
 
-def placed(error: DataError, source: str, key: bytes) -> DataError:
-    """The error of one record with its database and key."""
-    text = key.decode("utf-8", "backslashreplace")
-    return DataError(f"record '{text}': {error.message}", where=Where(source), hint=error.hint)
+def _nobody(text: str) -> None:
+    """Nobody listens."""
 
 
 def _dtype(name: str) -> Any:

@@ -28,7 +28,7 @@ class Transformer:
         self.param, self.training, self._fail = param, training, fail
         self.crop: int = param.crop_size
         self.mirror: bool = param.mirror
-        self._scale = np.float32(param.scale)
+        self.scale = np.float32(param.scale)
         if param.force_color and param.force_gray:
             raise fail("force_color and force_gray exclude each other", "transform_param", "force_gray", hint="set at most one of them")
         if param.HasField("mean_file") and param.mean_value:
@@ -36,7 +36,7 @@ class Transformer:
         self.channels = 3 if param.force_color else 1 if param.force_gray else None
         self._mean: Floats | None = None  # (H,W,C) or (C,)
         self._mirrored_mean: Floats | None = None
-        self._bytes: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._held: dict[Any, npt.NDArray[Any]] = {}
 
     def output_shape(self, item: tuple[int, ...]) -> tuple[int, int, int]:
         """The (C,H,W) that items of shape `item` become; reads the mean. SpecError when crop or mean do not fit such items."""
@@ -52,6 +52,13 @@ class Transformer:
                 f"crop_size is {self.crop}, but the images are {height}x{width}", "transform_param", "crop_size", hint=f"use at most {min(height, width)}"
             )
         return (channels, self.crop or height, self.crop or width)
+
+    @property
+    def mean(self) -> Floats | None:
+        """What is subtracted: (C,H,W) of a mean_file, (C,1,1) of mean_values, or None. Known once output_shape has been called."""
+        if self._mean is None:
+            return None
+        return self._mean.transpose(2, 0, 1) if self._mean.ndim == 3 else self._mean[:, None, None]
 
     def _load_mean(self, channels: int, height: int, width: int) -> None:
         values = self.param.mean_value
@@ -82,29 +89,54 @@ class Transformer:
 
     # --- running -------------------------------------------------------------------------------------------------------
 
-    def apply(self, items: Sequence[Pixels], words: npt.NDArray[np.uint64], out: Floats) -> None:
-        """Transforms `items`, uint8 or float32 (C,H,W) each, into out, C-contiguous float32 (N,H,W,C).
+    def apply(self, items: Sequence[Pixels], words: npt.NDArray[np.uint64], out: npt.NDArray[Any]) -> None:
+        """Transforms `items`, uint8 or float32 (C,H,W) each, into out, C-contiguous (N,H,W,C), float32 or rounded from it.
 
-        words[i] is item i's random number: its top bit decides about mirroring, its two lower 31-bit fields (modulo the number
-        of places) about the crop's row and column. DataError for an item whose size does not fit.
+        words[i] is item i's random number, see `places`. DataError for an item whose size does not fit.
         """
+        floats = out if out.dtype == np.float32 else self._staging(out.shape, np.float32)
         as_bytes = all(item.dtype == np.uint8 for item in items)
-        target = self._staging(out.shape) if as_bytes else out
-        places = [self._place(item.shape, int(word), out.shape[1:], i) for i, (item, word) in enumerate(zip(items, words))]
+        target = self._staging(out.shape, np.uint8) if as_bytes else floats
+        rooms = np.array([self._checked_room(item.shape, out.shape[1:], i) for i, item in enumerate(items)])
+        places = self.places(words, rooms[:, 0], rooms[:, 1]).tolist()
         for item, (top, left, mirrored), image in zip(items, places, target.transpose(0, 3, 1, 2)):
             part = item[:, top : top + image.shape[1], left : left + image.shape[2]]
             image[...] = part[:, :, ::-1] if mirrored else part
         if as_bytes:
-            out[...] = target
-        self._normalise(out, places)
+            floats[...] = target
+        self._normalise(floats, places)
+        if floats is not out:
+            out[...] = floats
 
-    def _staging(self, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-        if self._bytes.shape != shape:
-            self._bytes = np.empty(shape, np.uint8)
-        return self._bytes
+    def places(self, words: npt.NDArray[np.uint64], rows: Any, columns: Any) -> npt.NDArray[np.int32]:
+        """(N,3): row and column of each item's crop, and 1 if it is mirrored, else 0. rows, columns: the items' room, see `room`.
 
-    def _place(self, item: tuple[int, ...], word: int, out: tuple[int, ...], index: int) -> tuple[int, int, bool]:
-        """Row and column of the crop in one item, and whether it is mirrored."""
+        A word's top bit decides about mirroring, its two lower 31-bit fields (modulo the number of places) about row and column.
+        """
+        places = np.zeros((len(words), 3), np.int32)
+        if self.training and self.crop:
+            places[:, 0] = (words >> 31 & _BITS).astype(np.int64) % (rows + 1)
+            places[:, 1] = (words & _BITS).astype(np.int64) % (columns + 1)
+        else:
+            places[:, 0], places[:, 1] = rows // 2, columns // 2
+        if self.mirror:
+            places[:, 2] = words >> 63
+        return places
+
+    def room(self, item: tuple[int, int, int]) -> tuple[int, int]:
+        """By how many rows and columns items (C,H,W) are larger than the crop."""
+        _, height, width = self.cropped(item)
+        return item[1] - height, item[2] - width
+
+    def _staging(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """Memory for a batch on its way, kept for the next."""
+        held = self._held.get(dtype)
+        if held is None or held.shape != shape:
+            held = self._held[dtype] = np.empty(shape, dtype)
+        return held
+
+    def _checked_room(self, item: tuple[int, ...], out: tuple[int, ...], index: int) -> tuple[int, int]:
+        """The room of item number `index` of a batch. ItemError when the item does not fit."""
         height, width, channels = out
         if item[0] != channels:
             hint = "with encoded images, force_color or force_gray in transform_param makes all alike" if {item[0], channels} <= {1, 3, 4} else None
@@ -116,12 +148,9 @@ class Transformer:
             raise ItemError(index, f"it is {item[1]}x{item[2]}, smaller than crop_size {self.crop}", hint="resize all when converting")
         if self.param.HasField("mean_file") and self._mean is not None and item[1:] != self._mean.shape[:2]:
             raise ItemError(index, f"it is {item[1]}x{item[2]}, the mean image is {self._mean.shape[0]}x{self._mean.shape[1]}", hint="use mean_value instead")
-        mirrored = self.mirror and bool(word >> 63)
-        if self.training and self.crop:
-            return (word >> 31 & _BITS) % (rows + 1), (word & _BITS) % (columns + 1), mirrored
-        return rows // 2, columns // 2, mirrored
+        return rows, columns
 
-    def _normalise(self, out: Floats, places: Sequence[tuple[int, int, bool]]) -> None:
+    def _normalise(self, out: Floats, places: Sequence[tuple[int, int, int]]) -> None:
         mean = self._mean
         if mean is not None and mean.ndim == 1 and mean.any():
             rows = out.reshape(len(out) * out.shape[1], -1)  # whole rows, so that the inner loop is long
@@ -131,8 +160,8 @@ class Transformer:
             for image, (top, left, mirrored) in zip(out, places):
                 start = mean.shape[1] - width - left if mirrored else left
                 image -= (self._mirrored_mean if mirrored else mean)[top : top + height, start : start + width]
-        if self._scale != 1:
-            out *= self._scale
+        if self.scale != 1:
+            out *= self.scale
 
 
 class ItemError(DataError):

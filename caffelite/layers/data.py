@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from caffelite.backends.contract import Array, Backend
+from caffelite.backends.contract import Backend
 from caffelite.blob import Blob, Shape
 from caffelite.data.source import BatchSource
 from caffelite.layer import Layer, register
@@ -39,14 +39,9 @@ class DataLayer(Layer):
         return frozenset()
 
     def feed(self, ops: Backend, tops: Sequence[Blob]) -> None:
-        self.source.seed = self.context.seed
-        self.source.start(tops[0].shape[0], tops[0].dtype)
-
-        def load(images: Array, labels: Array) -> None:
-            for top, values in zip(tops, (images, labels)):
-                ops.from_host(values, top.data)
-
-        self.source.take(load)
+        self.source.seed, self.source.tell = self.context.seed, self.context.tell
+        labels = tops[1].data if len(tops) > 1 else None
+        self.source.load(ops, tops[0].shape[0], tops[0].dtype, tops[0].data, labels)
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
         """Nothing: `feed` has filled the tops."""

@@ -35,6 +35,8 @@ class LRN(Elementwise):
         return super().infer_shapes(bottoms)
 
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
+        if not self.keeps:
+            return {}
         if self.within:
             nbytes = backend.lrn_within_workspace(bottoms[0], dtypes[0], size=self.size, alpha=self.alpha, beta=self.beta)
         else:
@@ -48,7 +50,7 @@ class LRN(Elementwise):
         return prod(bottoms[0]) * (self.size * self.size if self.within else self.size)
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
-        x, y, work = bottoms[0].data, tops[0].data, self.buffers["work"]
+        x, y, work = bottoms[0].data, tops[0].data, self.buffers.get("work")
         if self.within:
             ops.lrn_within_forward(x, y, work, size=self.size, alpha=self.alpha, beta=self.beta)
         else:

@@ -112,7 +112,8 @@ class Pooling(Layer):
 
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
         geometry = self._geometry(bottoms[0])
-        return {"mask": BufferSpec(geometry.top, pool_mask_dtype(geometry.kernel))} if self.is_max else {}
+        wanted = self.is_max and (self.keeps or len(self.param.top) > 1)
+        return {"mask": BufferSpec(geometry.top, pool_mask_dtype(geometry.kernel))} if wanted else {}
 
     def backward_reads(self) -> frozenset[str]:
         return frozenset()
@@ -122,7 +123,7 @@ class Pooling(Layer):
         if not self.is_max:
             ops.ave_pool_forward(x, y, kernel=g.kernel, stride=g.stride, pad=g.pad)
             return
-        ops.max_pool_forward(x, y, self.buffers["mask"], kernel=g.kernel, stride=g.stride, pad=g.pad)
+        ops.max_pool_forward(x, y, self.buffers.get("mask"), kernel=g.kernel, stride=g.stride, pad=g.pad)
         if len(tops) > 1:
             ops.max_pool_indices(self.buffers["mask"], tops[1].data, kernel=g.kernel, stride=g.stride, pad=g.pad, width=bottoms[0].shape[3])
 

@@ -36,13 +36,13 @@ class PReLU(Elementwise):
         return [ParamSpec(() if self.shared else (bottoms[0][1],), self.filler, path=("prelu_param", "filler"))]
 
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
-        return {"x": BufferSpec(bottoms[0], dtypes[0])} if self.in_place_here else {}
+        return {"x": BufferSpec(bottoms[0], dtypes[0])} if self.in_place_here and self.keeps else {}
 
     def backward_reads(self) -> frozenset[str]:
         return frozenset() if self.in_place_here else frozenset((BOTTOM,))
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
-        if self.in_place_here:
+        if self.in_place_here and self.keeps:
             ops.copy(bottoms[0].data, self.buffers["x"])
         ops.prelu_forward(bottoms[0].data, self.params[0].data, tops[0].data)
 

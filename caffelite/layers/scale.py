@@ -44,10 +44,10 @@ class Scale(Elementwise):
         return factor + ([ParamSpec(shape, self.bias_filler, path=("scale_param", "bias_filler"))] if self.bias_term else [])
 
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
-        specs = {"x": BufferSpec(bottoms[0], dtypes[0])} if self.in_place_here else {}
+        specs = {"x": BufferSpec(bottoms[0], dtypes[0])} if self.in_place_here and self.keeps else {}
         if not self.learned:
             specs["ds"] = BufferSpec(bottoms[1], "float32", kept=False)  # gradients of factors are float32
-            if self.in_place_here:
+            if self.in_place_here and self.keeps:
                 specs["s"] = BufferSpec(bottoms[1], dtypes[1])
         return specs
 
@@ -62,7 +62,7 @@ class Scale(Elementwise):
         return broadcast_view(operand, first, len(bottoms[0].shape))
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
-        if self.in_place_here:
+        if self.in_place_here and self.keeps:
             for name, blob in zip(("x", "s"), bottoms):
                 ops.copy(blob.data, self.buffers[name])
         factor, bias = self.params[0] if self.learned else bottoms[1], self._bias()

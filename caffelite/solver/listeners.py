@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from caffelite.solver.loop import Solver
 
+DATA_LAYER = "data_layer.cpp"  # the source of what data layers have to say
+
 
 class Output(NamedTuple):
     """A net output: the blob's name, its values in C order, and its loss weight (0 for one that is no loss)."""

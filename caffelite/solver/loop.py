@@ -19,7 +19,7 @@ from caffelite.schema import SolverSpec, pb
 from caffelite.solver.config import NetChoice, check_best, check_solver, test_choices, train_choice
 from caffelite.solver.debug import backward_with_debug, forward_with_debug
 from caffelite.solver.iteration import MOST_UNREAD, Iteration
-from caffelite.solver.listeners import Listener, Output
+from caffelite.solver.listeners import DATA_LAYER, Listener, Output
 from caffelite.solver.rates import RatePolicy
 from caffelite.solver.restore import cursors_of_tests, make_state, new_history, restore
 from caffelite.solver.rules import RULES
@@ -101,7 +101,7 @@ class Solver:
         self.tell("Solver scaffolding done.", "solver.cpp")
 
     def _make(self, choice: NetChoice, train: Net | None) -> Net:
-        return Net(
+        net = Net(
             choice.spec,
             phase=choice.phase,
             level=choice.level,
@@ -113,6 +113,8 @@ class Solver:
             share=train,
             workspace=train,
         )
+        net.context.tell = lambda text: self.tell(text, DATA_LAYER)
+        return net
 
     def _scorer(self, net: Net, choice: NetChoice) -> Scorer:
         forward = (lambda net: forward_with_debug(net, self.tell)) if self.param.debug_info else None

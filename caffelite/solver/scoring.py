@@ -66,12 +66,17 @@ class Scorer:
         size = self.net.batch_size
         for _ in range(self.batches - (self._tail_size > 0)):
             yield self.net, size if self.whole else 1.0
-        if self._tail_size:
-            self._tail = self._tail or _with_batch(self.net, self._tail_size)
-            self._tail.share_with(self.net)  # whose parameters, like its seed, may have been changed since
-            self._tail.context.seed = self.net.context.seed
-            _seek(self._tail, self.records - self._tail_size)
-            yield self._tail, self._tail_size
+        if tail := self.tail():
+            tail.share_with(self.net)  # whose parameters, like its seed, may have been changed since
+            tail.context.seed = self.net.context.seed
+            _seek(tail, self.records - self._tail_size)
+            yield tail, self._tail_size
+
+    def tail(self) -> Net | None:
+        """The net for the last, smaller batch, made when it is first needed; None where all batches are full."""
+        if self._tail_size and self._tail is None:
+            self._tail = _with_batch(self.net, self._tail_size)
+        return self._tail
 
     def close(self) -> None:
         """Closes the net for the last batch; the net that was given stays open."""
@@ -149,4 +154,14 @@ def _with_batch(net: Net, size: int) -> Net:
         if layer.name in names:
             copy.data_param.batch_size = size
     spec = NetSpec(param, SourceMap.unknown(), net.spec.file)
-    return Net(spec, phase=net.phase, backend=net.backend, precision=net.precision, observe=net.observe, seed=net.seed, share=net, workspace=net)
+    return Net(
+        spec,
+        phase=net.phase,
+        backend=net.backend,
+        precision=net.precision,
+        observe=net.observe,
+        seed=net.seed,
+        share=net,
+        workspace=net,
+        prepare=net.prepare,
+    )

@@ -82,14 +82,31 @@ class SnapshotStore:
 def find_newest(prefix: str, tell: Callable[[str], None]) -> Path | None:
     """The state file of the newest snapshot that is whole: its state and the model it names can both be read.
 
-    tell(text): hears of every newer one that is not. None when there is no whole one.
+    The newest is that of the highest iteration: times of files do not outlast copying. tell(text): hears of every higher one that is
+    not whole, and of a lower one that was written later, by a run that started anew. None when there is no whole one.
     """
-    for iteration, path in reversed(states_of(prefix)):
+    states = states_of(prefix)
+    for position in range(len(states) - 1, -1, -1):
+        iteration, path = states[position]
         fault = _fault(path, iteration)
         if fault is None:
+            _tell_of_later(path, [other for _, other in states[:position]], tell)
             return path
         tell(f"skipping snapshot {path}: {fault.removeprefix(f'{path}: ')}")
     return None
+
+
+def _tell_of_later(path: Path, lower: list[Path], tell: Callable[[str], None]) -> None:
+    latest = max(lower, key=_time, default=path)
+    if _time(latest) > _time(path):
+        tell(f"{path} has the highest iteration and is taken, but {latest} was written later: to go on from that one, give --snapshot {latest}")
+
+
+def _time(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # it has just been removed
+        return 0
 
 
 def states_of(prefix: str) -> list[tuple[int, Path]]:

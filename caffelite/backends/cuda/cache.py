@@ -1,12 +1,22 @@
-"""Where compiled kernels are kept: CAFFELITE_CACHE, or caffelite/ in the user's cache folder."""
+"""Where compiled kernels are kept: CAFFELITE_CACHE, or caffelite/ in the user's cache folder.
+
+A kept file ends with the SHA-256 of all before it, which what reads it (a loader, a linker) passes over: one that a crash or a full disk
+has cut short is known by it and made again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from caffelite.errors import BackendError
+
+LEFT_OVER = 600  # seconds: a folder may be shared with another machine, whose processes are not seen here
 
 
 def folder(kind: str) -> Path:
@@ -24,17 +34,52 @@ def folder(kind: str) -> Path:
     return root / kind
 
 
-def once(target: Path, make: Callable[[Path], object]) -> None:
-    """Makes a file beside its place with make(path) and renames it, unless it is there already."""
-    if target.exists():
+def content(target: Path) -> bytes | None:
+    """What was kept under that name, without its checksum; None where there is nothing, or nothing whole."""
+    try:
+        held = target.read_bytes()
+    except OSError:
+        return None
+    found, checksum = held[:-32], held[-32:]
+    return found if hashlib.sha256(found).digest() == checksum else None
+
+
+def once(target: Path, make: Callable[[Path], object], tell: Callable[[], object] = lambda: None) -> None:
+    """Makes a file beside its place with make(path) and renames it, unless it is there already and whole. tell: called before it is made."""
+    if content(target) is not None:
         return
+    tell()
     made = target.with_name(f"{os.getpid()}-{target.name}")
     try:
+        _sweep(target.parent)
         make(made)
-        with made.open("rb") as file:
+        with made.open("rb+") as file:
+            checksum = hashlib.sha256(file.read()).digest()
+            file.write(checksum)
+            file.flush()
             os.fsync(file.fileno())
         made.replace(target)
     except OSError as error:
         raise BackendError(f"cannot write the compiled kernels {target}: {error.strerror}", hint="name another folder in CAFFELITE_CACHE") from error
     finally:
         made.unlink(missing_ok=True)
+
+
+def _sweep(place: Path) -> None:
+    """Removes what processes that were killed have left: files named after them."""
+    for path in place.iterdir():
+        owner = re.match(r"(\d+)-", path.name)
+        if owner and not _alive(int(owner[1])):
+            with suppress(FileNotFoundError):  # another process sweeps too
+                if time.time() - path.stat().st_mtime > LEFT_OVER:
+                    path.unlink()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True

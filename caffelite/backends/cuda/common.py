@@ -59,6 +59,7 @@ class Base:
 
     name = "cuda"
     runs_ahead = True
+    raw_images = True
 
     def __init_subclass__(cls, *, any_layout: bool = False) -> None:
         """Lets ops see only arrays that lie as strides_of says. any_layout: the class's own ops take every layout themselves."""

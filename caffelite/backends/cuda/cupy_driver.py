@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import json
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,12 +18,16 @@ from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda import cache, nvrtc
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.launch import FOLDER, Module, digest
-from caffelite.errors import BackendError
+from caffelite.backends.cuda.meter import Meter
+from caffelite.backends.cuda.peaks import Facts
+from caffelite.errors import BackendError, OutOfMemoryError
 
 OLDEST = (8, 0)  # compute capability: tensor cores with bfloat16, and cp.async
 FREE_SHARED = 32 * 1024  # bytes of dynamic shared memory that a block gets without asking: 48 KB less what the kernel holds by itself
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
+# cudaDevAttrMultiProcessorCount, -ClockRate, -MemoryClockRate (both kHz), -GlobalMemoryBusWidth (bits): CUDA 13 has them nowhere else.
+ATTRIBUTES = (16, 13, 36, 37)
 INSTALL = "install CuPy for your driver's CUDA: pip install 'caffelite[cuda13]' (or [cuda12])"
 
 
@@ -40,17 +46,24 @@ class CupyDriver:
         except ImportError as error:
             raise BackendError(f"the cuda backend needs CuPy, which does not load: {error}", hint=INSTALL) from error
         self._cupy, self._driver, self._runtime = cupy, cupy.cuda.driver, cupy.cuda.runtime
-        self.device = device
+        self.device, self.meter = device, Meter()
+        self.tell: Callable[[str], object] = lambda stem: None
         try:
-            capability = self._select(device)
-            self._stream, self._pool = _queue(cupy, device)
+            capability = self._check(device)
+            self._stream, self._copies, self._pool = _queue(cupy, device)
             self._cuda = self._runtime.driverGetVersion() // 1000
         except self._runtime.CUDARuntimeError as error:
             raise BackendError(f"GPU {device} does not start: {error}", hint="nvidia-smi shows what else runs on it") from error
         nvrtc.version(self._cuda)  # better now than at the first kernel
         self.architecture = "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
 
-    def _select(self, device: int) -> tuple[int, int]:
+    def _select(self) -> None:
+        """Makes the device the calling thread's current one. Whoever else changes that, in this process, has to change it back."""
+        if getattr(_CURRENT, "device", None) != self.device:  # a call of the runtime less for each kernel
+            self._runtime.setDevice(self.device)
+            _CURRENT.device = self.device
+
+    def _check(self, device: int) -> tuple[int, int]:
         """Makes the device the current one; its compute capability."""
         try:
             count = self._runtime.getDeviceCount()
@@ -58,13 +71,13 @@ class CupyDriver:
             raise BackendError(f"no usable GPU: {error}", hint="install NVIDIA's driver, or run on the CPU with --backend onednn") from error
         if not 0 <= device < count:
             raise BackendError(f"there is no GPU {device}: {count} found", hint=f"choose 0 to {count - 1}; caffelite device-query lists them")
-        self._runtime.setDevice(device)
+        self._select()
         facts = self._runtime.getDeviceProperties(device)
-        capability, self.device_name = (int(facts["major"]), int(facts["minor"])), facts["name"].decode()
+        capability = (int(facts["major"]), int(facts["minor"]))
         if capability < OLDEST:
+            name = facts["name"].decode()
             raise BackendError(
-                f"GPU {device} ({self.device_name}) has compute capability {capability[0]}.{capability[1]}; caffelite needs 8.0 or newer",
-                hint="use --backend onednn",
+                f"GPU {device} ({name}) has compute capability {capability[0]}.{capability[1]}; caffelite needs 8.0 or newer", hint="use --backend onednn"
             )
         return capability
 
@@ -72,17 +85,14 @@ class CupyDriver:
         with self._reported():
             memory = self._allocate(max(nbytes, 1))
             self._runtime.memsetAsync(memory.ptr, 0, max(nbytes, 1), self._stream)
-        return DeviceArray(memory, memory.ptr, (nbytes,), (1,), np.dtype(np.uint8))
+        return DeviceArray(self.meter.hold(memory, nbytes), memory.ptr, (nbytes,), (1,), np.dtype(np.uint8))
 
     def _allocate(self, nbytes: int) -> Any:
         try:
             return self._pool.malloc(nbytes)
         except self._cupy.cuda.memory.OutOfMemoryError as error:
             free, total = self._runtime.memGetInfo()
-            raise BackendError(
-                f"out of memory on GPU {self.device}: {nbytes / 2**20:,.0f} MB more are needed, {free / 2**20:,.0f} of {total / 2**20:,.0f} MB are free",
-                hint="lower batch_size, or train with --precision bfloat16",
-            ) from error
+            raise OutOfMemoryError(f"GPU {self.device}", wanted=nbytes, free=free, total=total, used=self.meter.used) from error
 
     def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
         return DeviceArray(buffer.memory, buffer.address + offset, shape, strides, np.dtype(dtype))
@@ -96,18 +106,51 @@ class CupyDriver:
             self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._stream)
         self.synchronize()  # `values` may go as soon as this returns
 
-    def to_host(self, x: Array) -> Any:
+    def to_host(self, x: Array, into: Any = None) -> Any:
         self._not_while_capturing()
-        held = x.host()
+        held = x.host() if into is None else into
         with self._reported():
             self._runtime.memcpyAsync(held.ctypes.data, x.address, x.size * x.itemsize, TO_HOST, self._stream)
         self.synchronize()
         return held
 
-    def load(self, module: Module) -> CupyProgram:
-        cubin, symbols = compiled(module, self.architecture, self._cuda)
+    def pinned(self, nbytes: int) -> Any:
+        self._select()
         try:
-            return CupyProgram(self._driver, self._stream, cubin, symbols)
+            memory = PinnedMemory(self._runtime, max(nbytes, 1), (self._stream, self._copies))
+        except self._runtime.CUDARuntimeError as error:
+            needed = f"{nbytes / 2**20:,.1f} MB of page-locked memory for copies to GPU {self.device} cannot be had: {error}"
+            raise BackendError(needed, hint="lower prefetch or batch_size in data_param") from error
+        return np.asarray(memory)[:nbytes]
+
+    def send(self, values: Any, x: Array) -> None:
+        self._not_while_capturing()
+        with self._reported():
+            self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._stream)
+
+    def event(self) -> CupyEvent:
+        with self._reported():
+            return CupyEvent(self._runtime, self._reported)
+
+    def record(self, event: Any) -> None:
+        with self._reported():
+            self._runtime.eventRecord(event.handle, self._stream)
+
+    def wait(self, event: Any) -> None:
+        with self._reported():
+            self._runtime.streamWaitEvent(self._stream, event.handle)
+
+    def upload(self, values: Any, x: Array, after: Any, done: Any) -> None:
+        with self._reported():
+            self._runtime.streamWaitEvent(self._copies, after.handle)
+            self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._copies)
+            self._runtime.eventRecord(done.handle, self._copies)
+
+    def load(self, module: Module) -> CupyProgram:
+        cubin, symbols = compiled(module, self.architecture, self._cuda, lambda: self.tell(module.stem))
+        self._select()
+        try:
+            return CupyProgram(self._driver, self._stream, self._select, cubin, symbols)
         except self._driver.CUDADriverError as error:
             major, minor = nvrtc.version(self._cuda)
             hint = f"NVIDIA's driver may be older than CUDA {major}.{minor}, which compiled them: update it, or name an older NVRTC in CAFFELITE_NVRTC"
@@ -116,7 +159,8 @@ class CupyDriver:
     def capture(self, run: Callable[[], None]) -> CupyRecord:
         with self._reported():
             self._runtime.streamBeginCapture(self._stream, self._runtime.streamCaptureModeRelaxed)
-        self.capturing = True
+        self.capturing, collects = True, gc.isenabled()
+        gc.disable()  # what goes away just now may wait for the stream, which would spoil the capture
         try:
             run()
         except BaseException:
@@ -124,6 +168,8 @@ class CupyDriver:
             raise
         finally:
             self.capturing = False
+            if collects:
+                gc.enable()
         with self._reported():
             return CupyRecord(self, self._runtime.streamEndCapture(self._stream))
 
@@ -135,31 +181,35 @@ class CupyDriver:
         if self.capturing:
             raise RuntimeError("an op that is recorded copies from or to the host, or waits")
 
-    def seconds(self, run: Callable[[], None]) -> float | None:
-        self._not_while_capturing()
-        with self._reported():
-            events = [self._runtime.eventCreate() for _ in range(2)]
-        try:
-            with self._reported():
-                self._runtime.eventRecord(events[0], self._stream)
-            run()
-            with self._reported():
-                self._runtime.eventRecord(events[1], self._stream)
-                self._runtime.eventSynchronize(events[1])
-                return float(self._runtime.eventElapsedTime(*events)) / 1000
-        finally:
-            for event in events:
-                self._runtime.eventDestroy(event)
-
     def synchronize(self) -> None:
         self._not_while_capturing()
         with self._reported():
             self._runtime.streamSynchronize(self._stream)
 
+    def mark(self) -> Any:
+        with self._reported():
+            event = CupyEvent(self._runtime, self._reported, timed=True)
+        self.record(event)
+        return event
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        with self._reported():
+            self._runtime.eventSynchronize(stop.handle)
+            return float(self._runtime.eventElapsedTime(start.handle, stop.handle)) / 1e3
+
+    def facts(self) -> Facts | None:
+        with self._reported():
+            properties = self._runtime.getDeviceProperties(self.device)
+            found = [int(self._runtime.deviceGetAttribute(attribute, self.device)) for attribute in ATTRIBUTES]
+        multiprocessors, clock, memory_clock, bus = found
+        capability = (int(properties["major"]), int(properties["minor"]))
+        return Facts(properties["name"].decode(), capability, multiprocessors, clock * 1e3, memory_clock * 1e3, bus)
+
     @contextmanager
     def _reported(self) -> Iterator[None]:
-        """Any call may return the error of a kernel that was started long before."""
+        """For calls on the device, any of which may return the error of a kernel that was started long before."""
         try:
+            self._select()
             yield
         except self._runtime.CUDARuntimeError as error:
             raise BackendError(f"GPU {self.device} stopped: {error}", hint="run again from the last snapshot; it is whole") from error
@@ -182,24 +232,65 @@ class CupyRecord:
             self._runtime.graphLaunch(self._graph, self._driver._stream)
 
 
+_CURRENT = threading.local()  # .device: the thread's current device
+
+
 @functools.cache
-def _queue(cupy: Any, device: int) -> tuple[int, Any]:
-    """The stream and the memory of a GPU, the same for all backends of this process: their nets may share weights, and memory that is
-    free again may still be in use by kernels, which only what follows on their stream waits for. So CuPy's own pool does not do."""
+def _queue(cupy: Any, device: int) -> tuple[int, int, Any]:
+    """The stream of ops, that of uploads, and the memory of a GPU, the same for all backends of this process: their nets may share weights,
+    and memory that is free again may still be in use by kernels, which only what follows on their stream waits for. So CuPy's own pool does
+    not do, and uploads wait for an event of the stream of ops that is later than the allocation."""
     runtime = cupy.cuda.runtime
-    return runtime.streamCreateWithFlags(runtime.streamNonBlocking), cupy.cuda.MemoryPool()
+    ops, copies = (runtime.streamCreateWithFlags(runtime.streamNonBlocking) for _ in range(2))
+    return ops, copies, cupy.cuda.MemoryPool()
+
+
+class CupyEvent:
+    """Implements caffelite.backends.cuda.driver.Event. Whoever waits for it sleeps."""
+
+    def __init__(self, runtime: Any, reported: Any, *, timed: bool = False) -> None:
+        self._runtime, self._reported = runtime, reported
+        self.handle = runtime.eventCreateWithFlags(runtime.eventBlockingSync | (0 if timed else runtime.eventDisableTiming))
+        weakref.finalize(self, _destroy, runtime, self.handle).atexit = False
+
+    def synchronize(self) -> None:
+        with self._reported():
+            self._runtime.eventSynchronize(self.handle)
+
+
+def _destroy(runtime: Any, event: int) -> None:
+    with suppress(runtime.CUDARuntimeError):
+        runtime.eventDestroy(event)
+
+
+class PinnedMemory:
+    """Page-locked, zeroed memory of the host, for NumPy to look into; it goes when nobody does any more and no copy can be under way."""
+
+    def __init__(self, runtime: Any, nbytes: int, streams: Ints) -> None:
+        address = runtime.hostAlloc(nbytes, runtime.hostAllocDefault)
+        ctypes.memset(address, 0, nbytes)
+        self.__array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
+        weakref.finalize(self, _free, runtime, address, streams).atexit = False
+
+
+def _free(runtime: Any, address: int, streams: Ints) -> None:
+    with suppress(runtime.CUDARuntimeError):
+        for stream in streams:
+            runtime.streamSynchronize(stream)
+        runtime.freeHost(address)
 
 
 class CupyProgram:
     """A module as machine code in the device's context."""
 
-    def __init__(self, driver: Any, stream: int, cubin: bytes, symbols: dict[str, str]) -> None:
-        self._driver, self._stream = driver, stream
+    def __init__(self, driver: Any, stream: int, select: Callable[[], None], cubin: bytes, symbols: dict[str, str]) -> None:
+        self._driver, self._stream, self._select = driver, stream, select
         self._module = driver.moduleLoadData(cubin)
         self._functions = {name: driver.moduleGetFunction(self._module, symbol) for name, symbol in symbols.items()}
         self._shared: dict[str, int] = {}
 
     def launch(self, name: str, grid: Ints, block: Ints, args: Sequence[Any], shared: int) -> None:
+        self._select()
         function = self._functions[name]
         held = [_parameter(arg) for arg in args]
         pointers = (ctypes.c_void_p * max(len(held), 1))(*(ctypes.addressof(value) for value in held))
@@ -222,16 +313,19 @@ def _parameter(arg: Any) -> Any:
     return ctypes.create_string_buffer(arg.tobytes(), arg.dtype.itemsize)
 
 
-def compiled(module: Module, architecture: str, newest: int = nvrtc.ANY) -> tuple[bytes, dict[str, str]]:
-    """The module's machine code and the symbols of its kernels, from the cache of compiled kernels or NVRTC (of CUDA `newest` at the most)."""
+def compiled(module: Module, architecture: str, newest: int = nvrtc.ANY, tell: Callable[[], object] = lambda: None) -> tuple[bytes, dict[str, str]]:
+    """The module's machine code and the symbols of its kernels, from the cache of compiled kernels or NVRTC (of CUDA `newest` at the most).
+
+    tell: called before anything is compiled.
+    """
     options = [f"-I{FOLDER}", "-lineinfo"]
-    key = digest(*module.sources(), module.names, architecture, options[1:], nvrtc.version(newest))
+    key = digest(*module.sources(), module.names, architecture, options[1:], nvrtc.version(newest), "with checksum")
     code, symbols = (cache.folder("cuda") / f"{module.name}-{architecture}-{key}.{ending}" for ending in ("cubin", "json"))
-    if not (code.exists() and symbols.exists()):
+    cubin, names = cache.content(code), cache.content(symbols)
+    if cubin is None or names is None:
+        tell()
         cubin, found, _ = nvrtc.compile_cubin(module.path.read_text(), str(module.path), architecture, module.names, options, newest=newest)
-        cache.once(code, lambda out: out.write_bytes(cubin))
-        cache.once(symbols, lambda out: out.write_text(json.dumps(found)))
-    try:
-        return code.read_bytes(), json.loads(symbols.read_text())
-    except (OSError, ValueError) as error:
-        raise BackendError(f"the compiled kernels {code} cannot be read: {error}", hint="delete that file and the .json beside it") from error
+        names = json.dumps(found).encode()
+        for path, text in ((code, cubin), (symbols, names)):
+            cache.once(path, lambda out, text=text: out.write_bytes(text))  # type: ignore[misc]
+    return cubin, json.loads(names)

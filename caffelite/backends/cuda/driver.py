@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.launch import Module
+from caffelite.backends.cuda.meter import Meter
+from caffelite.backends.cuda.peaks import Facts
 from caffelite.errors import BackendError
 
 ENVIRONMENT = "CAFFELITE_CUDA_DRIVER"
@@ -31,14 +33,25 @@ class Record(Protocol):
 
     def play(self) -> None:
         """Runs them all, in their order, on the arrays they were recorded with, whose memory the caller keeps."""
+
+
+class Event(Protocol):
+    """A moment in what a device does, named by Driver.record or Driver.upload; before that it counts as past."""
+
+    def synchronize(self) -> None:
+        """Waits, on the host, until it has happened."""
         ...
 
 
 class Driver(Protocol):
-    """A device and its memory. An Array has shape, strides (bytes), dtype, size, ndim, itemsize and reshape, as numpy.ndarray has them."""
+    """A device and its memory. Kernels, `send`, `from_host` and `to_host` run in the order of the calls; uploads run beside them.
+
+    An Array has shape, strides (bytes), dtype, size, ndim, itemsize and reshape, as numpy.ndarray has them.
+    """
 
     name: str
-    device_name: str
+    meter: Meter
+    tell: Callable[[str], object]  # called with a module's stem before it is compiled, which takes seconds; does nothing unless set
 
     @property
     def capturing(self) -> bool:
@@ -46,7 +59,7 @@ class Driver(Protocol):
         ...
 
     def allocate(self, nbytes: int) -> Array:
-        """`nbytes` zeroed bytes as an array of uint8, aligned to 64. BackendError when memory runs out."""
+        """`nbytes` zeroed bytes as an array of uint8, aligned to 64. OutOfMemoryError when there is not as much."""
         ...
 
     def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
@@ -61,8 +74,33 @@ class Driver(Protocol):
         """Copies a numpy.ndarray of x's shape, dtype and strides, without gaps, into x."""
         ...
 
-    def to_host(self, x: Array) -> Any:
-        """A numpy.ndarray of x's shape, dtype and strides, x being without gaps; waits for what runs."""
+    def to_host(self, x: Array, into: Any = None) -> Any:
+        """A numpy.ndarray of x's shape, dtype and strides, x being without gaps: `into`, or a new one. Waits for what runs."""
+        ...
+
+    def pinned(self, nbytes: int) -> Any:
+        """`nbytes` zeroed bytes of the host's memory, page-locked, as a numpy.ndarray of uint8. BackendError when there are not that many."""
+        ...
+
+    def send(self, values: Any, x: Array) -> None:
+        """As from_host, from page-locked memory and without waiting: `values` must not change until an event recorded later has happened."""
+        ...
+
+    def event(self) -> Event:
+        """A new event."""
+        ...
+
+    def record(self, event: Event) -> None:
+        """The event happens when everything so far, uploads aside, has run."""
+        ...
+
+    def wait(self, event: Event) -> None:
+        """What follows, uploads aside, runs after the event."""
+        ...
+
+    def upload(self, values: Any, x: Array, after: Event, done: Event) -> None:
+        """Copies page-locked bytes into x (uint8) beside everything else, after the uploads so far and `after`; then `done` happens, before
+        which `values` must not change and nothing may read x."""
         ...
 
     def load(self, module: Module) -> Program:
@@ -74,12 +112,20 @@ class Driver(Protocol):
         the host, or waits; BackendError when the driver refuses."""
         ...
 
-    def seconds(self, run: Callable[[], None]) -> float | None:
-        """How long what run() launches takes on the device; None where that cannot be told."""
-        ...
-
     def synchronize(self) -> None:
         """Waits until everything so far has run."""
+        ...
+
+    def mark(self) -> Any:
+        """A point among what runs: everything asked for so far comes before it."""
+        ...
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        """The time from one mark to another on the device's clock; waits until `stop` is reached."""
+        ...
+
+    def facts(self) -> Facts | None:
+        """What the device is made of; None where there is none."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Choosing how a product is cut by timing it: CAFFELITE_CUDA_TUNE=1, on drivers that can time.
+"""Choosing how a product is cut by timing it: CAFFELITE_CUDA_TUNE=1, on GPUs.
 
 At the first use of a shape the cuts that gemm_plan's formula likes best run a few times each, and the fastest is kept, in memory and in a
 file beside the compiled kernels, named after the device and the text of the kernels, so that later runs choose alike and repeat bit for bit.
@@ -44,7 +44,8 @@ class Tuner:
     @property
     def path(self) -> Path:
         """The file of what was chosen on this device with these kernels."""
-        device = re.sub(r"\W+", "-", self._driver.device_name)
+        facts = self._driver.facts()
+        device = re.sub(r"\W+", "-", facts.name if facts else "none")
         texts = [path for module in gemm_plan.MODULES[:1] for path in module.sources()]
         return cache.folder("cuda") / f"tiles-{device}-{digest(*texts, Path(gemm_plan.__file__))}.json"
 
@@ -55,19 +56,20 @@ class Tuner:
         return next((cut for cut in cuts if entry and _name(cut) == entry["chosen"]), None)
 
     def _tried(self, shape: str, cuts: Sequence[Cut], trial: Callable[[Cut], None]) -> Cut:
-        if self._driver.capturing:
+        if self._driver.capturing or self._driver.facts() is None:
             return cuts[0]
         seconds: dict[str, float] = {}
         for cut in cuts[:TRIED]:
             trial(cut)  # compiles, and warms up
-            taken = [self._driver.seconds(lambda cut=cut: trial(cut)) for _ in range(RUNS)]  # type: ignore[misc]
-            known = [time for time in taken if time is not None]
-            if not known:
-                return cuts[0]
-            seconds[_name(cut)] = min(known)
+            seconds[_name(cut)] = min(self._seconds(cut, trial) for _ in range(RUNS))
         best = min(cuts[:TRIED], key=lambda cut: seconds[_name(cut)])
         self._write(shape, {"chosen": _name(best), "seconds": seconds})
         return best
+
+    def _seconds(self, cut: Cut, trial: Callable[[Cut], None]) -> float:
+        start = self._driver.mark()
+        trial(cut)
+        return self._driver.seconds_between(start, self._driver.mark())
 
     def _write(self, shape: str, entry: dict[str, Any]) -> None:
         """Adds an entry to the file; what another process has added meanwhile stays."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints, c_order, is_usual
+from caffelite.backends.contract import Array, Ints, Peaks, Uploads, c_order, is_usual
 from caffelite.backends.cuda.common import C_NAMES, DTYPES, THREADS, Base, blocks
+from caffelite.backends.cuda.driver import Driver
 from caffelite.backends.cuda.launch import Module
+from caffelite.backends.cuda.peaks import peaks_of
 from caffelite.backends.cuda.repeat import Repeat
+from caffelite.backends.cuda.uploads import CudaUploads, Ring
 from caffelite.errors import BackendError
 
 ANY = ("float", "bf16", "unsigned char", "int", "double")
@@ -34,6 +37,10 @@ MEMORY = Module(
 
 
 class Memory(Base, any_layout=True):
+    def __init__(self, driver: Driver) -> None:
+        super().__init__(driver)
+        self._ring = Ring(driver)
+
     def supports(self, precision: str) -> str | None:
         if precision in ("float32", "tf32", "bfloat16"):
             return EMULATED if self.driver.name == "emulator" else None
@@ -53,16 +60,24 @@ class Memory(Base, any_layout=True):
         if not is_usual(x):
             there = self._dense(x)
             self._move(x, there)
-        values = self.driver.to_host(there)
+        values = self.driver.to_host(there, self._ring.outline(there) if self._is_small(there) else None)
         return np.array(values, np.float32 if x.dtype == DTYPES["bfloat16"] else x.dtype, order="C")
 
     def from_host(self, values: Array, x: Array) -> None:
         there = x if is_usual(x) else self._dense(x)
-        held = there.host()
+        small = self._is_small(there)
+        held = self._ring.outline(there) if small else there.host()
         np.copyto(held, values, casting="unsafe")
-        self.driver.from_host(held, there)
+        (self.driver.send if small else self.driver.from_host)(held, there)
         if there is not x:
             self._move(there, x)
+
+    def _is_small(self, x: Array) -> bool:
+        """Whether x goes through the ring of page-locked memory."""
+        return bool(0 < x.size * x.itemsize <= self._ring.half)
+
+    def uploads(self, nbytes: int) -> Uploads:
+        return CudaUploads(self.driver, nbytes)
 
     def fill(self, x: Array, value: float) -> None:
         if not x.size:
@@ -91,6 +106,18 @@ class Memory(Base, any_layout=True):
 
     def repeatable(self, run: Callable[[], None]) -> Callable[[], None]:
         return Repeat(self, run)
+
+    def mark(self) -> Any:
+        return self.driver.mark()
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        return self.driver.seconds_between(start, stop)
+
+    def peaks(self, precision: str) -> Peaks | None:
+        return peaks_of(self.driver.facts(), precision)
+
+    def peak_bytes(self) -> int | None:
+        return self.driver.meter.peak
 
     def _move(self, x: Array, y: Array) -> None:
         self.copy(x, y)

@@ -47,7 +47,7 @@ class Updates(Base):
         self.launch(UPDATES, f"scale_values<{cname(x)}>", blocks(x.size // 4), THREADS, x, np.float32(factor), np.int64(x.size))
 
     def add_sum(self, x: Array, total: Array, *, factor: float, accumulate: bool) -> None:
-        self._sum_into(x, "VALUE", total, factor, accumulate)
+        self.launch(UPDATES, "sum_partials", 1, THREADS, *self._partials(x, "VALUE"), total, np.float64(factor), np.bool_(accumulate))
 
     def append(self, journal: Array, value: Array, *, divisor: float) -> None:
         self.launch(UPDATES, "append_value", 1, 1, journal, np.int32(journal.size - JOURNAL_HEAD), value, np.float64(divisor))
@@ -125,21 +125,16 @@ class Updates(Base):
 
     def _sum(self, x: Array, term: str) -> float:
         """The sum of a term over x, in float64; waits for it."""
-        total = self._cell()
-        self._sum_into(x, term, total)
+        partials, count = self._partials(x, term)
+        total = self.part(partials, 8 * MOST_PARTIALS, (1,), "float64")
+        self.launch(UPDATES, "sum_partials", 1, THREADS, partials, count, total, np.float64(1), np.bool_(False))
         return float(self.driver.to_host(total)[0])
 
-    def _cell(self) -> Array:
-        return self.new((1,), np.dtype(np.float64))
-
     def _partials(self, x: Array, term: str) -> tuple[Array, np.int32]:
-        """The partial sums of a term over x, and how many they are."""
-        grid, scratch = partial_blocks(x.size // 4), self.scratch(8 * MOST_PARTIALS)
+        """Scratch memory with the partial sums of a term over x, and how many they are; room for MOST_PARTIALS and one more."""
+        grid, scratch = partial_blocks(x.size // 4), self.scratch(8 * MOST_PARTIALS + 8)
         self.launch(UPDATES, f"sum_terms<{cname(x)}, {term}>", grid, THREADS, x, scratch, np.int64(x.size))
         return scratch, np.int32(grid)
-
-    def _sum_into(self, x: Array, term: str, total: Array, factor: float = 1.0, accumulate: bool = False) -> None:
-        self.launch(UPDATES, "sum_partials", 1, THREADS, *self._partials(x, term), total, np.float64(factor), np.bool_(accumulate))
 
 
 def _rows_of(segments: Sequence[Segment]) -> tuple[np.ndarray, int]:

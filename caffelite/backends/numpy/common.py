@@ -105,6 +105,7 @@ class Base:
 
     name = "numpy"
     runs_ahead = False
+    raw_images = False
 
     def __init_subclass__(cls) -> None:
         """Makes every op quiet: infinities and NaN are results here, which the solver looks for, and not warnings."""

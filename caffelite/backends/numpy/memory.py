@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints, strides_of
+from caffelite.backends.contract import Array, Ints, Peaks, Uploads, strides_of
 from caffelite.backends.numpy.common import BFLOAT16, Base, store
 from caffelite.errors import BackendError
 
 ALIGN = 64
 DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "uint8", "int32")} | {"bfloat16": BFLOAT16}
+
+
+class HostUploads:
+    """Implements caffelite.backends.contract.Uploads where the host is the device: blocks are copied when they are sent."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._sent: deque[Array] = deque()
+
+    def block(self) -> Array:
+        return np.zeros(self._nbytes, np.uint8)
+
+    def send(self, block: Array) -> Callable[[], None]:
+        self._sent.append(block.copy())
+        return lambda: None
+
+    def receive(self) -> Array:
+        return self._sent.popleft()
+
+    def close(self) -> None:
+        self._sent.clear()
 
 
 class Memory(Base):
@@ -43,6 +67,9 @@ class Memory(Base):
     def from_host(self, values: Array, x: Array) -> None:
         store(x, values)
 
+    def uploads(self, nbytes: int) -> Uploads:
+        return HostUploads(nbytes)
+
     def fill(self, x: Array, value: float) -> None:
         x.fill(value)
 
@@ -57,3 +84,15 @@ class Memory(Base):
 
     def repeatable(self, run: Callable[[], None]) -> Callable[[], None]:
         return run  # a record would save nothing here
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        return float(stop - start)
+
+    def peaks(self, precision: str) -> Peaks | None:
+        return None
+
+    def peak_bytes(self) -> int | None:
+        return None

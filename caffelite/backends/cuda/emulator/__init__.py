@@ -3,6 +3,7 @@
 Arrays are as opaque as on a GPU. CAFFELITE_EMULATOR chooses the mode: "fast" (the default), or "check", which finds races, divergent
 barriers, accesses outside the arguments, reads of shared memory that nobody wrote, and misaligned accesses.
 CAFFELITE_EMULATOR_ORDER runs threads in another order: "up" (the default), "down", "random" or "lifo".
+CAFFELITE_EMULATOR_MEMORY gives the device so many megabytes of memory and no more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,11 @@ import numpy as np
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.emulator.build import MODES, build
+from caffelite.backends.cuda.emulator.traffic import EmulatedEvent, Traffic
 from caffelite.backends.cuda.launch import Module
-from caffelite.errors import BackendError
+from caffelite.backends.cuda.meter import Meter, rounded
+from caffelite.backends.cuda.peaks import Facts
+from caffelite.errors import BackendError, OutOfMemoryError
 
 ALIGN = 64
 ORDERS = ("up", "down", "random", "lifo")
@@ -31,7 +36,7 @@ KINDS = {"f": "f", "d": "f", "i": "iu", "l": "iu", "s": "iu", "b": "b", "S": "V"
 class EmulatorDriver:
     """Implements caffelite.backends.cuda.driver.Driver on the CPU. mode and order: None for what the environment says."""
 
-    name = device_name = "emulator"
+    name = "emulator"
 
     def __init__(self, mode: str | None = None, order: str | None = None) -> None:
         self._tape: list[Callable[[], None]] | None = None
@@ -40,6 +45,8 @@ class EmulatorDriver:
         for name, value, known in (("CAFFELITE_EMULATOR", self.mode, tuple(MODES)), ("CAFFELITE_EMULATOR_ORDER", self.order, ORDERS)):
             if value not in known:
                 raise BackendError(f"{name} is '{value}'", hint=f"known ones: {', '.join(known)}")
+        self._traffic, self.meter, self.limit = Traffic(), Meter(), _limit()
+        self.tell: Callable[[str], object] = lambda stem: None
 
     @property
     def capturing(self) -> bool:
@@ -62,11 +69,15 @@ class EmulatorDriver:
         return EmulatedRecord(tape)
 
     def allocate(self, nbytes: int) -> Array:
+        used = self.meter.used
+        if self.limit is not None and used + rounded(nbytes) > self.limit:
+            raise OutOfMemoryError("the emulated GPU", wanted=nbytes, free=self.limit - used, total=self.limit, used=used)
         memory = np.zeros(nbytes + ALIGN, np.uint8)
         address = memory.ctypes.data
+        self._traffic.allocated((address, memory.nbytes))
         if self.capturing:
             self.run(lambda: memory.fill(0))
-        return DeviceArray(memory, address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
+        return DeviceArray(self.meter.hold(memory, nbytes), address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
 
     def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
         return DeviceArray(buffer.memory, buffer.address + offset, shape, strides, np.dtype(dtype))
@@ -75,24 +86,60 @@ class EmulatorDriver:
         return isinstance(x, DeviceArray)
 
     def from_host(self, values: Any, x: Array) -> None:
-        self.synchronize()
+        self._not_while_capturing()
+        self._traffic.touch([_span(x)])
         ctypes.memmove(x.address, values.ctypes.data, x.size * x.itemsize)
 
-    def to_host(self, x: Array) -> Any:
-        self.synchronize()
-        held = x.host()
+    def to_host(self, x: Array, into: Any = None) -> Any:
+        self._not_while_capturing()
+        self._traffic.touch([_span(x)])
+        held = x.host() if into is None else into
         ctypes.memmove(held.ctypes.data, x.address, x.size * x.itemsize)
+        self._traffic.finish()
         return held
 
-    def load(self, module: Module) -> EmulatedProgram:
-        return EmulatedProgram(build(module.path, module.names, list(module.sources()), self.mode), module, self)
+    def pinned(self, nbytes: int) -> Any:
+        return self._traffic.pinned(nbytes)
 
-    def seconds(self, run: Callable[[], None]) -> float | None:
-        """None: how long the emulator takes says nothing about a GPU."""
-        return None
+    def touch(self, spans: list[tuple[int, int]]) -> None:
+        """A kernel uses these bytes: see Traffic.touch."""
+        self._traffic.touch(spans)
+
+    def send(self, values: Any, x: Array) -> None:
+        self._not_while_capturing()
+        self._traffic.send(values, _span(x))
+
+    def event(self) -> EmulatedEvent:
+        return EmulatedEvent(self._traffic)
+
+    def record(self, event: Any) -> None:
+        self._traffic.record(event)
+
+    def wait(self, event: Any) -> None:
+        self._traffic.wait(event)
+
+    def upload(self, values: Any, x: Array, after: Any, done: Any) -> None:
+        self._traffic.upload(values, _span(x), after, done)
+
+    def load(self, module: Module) -> EmulatedProgram:
+        library = build(module.path, module.names, list(module.sources()), self.mode, lambda: self.tell(module.stem))
+        return EmulatedProgram(library, module, self)
 
     def synchronize(self) -> None:
         """Every kernel has finished when its launch returns."""
+        self._not_while_capturing()
+        self._traffic.finish()
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
+    def seconds_between(self, start: Any, stop: Any) -> float:
+        return float(stop - start)
+
+    def facts(self) -> Facts | None:
+        return None
+
+    def _not_while_capturing(self) -> None:
         if self.capturing:
             raise RuntimeError("an op that is recorded copies from or to the host, or waits")
 
@@ -106,6 +153,16 @@ class EmulatedRecord:
     def play(self) -> None:
         for action in self._actions:
             action()
+
+
+def _limit() -> int | None:
+    """Bytes of memory that CAFFELITE_EMULATOR_MEMORY allows; None where it is not set."""
+    text = os.environ.get("CAFFELITE_EMULATOR_MEMORY")
+    if not text:
+        return None
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise BackendError(f"CAFFELITE_EMULATOR_MEMORY is '{text}'", hint="give a number of megabytes")
+    return int(float(text) * 2**20)
 
 
 class _Kernel(ctypes.Structure):
@@ -139,6 +196,7 @@ class EmulatedProgram:
         regions = (ctypes.c_uint64 * max(2 * len(spans), 1))(*(word for span in spans for word in span))
 
         def run(_alive: Any = held) -> None:
+            self._driver.touch(spans)
             self._library.emu_config(ORDERS.index(self._driver.order), ctypes.c_uint64(1), 0, int(self._driver.mode == "check"))
             failures = self._library.emu_launch(entry, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), shared, pointers, len(spans), regions)
             if failures:

@@ -6,7 +6,7 @@ import functools
 import os
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,13 +34,16 @@ MODES = {
 }
 
 
-def build(source: Path, names: Sequence[str], sources: Sequence[Path], mode: str) -> Path:
-    """The shared library with kernels `names` of `source`; `sources`: all files it is made of. BackendError when g++ is missing or refuses."""
+def build(source: Path, names: Sequence[str], sources: Sequence[Path], mode: str, tell: Callable[[], object] = lambda: None) -> Path:
+    """The shared library with kernels `names` of `source`; `sources`: all files it is made of. tell: called before anything is compiled.
+
+    BackendError when g++ is missing or refuses.
+    """
     flags, folder = MODES[mode], cache.folder("emulator")
     text = "\n".join([f'#include "{source}"', *(f"EMU_EXPORT(emu_kernel_{i}, {name})" for i, name in enumerate(names)), ""])
-    core_key = digest(*OWN, mode, flags.core, _compiler())
+    core_key = digest(*OWN, mode, flags.core, _compiler(), "with checksum")
     core = folder / f"core-{mode}-{core_key}.o"
-    cache.once(core, lambda out: _run(*COMMON, *flags.core, f"-I{HERE}", "-c", str(HERE / "emu_core.cpp"), "-o", str(out)))
+    cache.once(core, lambda out: _run(*COMMON, *flags.core, f"-I{HERE}", "-c", str(HERE / "emu_core.cpp"), "-o", str(out)), tell)
     library = folder / f"{source.stem}-{mode}-{digest(*sources, text, flags.kernel, core_key)}.so"
 
     def make(out: Path) -> None:
@@ -53,7 +56,7 @@ def build(source: Path, names: Sequence[str], sources: Sequence[Path], mode: str
             unit.unlink(missing_ok=True)
             compiled.unlink(missing_ok=True)
 
-    cache.once(library, make)
+    cache.once(library, make, tell)
     return library
 
 

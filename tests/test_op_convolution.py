@@ -170,6 +170,20 @@ def test_float32_parameters_with_bfloat16_activations(backend, make, rng) -> Non
     assert_close(make.host(y), forward(c, make.host(x), make.host(w), make.host(b)), "bfloat16")
 
 
+@pytest.mark.parametrize("name", ["3x3 pad", "dilated", "16 channels in groups", "1 axis", "3 axes"])
+def test_tf32_rounds_operands_alone_or_nothing(backend, make, rng, name: str) -> None:
+    """Whole numbers of few bits survive it: every result is exact on every backend."""
+    c = CASES[name]
+    x, w, b, dy = (make(rng.integers(-4, 5, make.host(array).shape)) for array in arrays(make, rng, c, "float32"))
+    y, dx, dw = make.empty(dy.shape), make.empty(x.shape), make.empty(w.shape)
+    backend.convolution_forward(x, w, b, y, **c.options, tf32=True)
+    backend.convolution_backward_data(dy, w, dx, **c.options, tf32=True)
+    backend.convolution_backward_weights(x, dy, dw, None, **c.options, accumulate_w=False, accumulate_b=False, tf32=True)
+    np.testing.assert_array_equal(make.host(y), forward(c, make.host(x), make.host(w), make.host(b)))
+    np.testing.assert_array_equal(make.host(dx), backward_data(c, make.host(dy), make.host(w)))
+    np.testing.assert_array_equal(make.host(dw), backward_weights(c, make.host(x), make.host(dy)))
+
+
 def test_images_are_taken_in_several_parts(reference, rng, monkeypatch) -> None:
     c = CASES["3x3 pad"]._replace(batch=5)
     x, w = last(rng.standard_normal((5, 5, 7, 5))), last(rng.standard_normal((7, 5, 3, 3)))

@@ -7,9 +7,9 @@
 //                cells x outputs) by gemm_pack.
 // gemm_weights   dw: m = output of the group, n = (cell, channel), k = pixel of y. The last split runs past the end, where operands are 0.
 // With one split the result is final: bias and ReLU, rounding or accumulating are done on the way out. With more, partial sums (split, C)
-// go to `partial` in float, and gemm_finish adds them in order. Main loop, bytes and operations: gemm.cuh.
+// go to `partial` in float, and gemm_finish adds them in order. Main loop, bytes and operations: gemm_float.cuh.
 // gemm_finish    reads 4 bytes a split and writes one element; gemm_pack and gemm_pad read and write each weight, or activation, once.
-#include "gemm.cuh"
+#include "gemm_float.cuh"
 
 template <bool A_KMAJOR, bool B_KMAJOR, class A, class B, class Place>
 __device__ __forceinline__ void multiply_float(const A& a, const B& b, const Block& block, long long first, long long last, const Exit<float>& exit, Place place) {

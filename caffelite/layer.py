@@ -39,12 +39,13 @@ class BufferSpec:
 
 @dataclass
 class RunContext:
-    """What random layers may depend on: the run's seed and the number of the forward pass (iteration*iter_size + part), for ops in a cell.
-    tell: takes what a user should hear of."""
+    """What layers may depend on beside their blobs: the run's seed and the number of the forward pass (iteration*iter_size + part; also in a
+    cell, for ops), for random layers, and whether products may be taken in tf32. tell: takes what a user should hear of."""
 
     seed: int = 0
     forward_count: int = 0
     pass_number: Array = None
+    tf32: bool = False
     tell: Callable[[str], object] = lambda text: None
 
 

@@ -70,7 +70,7 @@ class Net:
     ) -> None:
         self.spec, self.phase, self.backend, self.precision, self.observe, self.seed = spec, phase, backend, precision, observe, seed
         self.compute = "bfloat16" if precision == "bfloat16" else "float32"
-        self.context = RunContext(seed, pass_number=backend.empty((1,), "float64"))
+        self.context = RunContext(seed, pass_number=backend.empty((1,), "float64"), tf32=precision == "tf32")
         self._run: Callable[[], None] | None = None
         self.hooks = Hooks()
         self.graph: Graph = build_graph(spec, phase=phase, level=level, stages=stages, compute=self.compute, prepare=prepare or _nothing)

@@ -61,7 +61,7 @@ def _start(folder: Path) -> dict[str, Any]:
 
 def test_precision_reaches_every_command(folder: Path, backend: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     losses = []
-    for precision in ("float32", "bfloat16"):
+    for precision in ("float32", "bfloat16", *(("tf32",) if backend.name == "cuda" else ())):
         flags = ("--backend", backend.name, "--precision", precision)
         for command in COMMANDS.values():
             found = json.loads(said(capsys, *command, *flags, "--iterations", "1", "--json")[0])
@@ -69,8 +69,14 @@ def test_precision_reaches_every_command(folder: Path, backend: Any, tmp_path: P
             losses += [found["outputs"]["loss"]] if "outputs" in found else []
         said(capsys, *_train(tmp_path), *flags)
         assert _start(tmp_path)["precision"] == precision
-    assert losses[0] != losses[1]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert len(set(losses)) == len(losses)
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=0.05)
+
+
+@pytest.mark.parametrize("command", [TRAIN, *COMMANDS.values()], ids=["train", *COMMANDS])
+def test_tf32_is_for_gpus(folder: Path, command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = said(capsys, *command, "--backend", "numpy", "--precision", "tf32", status=1)
+    assert (out, "tf32, which is a format of CUDA devices" in err, "use float32 or bfloat16" in err) == ("", True, True)
 
 
 @pytest.mark.parametrize("command", [TRAIN, *COMMANDS.values()], ids=["train", *COMMANDS])

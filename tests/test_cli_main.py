@@ -104,7 +104,7 @@ def test_flags_may_stand_before_the_command(monkeypatch: pytest.MonkeyPatch) -> 
         (["tset", "--model", "test"], "unknown command 'tset'\n  did you mean 'test'?"),
         (["train", "-slover", "a"], "unknown flag --slover\n  did you mean --solver?"),
         (["train", "--solver", "a", "again"], "unexpected word 'again'\n  see caffelite train --help"),
-        (["train", "--solver", "a", "--precision", "bfloat61"], "'bfloat61' is not one of float32, bfloat16; did you mean bfloat16?"),
+        (["train", "--solver", "a", "--precision", "bfloat61"], "'bfloat61' is not one of float32, tf32, bfloat16; did you mean bfloat16?"),
         (["train", "--solver", "a", "--sigint_effect", "halt"], "'halt' is not one of stop, snapshot, none"),
         (["train", "--solver", "a", "--threads", "0"], "--threads: '0' is not a whole number of at least 1"),
         (["train"], "the following arguments are required: --solver\n  see caffelite train --help"),

@@ -38,3 +38,10 @@ def test_tests_and_snapshots_are_left_out(timed: tuple[str, ...], capsys: pytest
 def test_the_solvers_level_holds_unless_the_flag_gives_another(timed: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(said(capsys, *timed)[0])["batch"] == 6
     assert json.loads(said(capsys, *timed, "--level=-1")[0])["batch"] == 4
+
+
+def test_a_device_that_runs_ahead_is_timed_over_several_steps(cuda: object, timed: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    there = ("time", "--solver", "solver.prototxt", "--backend", "cuda", "--iterations", "20")
+    assert json.loads(said(capsys, *there, "--json")[0])["steps_at_once"] == 2
+    assert "(median of runs of 2 steps;" in said(capsys, *there)[0]
+    assert json.loads(said(capsys, *timed)[0])["steps_at_once"] == 1

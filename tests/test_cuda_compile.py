@@ -19,20 +19,20 @@ assert spec
 assert spec.loader
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
-MODULES = {module.stem: module for module in tool.modules()}
+MODULES = {module.name: module for module in tool.modules()}
 
 
 def test_every_kernel_file_is_a_module() -> None:
-    assert sorted(MODULES) == sorted(path.stem for path in FOLDER.glob("*.cu"))
+    assert {module.stem for module in MODULES.values()} == {path.stem for path in FOLDER.glob("*.cu")}
     assert sorted(MODULES) == sorted({row.module for row in tool.read()})
 
 
 @pytest.mark.parametrize("architecture", tool.ARCHITECTURES)
-@pytest.mark.parametrize("stem", MODULES)
-def test_resources(stem: str, architecture: str) -> None:
-    found = tool.measure(MODULES[stem], architecture)
+@pytest.mark.parametrize("name", MODULES)
+def test_resources(name: str, architecture: str) -> None:
+    found = tool.measure(MODULES[name], architecture)
     assert [row for row in found if row.spills or row.stack] == []
-    kept = [row for row in tool.read() if (row.module, row.architecture) == (stem, architecture)]
+    kept = [row for row in tool.read() if (row.module, row.architecture) == (name, architecture)]
     assert found == kept, "run tools/cuda_resources.py and look at the difference"
 
 

@@ -1,7 +1,8 @@
-"""The products behind convolution and inner product where they are cut up: split sums, views off a 16-byte boundary, sums of nothing."""
+"""The products behind convolution and inner product: cut up by shape, on every tile, in tf32, with split sums, views off a 16-byte boundary."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 from arrays import DTYPES, assert_close
 
 from caffelite.backends.contract import Backend
-from caffelite.backends.cuda.gemm import BM, BN, DEPTH, ENOUGH_BLOCKS, LEAST_SLICES, _Plan
+from caffelite.backends.cuda import gemm_plan
+from caffelite.backends.cuda.gemm_plan import DEPTH, ENOUGH_BLOCKS, FLOAT_TILE, LEAST_SLICES, SMS, TENSOR, TILES, Tile, choose, exact
 
 KINDS = {"float32": "float", "bfloat16": "bf16"}
 ONE = {"stride": (1, 1), "pad": (0, 0), "dilation": (1, 1), "group": 1}
+TF32_RMS = 2.5e-3  # a largest error, in units of the results' root mean square: 6 standard deviations of two roundings to 10 bits, for any depth
 
 
 def put(cuda: Backend, values: np.ndarray, dtype: str, offset: int = 0) -> tuple[Any, np.ndarray]:
@@ -23,21 +26,171 @@ def put(cuda: Backend, values: np.ndarray, dtype: str, offset: int = 0) -> tuple
     return array, np.asarray(cuda.to_host(array), np.float64)
 
 
+def as_tf32(x: np.ndarray) -> np.ndarray:
+    """x (float32) rounded to tf32: 10 bits of mantissa, to nearest, ties away from zero. Written out by multiples of the last place."""
+    mantissa, exponent = np.frexp(np.asarray(x, np.float64))  # 0.5 <= |mantissa| < 1: 11 bits with the first one
+    return np.ldexp(np.sign(mantissa) * np.floor(np.abs(mantissa) * 2**11 + 0.5), exponent - 11)
+
+
+@pytest.fixture(params=TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}")
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tile]:
+    """Each tile in turn, as the only one to choose from."""
+    monkeypatch.setattr(gemm_plan, "TILES", (request.param,))
+    gemm_plan.candidates.cache_clear()
+    yield request.param
+    gemm_plan.candidates.cache_clear()
+
+
 @pytest.mark.parametrize(("rows", "columns", "depth", "splits"), [(5, 7, 16 * LEAST_SLICES - 1, 1), (5, 7, 32 * LEAST_SLICES, 2), (5, 7, 100_000, 261)])
 def test_long_sums_of_few_results_are_split(rows: int, columns: int, depth: int, splits: int) -> None:
-    plan = _Plan("float", rows=rows, columns=columns, depth=depth, groups=1, outputs=rows * columns)
-    assert plan.splits == splits <= ENOUGH_BLOCKS
-    assert plan.per_split % DEPTH["float"] == 0
-    assert (plan.splits - 1) * plan.per_split < depth <= plan.splits * plan.per_split
-    assert plan.grid == (1, 1, splits)
-    assert _Plan("float", rows=BM * 300, columns=BN, depth=depth, groups=1, outputs=1).splits == 1, "enough blocks without"
+    cut = exact(rows=rows, columns=columns, depth=depth, groups=1, outputs=rows * columns)
+    assert cut.splits == splits <= ENOUGH_BLOCKS
+    assert cut.per_split % DEPTH["float"] == 0
+    assert (cut.splits - 1) * cut.per_split < depth <= cut.splits * cut.per_split
+    assert (cut.tiles_m, cut.tiles_n, cut.blocks) == (1, 1, splits)
+    assert exact(rows=FLOAT_TILE.rows * 300, columns=FLOAT_TILE.columns, depth=depth, groups=1, outputs=1).splits == 1, "enough blocks without"
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth", "tile", "splits"),
+    [
+        (147456, 192, 2400, (128, 192), 1),  # NIN's conv2 forward: many blocks, no column beyond the outputs
+        (147456, 96, 4800, (128, 96), 1),  # and its data gradient
+        (36864, 192, 1728, (128, 96), 1),  # conv3: 288 large tiles would fill 2.2 waves of 132, so smaller ones
+        (43264, 384, 2304, (128, 128), 1),  # AlexNet's conv3
+        (65536, 64, 576, (128, 64), 1),  # ResNet-18's first stage
+        (5, 7, 100, (64, 64), 1),
+        (64, 64, 147456, (64, 64), 256),  # few results of long sums
+    ],
+)
+def test_tiles_follow_the_shape(rows: int, columns: int, depth: int, tile: tuple[int, int], splits: int) -> None:
+    cut = choose("bf16", rows=rows, columns=columns, depth=depth, groups=1, outputs=rows * columns)
+    assert (cut.tile.rows, cut.tile.columns, cut.splits) == (*tile, splits)
+    assert cut.per_split % DEPTH["bf16"] == 0
+    assert (cut.splits - 1) * cut.per_split < depth <= cut.splits * cut.per_split
+    assert cut.blocks == -(-rows // tile[0]) * -(-columns // tile[1]) * splits
+
+
+def test_weight_gradients_use_transposed_tiles() -> None:
+    cut = choose("bf16", rows=192, columns=2400, depth=147456, groups=1, outputs=192 * 2400, transposed=True)
+    assert (cut.tile.rows, cut.tile.columns) == (192, 128)
+    assert SMS <= cut.blocks <= 2 * SMS
+    assert cut.partial_bytes == 4 * cut.splits * 192 * 2400
+
+
+def test_a_grid_has_one_dimension(cuda: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups and splits, which may be more than the 65,535 of the other two, are counted in the first, which takes 2^31 - 1."""
+    grids = []
+    monkeypatch.setattr(type(cuda), "launch", lambda self, module, name, grid, *args, **options: grids.append((name.split("<")[0], grid)))
+    g, shape = 70_000, (1, 70_000, 3, 1)
+    for dtype in DTYPES:
+        x, w, dw = cuda.empty(shape, dtype), cuda.empty((g, 1, 1, 1), dtype), cuda.empty((g, 1, 1, 1), "float32")
+        options = ONE | {"group": g}
+        cuda.convolution_forward(x, w, None, x, **options)
+        cuda.convolution_backward_data(x, w, x, **options)
+        cuda.convolution_backward_weights(x, x, dw, None, **options, accumulate_w=False, accumulate_b=False)
+    main = [grid for name, grid in grids if name.endswith(("_forward", "_data", "_weights"))]
+    assert main == [g] * 6
+
+
+@pytest.mark.parametrize("kind", TENSOR)
+def test_every_tile(cuda: Backend, rng: np.random.Generator, tile: Tile, kind: str) -> None:
+    """Three tiles down, two across, in pixels and channels that fill none; small whole numbers, of which every sum is exact."""
+    dtype, tf32 = ("float32", True) if kind == "tf32" else ("bfloat16", False)
+    c, o, size = tile.columns + 8, tile.columns + 16, (7, tile.rows // 6)
+    options = {"stride": (1, 2), "pad": (1, 0), "dilation": (1, 1), "group": 1}
+    out = (7, (size[1] - 2) // 2 + 1)
+    (x, xs), (dy, dys) = (put(cuda, rng.integers(-2, 3, shape), dtype) for shape in ((2, c, *size), (2, o, *out)))
+    (w, ws), (b, bs) = put(cuda, rng.integers(-2, 3, (o, c, 3, 2)), dtype), put(cuda, rng.integers(-9, 10, o), "float32")
+    y, dx, dw = cuda.empty((2, o, *out), dtype), cuda.empty(x.shape, dtype), put(cuda, np.full(w.shape, 3), "float32")[0]
+    padded = np.pad(xs, ((0, 0), (0, 0), (1, 1), (0, 0)))
+    want, want_x, want_w = np.zeros(y.shape) + bs[:, None, None], np.zeros(padded.shape), np.full(w.shape, 3.0)
+    for r in range(3):
+        for s in range(2):
+            part = (slice(None), slice(None), slice(r, r + 7), slice(s, s + 2 * out[1] - 1, 2))
+            want += np.einsum("nchw,oc->nohw", padded[part], ws[:, :, r, s])
+            want_x[part] += np.einsum("nohw,oc->nchw", dys, ws[:, :, r, s])
+            want_w[:, :, r, s] += np.einsum("nohw,nchw->oc", dys, padded[part])
+    cuda.convolution_forward(x, w, b, y, **options, relu=True, tf32=tf32)
+    cuda.convolution_backward_data(dy, w, dx, **options, tf32=tf32)
+    cuda.convolution_backward_weights(x, dy, dw, None, **options, accumulate_w=True, accumulate_b=False, tf32=tf32)
+    np.testing.assert_array_equal(cuda.to_host(dw), want_w)
+    for got, values in ((y, np.maximum(want, 0)), (dx, want_x[:, :, 1:-1])):
+        if tf32:
+            np.testing.assert_array_equal(cuda.to_host(got), values)
+        else:
+            assert_close(cuda.to_host(got), values, dtype)  # bfloat16 rounds whole numbers above 256
+
+
+@pytest.mark.parametrize("deep", [75, 1100, 5000])
+def test_tf32_against_float64(cuda: Backend, rng: np.random.Generator, deep: int) -> None:
+    m, n = 67, 40
+    (x, xs), (w, ws), (dy, dys) = (put(cuda, rng.standard_normal(shape), "float32") for shape in ((m, deep), (n, deep), (m, n)))
+    y, dx, dw = cuda.empty((m, n), "float32"), cuda.empty((m, deep), "float32"), cuda.empty((n, deep), "float32")
+    cuda.inner_product_forward(x, w, None, y, transpose=False, tf32=True)
+    cuda.inner_product_backward_data(dy, w, dx, transpose=False, tf32=True)
+    cuda.inner_product_backward_weights(x, dy, dw, None, transpose=False, accumulate_w=False, accumulate_b=False, tf32=True)
+    for got, want in ((y, xs @ ws.T), (dx, dys @ ws), (dw, dys.T @ xs)):
+        error = np.abs(cuda.to_host(got) - want).max() / np.sqrt((want**2).mean())
+        assert 1e-5 < error < TF32_RMS, "tf32's, and not float32's"
+    rounded = as_tf32(xs) @ as_tf32(ws).T
+    assert np.abs(cuda.to_host(y) - rounded).max() < 2e-5 * np.sqrt((rounded**2).mean())
+
+
+def test_operands_are_rounded_to_nearest_with_ties_away_from_zero(cuda: Backend) -> None:
+    one, step = np.float32(1), np.float32(2.0**-10)
+    values = [one + step / 2, one + 3 * step / 2, one + step / 2 - 2.0**-23, one + step / 4, 2 - step / 2, np.float32(2.0**100) * (one + step / 2), 1e-39, 0.0]
+    x = np.array([values, [-v for v in values]], np.float32)
+    (left, _), (unit, _) = put(cuda, x, "float32"), put(cuda, np.eye(8), "float32")
+    for transpose in (False, True):
+        y = cuda.empty((2, 8), "float32")
+        cuda.inner_product_forward(left, unit, None, y, transpose=transpose, tf32=True)
+        got = np.asarray(cuda.to_host(y), np.float64)
+        np.testing.assert_array_equal(got[:, :6], as_tf32(x[:, :6]))
+        assert got[0, 0] == 1 + 2.0**-10
+        assert got[0, 2] == 1
+        assert got[1, 4] == -2
+        assert (np.abs(got[:, 6]) <= 1.1e-39).all()
+    dw = cuda.empty((8, 8), "float32")
+    cuda.inner_product_backward_weights(unit, put(cuda, np.repeat(x[:1], 8, 0) * np.eye(8), "float32")[0], dw, None, transpose=False, accumulate_w=False,
+        accumulate_b=False, tf32=True)  # fmt: skip
+    np.testing.assert_array_equal(np.diag(cuda.to_host(dw))[:6], as_tf32(x[0, :6]))
+
+
+def test_tf32_keeps_what_is_not_finite(cuda: Backend) -> None:
+    x = np.array([[np.inf, 0, 0, 0], [0, np.nan, 0, 0], [0, 0, -np.inf, 1]], np.float32)
+    y = cuda.empty((3, 1), "float32")
+    cuda.inner_product_forward(put(cuda, x, "float32")[0], put(cuda, np.ones((1, 4)), "float32")[0], None, y, transpose=False, tf32=True)
+    np.testing.assert_array_equal(cuda.to_host(y)[:, 0], [np.inf, np.nan, -np.inf])
+
+
+@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images(cuda: Backend, rng: np.random.Generator, channels: int, kind: str) -> None:
+    """A few channels, which tensor cores see padded; more than one tile of pixels, cells that are not whole slices."""
+    dtype = "bfloat16" if kind == "bfloat16" else "float32"
+    options = {"stride": (2, 1), "pad": (2, 1), "dilation": (1, 1), "group": 1, "tf32": kind == "tf32"}
+    (x, xs), (w, ws), (dy, dys) = (put(cuda, rng.integers(-3, 4, shape), dtype) for shape in ((3, channels, 11, 9), (13, channels, 5, 3), (3, 13, 6, 9)))
+    y, dw = cuda.empty((3, 13, 6, 9), dtype), cuda.empty(w.shape, "float32")
+    padded = np.pad(xs, ((0, 0), (0, 0), (2, 2), (1, 1)))
+    want, want_w = np.zeros(y.shape), np.zeros(w.shape)
+    for r in range(5):
+        for s in range(3):
+            part = padded[:, :, r : r + 11 : 2, s : s + 9]
+            want += np.einsum("nchw,oc->nohw", part, ws[:, :, r, s])
+            want_w[:, :, r, s] = np.einsum("nohw,nchw->oc", dys, part)
+    cuda.convolution_forward(x, w, None, y, **options)
+    cuda.convolution_backward_weights(x, dy, dw, None, **options, accumulate_w=False, accumulate_b=False)
+    np.testing.assert_array_equal(cuda.to_host(y), want)
+    np.testing.assert_array_equal(cuda.to_host(dw), want_w)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("relu", [False, True])
 def test_split_sums(cuda: Backend, rng: np.random.Generator, dtype: str, relu: bool) -> None:
     m, n, k = 5, 7, 1100
-    assert _Plan(KINDS[dtype], rows=m, columns=n, depth=k, groups=1, outputs=m * n).splits > 1
+    plan = exact if dtype == "float32" else lambda **sizes: choose("bf16", **sizes)
+    assert plan(rows=m, columns=n, depth=k, groups=1, outputs=m * n).splits > 1
     (x, xs), (w, ws), (b, bs) = (put(cuda, rng.standard_normal(shape), t) for shape, t in (((m, k), dtype), ((n, k), dtype), ((n,), "float32")))
     y = cuda.empty((m, n), dtype)
     cuda.inner_product_forward(x, w, b, y, transpose=False, relu=relu)
@@ -75,24 +228,3 @@ def test_a_sum_of_nothing_is_zero(cuda: Backend, dtype: str) -> None:
     cuda.convolution_forward(x, put(cuda, np.ones((4, 3, 1, 1)), dtype)[0], None, dy, **ONE)
     cuda.convolution_backward_weights(x, dy, dw, None, **ONE, accumulate_w=False, accumulate_b=False)
     assert not cuda.to_host(dw).any()
-
-
-BIASES = [((2, 6, 3, 3), 9, 1), ((5, 4, 17, 19), 6, 2), ((3, 3, 23, 29), 150, 1)]  # x, outputs, groups: one split, many, more outputs than a block has rows
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "outputs", "group"), BIASES, ids=str)
-def test_the_bias_gradient_is_summed_beside_the_weights(
-    cuda: Backend, rng: np.random.Generator, monkeypatch, shape, outputs: int, group: int, dtype: str
-) -> None:
-    monkeypatch.setattr(type(cuda), "bias_backward", None)  # no second pass over dy
-    (n, channels, h, w), options = shape, ONE | {"group": group}
-    plan = _Plan(KINDS[dtype], rows=outputs // group, columns=channels // group, depth=n * h * w, groups=group, outputs=1)
-    assert (plan.splits > 1) == (n * h * w > 1000)
-    (x, xs), (dy, dys) = (put(cuda, 1 + rng.standard_normal((n, c, h, w)), dtype) for c in (channels, outputs))
-    wanted = np.stack([np.einsum("nohw,nchw->oc", *parts) for parts in zip(np.split(dys, group, axis=1), np.split(xs, group, axis=1))])
-    for more_w, more_b in ((False, True), (True, False)):
-        dw, db = put(cuda, np.full((outputs, channels // group, 1, 1), 2.0), "float32")[0], put(cuda, np.full(outputs, 2.0), "float32")[0]
-        cuda.convolution_backward_weights(x, dy, dw, db, **options, accumulate_w=more_w, accumulate_b=more_b)
-        assert_close(cuda.to_host(dw)[:, :, 0, 0], wanted.reshape(outputs, -1) + 2 * more_w)
-        assert_close(cuda.to_host(db), dys.sum(axis=(0, 2, 3)) + 2 * more_b)

@@ -44,7 +44,12 @@ CASES = {
     "groups": Case(2, 6, 9, (5, 5), (3, 3), (1, 1), (1, 1), (1, 1), 3),
     "a filter for each channel": Case(2, 5, 5, (5, 7), (3, 3), (2, 2), (1, 1), (1, 1), 5),
     "whole image": Case(3, 2, 3, (5, 3), (5, 3), (1, 1), (0, 0), (1, 1), 1),
+    "8 channels, stride 2": Case(2, 8, 16, (7, 6), (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "stride and dilation share a factor": Case(2, 8, 8, (9, 21), (3, 4), (2, 4), (1, 2), (2, 6), 1),
+    "stride beyond the kernel": Case(2, 8, 16, (11, 8), (2, 1), (5, 3), (1, 0), (3, 1), 2),
+    "image of 4 channels": Case(2, 4, 16, (9, 7), (5, 3), (2, 1), (2, 1), (1, 1), 1),
     "1 axis": Case(2, 3, 5, (13,), (3,), (2,), (1,), (2,), 1),
+    "1 axis in groups": Case(2, 16, 32, (9,), (3,), (1,), (1,), (1,), 2),
     "3 axes": Case(2, 2, 4, (3, 5, 4), (2, 3, 1), (1, 2, 1), (1, 0, 0), (1, 1, 1), 2),
 }
 SMALL = ["rectangular", "dilated", "groups", "1 axis", "3 axes", "1x1 stride 2 pad 1"]
@@ -168,6 +173,20 @@ def test_float32_parameters_with_bfloat16_activations(backend, make, rng) -> Non
     y = make.empty((c.batch, c.filters, *c.out), "bfloat16")
     backend.convolution_forward(x, master_w, master_b, y, **c.options)
     assert_close(make.host(y), forward(c, make.host(x), make.host(w), make.host(b)), "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["3x3 pad", "dilated", "16 channels in groups", "1 axis", "3 axes"])
+def test_tf32_rounds_operands_alone_or_nothing(backend, make, rng, name: str) -> None:
+    """Whole numbers of few bits survive it: every result is exact on every backend."""
+    c = CASES[name]
+    x, w, b, dy = (make(rng.integers(-4, 5, make.host(array).shape)) for array in arrays(make, rng, c, "float32"))
+    y, dx, dw = make.empty(dy.shape), make.empty(x.shape), make.empty(w.shape)
+    backend.convolution_forward(x, w, b, y, **c.options, tf32=True)
+    backend.convolution_backward_data(dy, w, dx, **c.options, tf32=True)
+    backend.convolution_backward_weights(x, dy, dw, None, **c.options, accumulate_w=False, accumulate_b=False, tf32=True)
+    np.testing.assert_array_equal(make.host(y), forward(c, make.host(x), make.host(w), make.host(b)))
+    np.testing.assert_array_equal(make.host(dx), backward_data(c, make.host(dy), make.host(w)))
+    np.testing.assert_array_equal(make.host(dw), backward_weights(c, make.host(x), make.host(dy)))
 
 
 def test_images_are_taken_in_several_parts(reference, rng, monkeypatch) -> None:

@@ -53,6 +53,21 @@ def test_backward(backend, make, rng, transpose: bool, dtype: str, layout: str) 
         assert_close(make.host(db), make.host(dy).sum(axis=0) + 3 * more_b)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_tf32_rounds_operands_alone_or_nothing(backend, make, rng, transpose: bool) -> None:
+    """Whole numbers of few bits survive it: every result is exact on every backend."""
+    x, w, b, dy = (make(rng.integers(-4, 5, make.host(array).shape)) for array in setup(make, rng, transpose, "float32"))
+    y, dx, dw = make.empty((M, N)), make.empty((M, K)), make.empty(w.shape)
+    matrix = make.host(w).T if transpose else make.host(w)
+    backend.inner_product_forward(x, w, b, y, transpose=transpose, tf32=True)
+    backend.inner_product_backward_data(dy, w, dx, transpose=transpose, tf32=True)
+    backend.inner_product_backward_weights(x, dy, dw, None, transpose=transpose, accumulate_w=False, accumulate_b=False, tf32=True)
+    np.testing.assert_array_equal(make.host(y), product(make.host(x), matrix) + make.host(b))
+    np.testing.assert_array_equal(make.host(dx), product(make.host(dy), matrix.T))
+    gradient = product(make.host(dy).T, make.host(x).T)
+    np.testing.assert_array_equal(make.host(dw), gradient.T if transpose else gradient)
+
+
 def test_each_gradient_can_be_left_out(backend, make, rng) -> None:
     x, w, _, dy = setup(make, rng, False, "float32")
     dw, db = make.empty(w.shape), make.empty((N,))

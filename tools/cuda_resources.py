@@ -36,11 +36,14 @@ class Resources(NamedTuple):
 
 
 def modules() -> Iterator[Module]:
-    """Every module of kernels that the backend's files name."""
+    """Every module of kernels that the backend's files name, alone or in a tuple, once."""
+    found: dict[str, Module] = {}
     for info in pkgutil.iter_modules(cuda.__path__):
         if not info.ispkg and info.name != "cupy_driver":
             file = importlib.import_module(f"{cuda.__name__}.{info.name}")
-            yield from (value for value in vars(file).values() if isinstance(value, Module) and value.stem == info.name)
+            for value in vars(file).values():
+                found |= {module.name: module for module in (value if isinstance(value, tuple) else (value,)) if isinstance(module, Module)}
+    yield from found.values()
 
 
 def measure(module: Module, architecture: str) -> list[Resources]:
@@ -48,7 +51,7 @@ def measure(module: Module, architecture: str) -> list[Resources]:
     options = [f"-I{FOLDER}", "--ptxas-options=-v"]
     _, symbols, log = nvrtc.compile_cubin(module.path.read_text(), str(module.path), architecture, module.names, options)
     reports = dict(_reports(log))
-    return [Resources(module.stem, name, architecture, *reports[symbols[name]]) for name in module.names]
+    return [Resources(module.name, name, architecture, *reports[symbols[name]]) for name in module.names]
 
 
 def _reports(log: str) -> Iterator[tuple[str, tuple[int, int, int, int]]]:

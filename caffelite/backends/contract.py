@@ -204,16 +204,18 @@ class Backend(Protocol):
     # --- convolution -----------------------------------------------------------------------------------------------
 
     def convolution_forward(
-        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False
+        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False, tf32: bool = False
     ) -> None:
         """y[n,o,p] = b[o] + sum_{c in group(o), k} w[o,c,k] x_padded[n, c, p*stride + k*dilation - pad]; relu: max(y,0) after.
 
         x (N,C,*in), w (O,C/group,*k), b (O), y (N,O,*out); any number of spatial axes >= 1. spec: layers 3.1.
+        tf32, here and in the other products: float32 operands may be rounded to tf32's 10 bits of mantissa, to nearest; sums stay
+        float32. Ignored where there is no such fast path.
         """
         ...
 
     def convolution_backward_data(
-        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int
+        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
     ) -> None:
         """dx = the transpose of the convolution applied to dy; overwrites dx. positive (dx's shape): see above."""
         ...
@@ -231,22 +233,23 @@ class Backend(Protocol):
         group: int,
         accumulate_w: bool,
         accumulate_b: bool,
+        tf32: bool = False,
     ) -> None:
         """dw[o,c,k] (+)= sum_{n,p} dy[n,o,p] x_padded[n,c,p*stride+k*dilation-pad]; db[o] (+)= sum_{n,p} dy[n,o,p]. None: skip."""
         ...
 
     # --- inner_product ---------------------------------------------------------------------------------------------
 
-    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False) -> None:
+    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False, tf32: bool = False) -> None:
         """y = x w^T + b with x (M,K), w (N,K), b (N), y (M,N); transpose: w is (K,N) and y = x w + b. relu: max(y,0) after."""
         ...
 
-    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool) -> None:
+    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, tf32: bool = False) -> None:
         """dx = dy w (transpose: dy w^T). positive (dx's shape): see above."""
         ...
 
     def inner_product_backward_weights(
-        self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool
+        self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool, tf32: bool = False
     ) -> None:
         """dw (+)= dy^T x (transpose: x^T dy); db (+)= sum of dy's rows. None: skip."""
         ...

@@ -17,7 +17,7 @@ from caffelite.errors import BackendError, CaffeliteError, SpecError, Where
 if TYPE_CHECKING:
     from caffelite.backends.contract import Backend
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "tf32", "bfloat16")
 FLAG = re.compile(r"--?([A-Za-z][A-Za-z0-9_-]+)(=.*)?", re.DOTALL)
 
 
@@ -116,7 +116,11 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--backend", metavar="NAME", help="auto, onednn, numpy or cuda (default: CAFFELITE_BACKEND, else auto: the fastest for CPUs that loads)")
     group.add_argument(
-        "--precision", type=one_of(*PRECISIONS), default="float32", metavar="TYPE", help="float32 (default) or bfloat16 activations; weights stay float32"
+        "--precision",
+        type=one_of(*PRECISIONS),
+        default="float32",
+        metavar="TYPE",
+        help="float32 (default); tf32: float32 with products rounded to 11 bits (GPUs alone); or bfloat16 activations. Weights stay float32",
     )
     group.add_argument("--threads", type=whole_number(1), metavar="N", help="CPU threads (default: all this process may use)")
     group.add_argument("--gpu", metavar="ID", help="run on GPU number ID (the cuda backend; nothing falls back to the CPU in silence)")
@@ -138,8 +142,8 @@ def open_backend(args: argparse.Namespace, *, gpu_mode: Where | None = None, dev
     What makes a GPU slow, such as being none, is said on the standard error stream.
     """
     backend = _chosen_backend(args, gpu_mode, device)
-    slow = backend.supports(args.precision) if backend.name == "cuda" else None
-    if slow:
+    slow = backend.supports(args.precision)
+    if slow and backend.name == "cuda":
         print(f"caffelite: note: {slow}", file=sys.stderr)
     if driver := getattr(backend, "driver", None):
         driver.tell = _Compiling()

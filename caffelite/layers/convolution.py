@@ -148,7 +148,7 @@ class Convolution(Layer):
         w = w if w.ndim > 2 else w.reshape((*w.shape, 1))
         for bottom, top in zip(bottoms, tops):
             x, y = loaded(ops, bottom.data, g.bottom, bottom_buffer), target(top.data, g.top, top_buffer)
-            ops.convolution_forward(x, w, b, y, stride=g.stride, pad=g.pad, dilation=g.dilation, group=self.group, relu=self.relu)
+            ops.convolution_forward(x, w, b, y, stride=g.stride, pad=g.pad, dilation=g.dilation, group=self.group, relu=self.relu, tf32=self.context.tf32)
             stored(ops, top.data, top_buffer)
 
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
@@ -171,9 +171,10 @@ class Convolution(Layer):
                     group=self.group,
                     accumulate_w=weight.accumulate or i > 0,
                     accumulate_b=bias is not None and (bias.accumulate or i > 0),
+                    tf32=self.context.tf32,
                 )
             if propagate_down[i]:
                 dx = target(bottom.diff, g.bottom, bottom_buffer)
                 positive = loaded(ops, bottom.data, g.bottom, None) if i in self.relu_bottoms else None
-                ops.convolution_backward_data(dy, w, dx, positive, stride=g.stride, pad=g.pad, dilation=g.dilation, group=self.group)
+                ops.convolution_backward_data(dy, w, dx, positive, stride=g.stride, pad=g.pad, dilation=g.dilation, group=self.group, tf32=self.context.tf32)
                 stored(ops, bottom.diff, bottom_buffer)

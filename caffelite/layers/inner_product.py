@@ -76,7 +76,7 @@ class InnerProduct(Layer):
         rows, out = self._rows(bottoms[0].shape)
         x, y = loaded(ops, bottoms[0].data, rows, self.buffers.get("x")), target(tops[0].data, out, self.buffers.get("y"))
         b = self.params[1].data if self.bias_term else None
-        ops.inner_product_forward(x, self.params[0].data, b, y, transpose=self.transpose, relu=self.relu)
+        ops.inner_product_forward(x, self.params[0].data, b, y, transpose=self.transpose, relu=self.relu, tf32=self.context.tf32)
         stored(ops, tops[0].data, self.buffers.get("y"))
 
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
@@ -93,8 +93,9 @@ class InnerProduct(Layer):
                 transpose=self.transpose,
                 accumulate_w=weight.accumulate,
                 accumulate_b=bias is not None and bias.accumulate,
+                tf32=self.context.tf32,
             )
         if propagate_down[0]:
             dx = target(bottoms[0].diff, rows, self.buffers.get("dx"))
-            ops.inner_product_backward_data(dy, weight.data, dx, x if self.relu_bottoms else None, transpose=self.transpose)
+            ops.inner_product_backward_data(dy, weight.data, dx, x if self.relu_bottoms else None, transpose=self.transpose, tf32=self.context.tf32)
             stored(ops, bottoms[0].diff, self.buffers.get("dx"))

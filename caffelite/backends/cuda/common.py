@@ -14,6 +14,7 @@ import numpy as np
 
 from caffelite.backends.contract import Array, Ints, is_usual, strides_of
 from caffelite.backends.cuda.driver import Driver, Program
+from caffelite.backends.cuda.gemm_tune import Tuner
 from caffelite.backends.cuda.launch import Module
 from caffelite.errors import BackendError
 
@@ -91,9 +92,9 @@ class Base:
                 setattr(cls, name, _laid_out(member))
 
     def __init__(self, driver: Driver) -> None:
-        self.driver = driver
+        self.driver, self.tuner = driver, Tuner(driver)
         self._programs: dict[str, Program] = {}
-        self._scratch: Array | None = None
+        self._scratch: dict[str, Array] = {}
         self._held: list[Any] | None = None
 
     def launch(self, module: Module, name: str, grid: int | Ints, block: int | Ints, *args: Any, shared: int = 0) -> None:
@@ -104,9 +105,9 @@ class Base:
         for number, arg in enumerate(args):
             if not (arg is None or isinstance(arg, np.generic) or self.driver.is_array(arg)):
                 raise TypeError(f"{name}: argument {number} is a {type(arg).__name__}, expected an array, None or a NumPy scalar")
-        program = self._programs.get(module.stem)
+        program = self._programs.get(module.name)
         if program is None:
-            program = self._programs[module.stem] = self.driver.load(module)
+            program = self._programs[module.name] = self.driver.load(module)
         program.launch(name, grid, block, args, shared)
         if self._held is not None:
             self._held.extend(args)
@@ -120,12 +121,12 @@ class Base:
         finally:
             self._held = None
 
-    def scratch(self, nbytes: int) -> Array:
-        """At least `nbytes` bytes (uint8) with undefined contents, aligned to 64, until the next call of scratch."""
-        if self._scratch is None or self._scratch.size < nbytes:
-            self._scratch = None  # so that its memory may serve the new one; kernels that still use it run before those that will
-            self._scratch = self.driver.allocate(-(-nbytes // SCRATCH_ROUND) * SCRATCH_ROUND)
-        return self._scratch
+    def scratch(self, nbytes: int, use: str = "") -> Array:
+        """At least `nbytes` bytes (uint8) with undefined contents, aligned to 64, until the next call of scratch for the same use."""
+        if use not in self._scratch or self._scratch[use].size < nbytes:
+            self._scratch.pop(use, None)  # so that its memory may serve the new one; kernels that still use it run before those that will
+            self._scratch[use] = self.driver.allocate(-(-nbytes // SCRATCH_ROUND) * SCRATCH_ROUND)
+        return self._scratch[use]
 
     def part(self, buffer: Array, offset: int, shape: Ints, dtype: Any) -> Array:
         """An array of NumPy type `dtype`, or of that name, at byte `offset` of `buffer`, laid out by strides_of."""

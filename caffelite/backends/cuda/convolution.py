@@ -1,4 +1,4 @@
-"""Convolution: over two spatial axes by kernels/gemm.cu, over any other number of them by the plain kernels/convolution.cu."""
+"""Convolution: over one or two spatial axes by gemm.py, over more of them by the plain kernels/convolution.cu."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import numpy as np
 
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda import gemm
+from caffelite.backends.cuda.activations import rectify
 from caffelite.backends.cuda.common import THREADS, blocks, cname
 from caffelite.backends.cuda.launch import Module, typed
 from caffelite.backends.cuda.scale_bias import ScaleBias
 from caffelite.errors import BackendError
 
 MOST_AXES = 6
+ALIGN = 256
 SPACE = np.dtype(
     [
         *((name, np.int32) for name in ("axes", "images", "channels", "outputs", "group_channels", "group_outputs", "cells", "inside", "out_inside")),
@@ -27,20 +29,34 @@ CONVOLUTION = Module(
 
 class Convolution(ScaleBias):  # whose sum is the bias gradient too
     def convolution_forward(
-        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False
+        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False, tf32: bool = False
     ) -> None:
+        if x.ndim == 3:
+            line = _Line(self, x, w, y, stride, pad, dilation, group)
+            self._move(line.given(x), line.x)
+            gemm.forward(self, line.geometry, line.x, line.weights(w), b, line.y, relu=relu, tf32=tf32)
+            self._move(line.y, line.given(y))
+            return
         if x.ndim == 4:
-            gemm.forward(self, gemm.Geometry(x.shape, w.shape, y.shape, stride, pad, dilation, group), x, w, b, y, relu=relu)
+            gemm.forward(self, gemm.Geometry(x.shape, w.shape, y.shape, stride, pad, dilation, group), x, w, b, y, relu=relu, tf32=tf32)
             return
         name = f"convolution_forward<{cname(x)}, {cname(w)}, {'float' if b is None else cname(b)}>"
         space = _space(x.shape, w.shape, y.shape, stride, pad, dilation, group)
         self.launch(CONVOLUTION, name, blocks(y.size), THREADS, x, w, b, y, space, np.bool_(relu), np.int64(y.size))
 
     def convolution_backward_data(
-        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int
+        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
     ) -> None:
+        if dx.ndim == 3:
+            line = _Line(self, dx, w, dy, stride, pad, dilation, group)
+            self._move(line.given(dy), line.y)
+            gemm.backward_data(self, line.geometry, line.y, line.weights(w), line.x, None, tf32=tf32)
+            self._move(line.x, line.given(dx))
+            if positive is not None:
+                rectify(self, positive, dx)
+            return
         if dx.ndim == 4:
-            gemm.backward_data(self, gemm.Geometry(dx.shape, w.shape, dy.shape, stride, pad, dilation, group), dy, w, dx, positive)
+            gemm.backward_data(self, gemm.Geometry(dx.shape, w.shape, dy.shape, stride, pad, dilation, group), dy, w, dx, positive, tf32=tf32)
             return
         space = _space(dx.shape, w.shape, dy.shape, stride, pad, dilation, group)
         self.launch(CONVOLUTION, f"convolution_backward_data<{cname(dx)}, {cname(w)}>", blocks(dx.size), THREADS, dy, w, dx, positive, space, np.int64(dx.size))
@@ -58,17 +74,49 @@ class Convolution(ScaleBias):  # whose sum is the bias gradient too
         group: int,
         accumulate_w: bool,
         accumulate_b: bool,
+        tf32: bool = False,
     ) -> None:
-        if dw is not None and x.ndim == 4:
-            g = gemm.Geometry(x.shape, dw.shape, dy.shape, stride, pad, dilation, group)
-            gemm.backward_weights(self, g, x, dy, dw, db, accumulate_w, accumulate_b)
-            return
-        if dw is not None:
+        if dw is not None and x.ndim == 3:
+            line = _Line(self, x, dw, dy, stride, pad, dilation, group)
+            for there, here in ((x, line.x), (dy, line.y)):
+                self._move(line.given(there), here)
+            made = line.weights(dw)  # what it holds is added to where gradients accumulate
+            gemm.backward_weights(self, line.geometry, line.x, line.y, made, accumulate_w, tf32=tf32)
+            self._move(made, line.given(dw))
+        elif dw is not None and x.ndim == 4:
+            gemm.backward_weights(self, gemm.Geometry(x.shape, dw.shape, dy.shape, stride, pad, dilation, group), x, dy, dw, accumulate_w, tf32=tf32)
+        elif dw is not None:
             space = _space(x.shape, dw.shape, dy.shape, stride, pad, dilation, group)
             name = f"convolution_backward_weights<{cname(x)}>"
             self.launch(CONVOLUTION, name, blocks(dw.size), THREADS, x, dy, dw, space, np.bool_(accumulate_w), np.int64(dw.size))
         if db is not None:
             self.bias_backward(dy, db.reshape((1, -1) + (1,) * (dy.ndim - 2)), accumulate=accumulate_b)
+
+
+class _Line:
+    """A convolution along one axis as one in two dimensions of height 1: blobs (N,C,L), which lie in C order, as (N,C,1,L) channels last."""
+
+    def __init__(self, ops: Convolution, x: Array, w: Array, y: Array, stride: Ints, pad: Ints, dilation: Ints, group: int) -> None:
+        shapes = [_flat(array) for array in (x, w, y)]
+        self.geometry = gemm.Geometry(shapes[0], shapes[1], shapes[2], (1, *stride), (0, *pad), (1, *dilation), group)
+        sizes = [-(-array.size * array.itemsize // ALIGN) * ALIGN for array in (x, w, y)]
+        buffer = ops.scratch(sum(sizes), "line")
+        starts = (0, sizes[0], sizes[0] + sizes[1])
+        self.x, self._w, self.y = (ops.part(buffer, start, shape, array.dtype) for start, shape, array in zip(starts, shapes, (x, w, y)))
+        self._ops = ops
+
+    def given(self, array: Array) -> Array:
+        """The blob itself with an axis of height 1."""
+        return array.reshape(_flat(array))
+
+    def weights(self, w: Array) -> Array:
+        """A copy of w, cells before channels."""
+        self._ops._move(self.given(w), self._w)
+        return self._w
+
+
+def _flat(array: Array) -> Ints:
+    return (*array.shape[:2], 1, array.shape[2])
 
 
 def _space(x: Ints, w: Ints, y: Ints, stride: Ints, pad: Ints, dilation: Ints, group: int) -> np.void:

@@ -23,7 +23,7 @@ from caffelite.backends.cuda.peaks import Facts
 from caffelite.errors import BackendError, OutOfMemoryError
 
 OLDEST = (8, 0)  # compute capability: tensor cores with bfloat16, and cp.async
-FREE_SHARED = 48 * 1024  # bytes of shared memory that a block gets without asking
+FREE_SHARED = 32 * 1024  # bytes of dynamic shared memory that a block gets without asking: 48 KB less what the kernel holds by itself
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
 # cudaDevAttrMultiProcessorCount, -ClockRate, -MemoryClockRate (both kHz), -GlobalMemoryBusWidth (bits): CUDA 13 has them nowhere else.
@@ -154,7 +154,7 @@ class CupyDriver:
         except self._driver.CUDADriverError as error:
             major, minor = nvrtc.version(self._cuda)
             hint = f"NVIDIA's driver may be older than CUDA {major}.{minor}, which compiled them: update it, or name an older NVRTC in CAFFELITE_NVRTC"
-            raise BackendError(f"GPU {self.device} does not load the kernels of {module.stem}: {error}", hint=hint) from error
+            raise BackendError(f"GPU {self.device} does not load the kernels of {module.name}: {error}", hint=hint) from error
 
     def capture(self, run: Callable[[], None]) -> CupyRecord:
         with self._reported():
@@ -320,7 +320,7 @@ def compiled(module: Module, architecture: str, newest: int = nvrtc.ANY, tell: C
     """
     options = [f"-I{FOLDER}", "-lineinfo"]
     key = digest(*module.sources(), module.names, architecture, options[1:], nvrtc.version(newest), "with checksum")
-    code, symbols = (cache.folder("cuda") / f"{module.stem}-{architecture}-{key}.{ending}" for ending in ("cubin", "json"))
+    code, symbols = (cache.folder("cuda") / f"{module.name}-{architecture}-{key}.{ending}" for ending in ("cubin", "json"))
     cubin, names = cache.content(code), cache.content(symbols)
     if cubin is None or names is None:
         tell()

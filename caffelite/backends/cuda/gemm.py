@@ -1,28 +1,26 @@
-"""The products behind convolution and inner product; kernels/gemm.cu and gemm.cuh."""
+"""The products behind convolution and inner product; kernels/gemm.cu (float32 that is exact) and gemm_mma.cu (bfloat16 and tf32)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import numpy as np
 
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.common import FLOAT32, THREADS, Base, blocks, cname
+from caffelite.backends.cuda.gemm_plan import EXACT, ITEM, Cut, candidates, exact, module_of
 from caffelite.backends.cuda.launch import Module, typed
 
-GEMM = Module("gemm", [*typed("gemm_forward", "gemm_data", "gemm_weights", "gemm_finish"), "gemm_weights_finish<float>", *typed("gemm_pack", arguments=2)])
-BM, BN = 128, 64  # a block's part of the product, as in gemm.cuh
-DEPTH = {"float": 16, "bf16": 32}  # BK there
-ENOUGH_BLOCKS = 264  # two for each multiprocessor of an H100; a constant, so that sums do not depend on the machine
-LEAST_SLICES = 8  # of BK columns in a split
+GEMM = Module("gemm", ["gemm_forward", "gemm_data", "gemm_weights", *typed("gemm_finish"), *typed("gemm_pack", "gemm_pad", arguments=2)])
 IMAGE_CHANNELS = 4  # at most so many channels are an image's, whose float32 products are added in Caffe's order
+VECTOR = 16  # bytes of a piece that tensor cores' operands are copied by
 ALIGN = 256
 
 _INTS = (
     "images height width channels group_channels out_height out_width outputs group_outputs kernel_h kernel_w stride_h stride_w "
-    "pad_h pad_w dilation_h dilation_w groups splits"
+    "pad_h pad_w dilation_h dilation_w groups splits kept_channels kept_outputs tiles_m tiles_n"
 )
 GEOMETRY = np.dtype([*((name, np.int32) for name in _INTS.split()), ("per_split", np.int64)], align=True)
 
@@ -47,116 +45,220 @@ class Geometry:
     def group_outputs(self) -> int:
         return self.w[0] // self.group
 
-    def struct(self, splits: int, per_split: int) -> np.void:
-        """The kernels' struct Geometry."""
-        x, y, w = self.x, self.y, self.w
-        sizes = (x[0], *x[2:], x[1], w[1], *y[2:], y[1], self.group_outputs)
-        return np.void((*sizes, *w[2:], *self.stride, *self.pad, *self.dilation, self.group, splits, per_split), GEOMETRY)
+    @property
+    def class_rows(self) -> int:
+        """Pixels of x in the largest class of those that meet the same cells: see kernels/gemm.cuh."""
+        return self.x[0] * -(-self.x[2] // self.stride[0]) * -(-self.x[3] // self.stride[1])
+
+    @property
+    def class_cells(self) -> int:
+        """Kernel cells that a pixel of x meets at most."""
+        return prod(-(-kernel // (stride // gcd(stride, dilation))) for kernel, stride, dilation in zip(self.w[2:], self.stride, self.dilation))
+
+    def struct(self, cut: Cut, channels: int = 0, outputs: int = 0) -> np.void:
+        """The kernels' struct Geometry. channels, outputs: of a group as they lie padded; 0: as they are."""
+        x, y, w, own, out = self.x, self.y, self.w, channels or self.w[1], outputs or self.group_outputs
+        sizes = (x[0], *x[2:], own * self.group, own, *y[2:], out * self.group, out)
+        kept = (self.w[1], self.group_outputs, cut.tiles_m, cut.tiles_n)
+        return np.void((*sizes, *w[2:], *self.stride, *self.pad, *self.dilation, self.group, cut.splits, *kept, cut.per_split), GEOMETRY)
 
 
-def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Array, *, relu: bool, transposed: bool = False) -> None:
+def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Array, *, relu: bool, transposed: bool = False, tf32: bool = False) -> None:
     """y = w * x + b. w lies as (O, kH, kW, C/group), whatever its shape says; transposed, for one cell and one group: as (C, O). b: (O) or None."""
-    columns, kind = g.cells * g.w[1], cname(x)
-    planar = x.dtype == FLOAT32 and g.cells > 1 and g.w[1] <= IMAGE_CHANNELS
-    plan = _Plan(kind, rows=y.size // g.y[1], columns=g.group_outputs, depth=columns, groups=g.group, outputs=y.size, one_split=planar)
+    kind = _kind(x, tf32)
+    if kind == EXACT:
+        return _exact_forward(ops, g, x, w, b, y, relu=relu, transposed=transposed)
+    fit = _Fit(x, g.w[1], g.group, narrow=kind == "bf16")
+    repack = transposed or w.dtype != x.dtype or fit.channels != g.w[1] or w.address % VECTOR != 0
+    weights = g.w[0] * g.cells * fit.channels * x.itemsize if repack else 0
+
+    def run(cut: Cut) -> None:
+        space = _Space(ops, weights=weights, bias=_float_bytes(b), partial=cut.partial_bytes, x=fit.nbytes)
+        left = _padded(ops, x, space.part("x", x.dtype), g.w[1], fit.channels) if fit.copy else x
+        right, room = w, space.part("weights", x.dtype)
+        if repack:
+            right = _packed(ops, w, room, (1, g.w[1], 1, g.w[0]), fit.channels) if transposed else _padded(ops, w, room, g.w[1], fit.channels)
+        bias, partial = space.floats(b), space.part("partial", "float32")
+        final = (bias, np.bool_(relu)) if partial is None else (None, np.bool_(False))
+        name = f"mma_forward<{kind}, {cut.tile.rows}, {cut.tile.columns}, {fit.piece}>"
+        _launch(ops, name, cut, left, right, final[0], y, partial, g.struct(cut, channels=fit.channels), final[1])
+        if partial is not None:
+            _finish(ops, partial, bias, y, cut, columns=g.y[1], relu=relu)
+
+    sizes = {"rows": y.size // g.y[1], "columns": g.group_outputs, "depth": g.cells * fit.channels, "groups": g.group, "outputs": y.size}
+    run(ops.tuner.pick(_shape("forward", kind, g), candidates(kind, **sizes, narrow=fit.piece < VECTOR), run))
+    return None
+
+
+def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positive: Array | None, *, packed: bool = False, tf32: bool = False) -> None:
+    """dx = the transpose of w, applied to dy; positive as in the contract. packed: w lies as (group, C/group, kH, kW, O/group) already."""
+    kind = _kind(dx, tf32)
+    fit = _Fit(dy, g.group_outputs, g.group) if kind != EXACT else _Fit.none(g.group_outputs)
+    ready = packed and w.dtype == dx.dtype and fit.channels == g.group_outputs and (kind == EXACT or w.address % VECTOR == 0)
+    weights = 0 if ready else g.w[1] * g.group * g.cells * fit.channels * dx.itemsize
+    # Packing what is packed already is a copy with another type and zeros: rows of outputs, each a group of one cell and one channel.
+    order = (w.size // g.group_outputs, g.group_outputs, 1, 1) if packed else (g.group, g.group_outputs, g.cells, g.w[1])
+
+    def run(cut: Cut) -> None:
+        space = _Space(ops, weights=weights, partial=cut.partial_bytes, dy=fit.nbytes)
+        left = _padded(ops, dy, space.part("dy", dy.dtype), g.group_outputs, fit.channels) if fit.copy else dy
+        right = w if ready else _packed(ops, w, space.part("weights", dx.dtype), order, fit.channels)
+        partial = space.part("partial", "float32")
+        if kind == EXACT:
+            aligned = np.bool_(_whole_vectors(g.group_outputs, left, right))
+            ops.launch(GEMM, "gemm_data", cut.blocks, cut.tile.threads, left, right, dx, positive, partial, g.struct(cut), aligned)
+        else:
+            name = f"mma_data<{kind}, {cut.tile.rows}, {cut.tile.columns}>"
+            _launch(ops, name, cut, left, right, dx, positive, partial, g.struct(cut, outputs=fit.channels))
+        if partial is not None:
+            _finish(ops, partial, None, dx, cut, columns=g.x[1], positive=positive)
+
+    sizes = {"rows": g.class_rows, "columns": g.w[1], "depth": g.class_cells * fit.channels, "groups": g.group, "outputs": dx.size}
+    if kind == EXACT:
+        run(exact(**sizes, classes=prod(g.stride)))
+    else:
+        run(ops.tuner.pick(_shape("data", kind, g), candidates(kind, **sizes, classes=prod(g.stride)), run))
+
+
+def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, dw: Array, accumulate: bool, *, tf32: bool = False) -> None:
+    """dw (+)= the sum over all pixels of dy times what their windows hold of x; dw (float32) lies as (O, kH, kW, C/group)."""
+    kind = _kind(x, tf32)
+    if kind == EXACT:
+        return _exact_weights(ops, g, x, dy, dw, accumulate)
+    fit, fit_dy = _Fit(x, g.w[1], g.group, narrow=kind == "bf16"), _Fit(dy, g.group_outputs, g.group)
+
+    def run(cut: Cut, out: Array, add: bool) -> None:
+        space = _Space(ops, partial=cut.partial_bytes, x=fit.nbytes, dy=fit_dy.nbytes)
+        right = _padded(ops, x, space.part("x", x.dtype), g.w[1], fit.channels) if fit.copy else x
+        left = _padded(ops, dy, space.part("dy", dy.dtype), g.group_outputs, fit_dy.channels) if fit_dy.copy else dy
+        partial = space.part("partial", "float32")
+        name = f"mma_weights<{kind}, {cut.tile.rows}, {cut.tile.columns}, {fit.piece}>"
+        _launch(ops, name, cut, right, left, out, partial, g.struct(cut, fit.channels, fit_dy.channels), np.bool_(add and partial is None))
+        if partial is not None:
+            _finish(ops, partial, None, out, cut, columns=1, accumulate=add)
+
+    def trial(cut: Cut) -> None:  # not into what gradients have been added to
+        run(cut, ops.part(ops.scratch(dw.size * dw.itemsize, "trial"), 0, (dw.size,), dw.dtype), add=False)
+
+    sizes = {"rows": g.group_outputs, "columns": g.cells * fit.channels, "depth": dy.size // g.y[1], "groups": g.group, "outputs": dw.size}
+    cuts = candidates(kind, **sizes, transposed=True, narrow=fit.piece < VECTOR)
+    run(ops.tuner.pick(_shape("weights", kind, g), cuts, trial), dw, accumulate)
+    return None
+
+
+def _exact_forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Array, *, relu: bool, transposed: bool) -> None:
+    columns = g.cells * g.w[1]
+    planar = g.cells > 1 and g.w[1] <= IMAGE_CHANNELS
+    cut = exact(rows=y.size // g.y[1], columns=g.group_outputs, depth=columns, groups=g.group, outputs=y.size, one_split=planar)
     repack = planar or transposed or w.dtype != x.dtype
-    space = _Space(ops, packed=w.size * x.itemsize if repack else 0, bias=_float_bytes(b), partial=plan.partial_bytes)
+    space = _Space(ops, weights=w.size * x.itemsize if repack else 0, bias=_float_bytes(b), partial=cut.partial_bytes)
     if repack:
         shape = (g.w[0], g.cells, 1, g.w[1]) if planar else (1, g.w[1], 1, g.w[0]) if transposed else (1, 1, 1, w.size)
-        w = _packed(ops, w, space.packed(x, w.size), shape)
-    bias, partial = space.floats(b), space.partial()
+        w = _packed(ops, w, space.part("weights", x.dtype), shape)
+    bias, partial = space.floats(b), space.part("partial", "float32")
     aligned = np.bool_(_whole_vectors(g.w[1], x, w) and not planar)
     final = (None, np.bool_(False)) if partial is not None else (bias, np.bool_(relu))
-    ops.launch(GEMM, f"gemm_forward<{kind}>", plan.grid, THREADS, x, w, final[0], y, partial, plan.struct(g), aligned, np.bool_(planar), final[1])
+    ops.launch(GEMM, "gemm_forward", cut.blocks, cut.tile.threads, x, w, final[0], y, partial, g.struct(cut), aligned, np.bool_(planar), final[1])
     if partial is not None:
-        _finish(ops, partial, bias, y, plan, columns=g.y[1], relu=relu)
+        _finish(ops, partial, bias, y, cut, columns=g.y[1], relu=relu)
 
 
-def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positive: Array | None, *, packed: bool = False) -> None:
-    """dx = the transpose of w, applied to dy; positive as in the contract. packed: w lies as (group, C/group, kH, kW, O/group) already."""
-    kind = cname(dx)
-    plan = _Plan(kind, rows=dx.size // g.x[1], columns=g.w[1], depth=g.cells * g.group_outputs, groups=g.group, outputs=dx.size)
-    ready = packed and w.dtype == dx.dtype
-    space = _Space(ops, packed=0 if ready else w.size * dx.itemsize, bias=0, partial=plan.partial_bytes)
-    if not ready:
-        # Packing what is packed already is a copy with another type: one output, one cell.
-        shape = (1, 1, 1, w.size) if packed else (g.group, g.group_outputs, g.cells, g.w[1])
-        w = _packed(ops, w, space.packed(dx, w.size), shape)
-    partial = space.partial()
-    aligned = np.bool_(_whole_vectors(g.group_outputs, dy, w))
-    ops.launch(GEMM, f"gemm_data<{kind}>", plan.grid, THREADS, dy, w, dx, positive, partial, plan.struct(g), aligned)
-    if partial is not None:
-        _finish(ops, partial, None, dx, plan, columns=g.x[1], positive=positive)
-
-
-def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, dw: Array, db: Array | None, accumulate_w: bool, accumulate_b: bool) -> None:
-    """dw (+)= the sum over all pixels of dy times what their windows hold of x; dw (float32) lies as (O, kH, kW, C/group).
-    db (O), or None: (+)= the sum over all pixels of dy."""
-    kind, columns = cname(x), g.cells * g.w[1]
-    plan = _Plan(kind, rows=g.group_outputs, columns=columns, depth=dy.size // g.y[1], groups=g.group, outputs=dw.size + (0 if db is None else 2 * db.size))
-    partial = _Space(ops, packed=0, bias=0, partial=plan.partial_bytes).partial()
+def _exact_weights(ops: Base, g: Geometry, x: Array, dy: Array, dw: Array, accumulate: bool) -> None:
+    cut = exact(rows=g.group_outputs, columns=g.cells * g.w[1], depth=dy.size // g.y[1], groups=g.group, outputs=dw.size)
+    partial = _Space(ops, partial=cut.partial_bytes).part("partial", "float32")
     whole = [np.bool_(_whole_vectors(channels, operand)) for channels, operand in ((g.w[1], x), (g.group_outputs, dy))]
-    adds = (np.bool_(accumulate_w), np.bool_(accumulate_b))
-    ops.launch(GEMM, f"gemm_weights<{kind}>", plan.grid, THREADS, x, dy, dw, db, partial, plan.struct(g), *whole, *adds)
+    final = np.bool_(accumulate and partial is None)
+    ops.launch(GEMM, "gemm_weights", cut.blocks, cut.tile.threads, x, dy, dw, partial, g.struct(cut), *whole, final)
     if partial is not None:
-        sizes = (np.int64(dw.size), np.int32(g.y[1]), np.int32(plan.splits))
-        ops.launch(GEMM, "gemm_weights_finish<float>", blocks(dw.size), THREADS, partial, dw, db, *sizes, *adds)
+        _finish(ops, partial, None, dw, cut, columns=1, accumulate=accumulate)
 
 
-class _Plan:
-    """How a product of rows x columns over `depth`, for each of `groups`, is cut into blocks and splits; outputs: elements of the result."""
+class _Fit:
+    """How an operand of tensor cores lies: the channels of a group, made whole pieces, and whether that, or its address, asks for a copy.
 
-    def __init__(self, kind: str, *, rows: int, columns: int, depth: int, groups: int, outputs: int, one_split: bool = False) -> None:
-        slices, tiles = -(-depth // DEPTH[kind]), -(-rows // BM) * -(-columns // BN) * groups
-        wanted = 1 if one_split else max(1, min(ENOUGH_BLOCKS // max(tiles, 1), slices // LEAST_SLICES))
-        self.per_split = max(1, -(-slices // wanted)) * DEPTH[kind]
-        self.splits = max(1, -(-depth // self.per_split))  # a sum of no terms is written too
-        self.grid = (-(-rows // BM), -(-columns // BN), self.splits * groups)
-        self.partial_bytes = 4 * self.splits * outputs if self.splits > 1 else 0
+    narrow: pieces may be of 8 bytes, for an image's few channels of bfloat16.
+    """
 
-    def struct(self, g: Geometry) -> np.void:
-        return g.struct(self.splits, self.per_split)
+    def __init__(self, x: Array, channels: int, groups: int, *, narrow: bool = False) -> None:
+        self.piece = VECTOR // 2 if narrow and channels <= IMAGE_CHANNELS else VECTOR
+        size = self.piece // x.itemsize
+        self.channels = -(-channels // size) * size
+        self.copy = bool(self.channels != channels or x.address % self.piece)
+        self.nbytes = max(x.size // max(channels, 1) * self.channels * x.itemsize, VECTOR) if self.copy else 0  # one vector of nothing: an address
+
+    @classmethod
+    def none(cls, channels: int) -> _Fit:
+        """Of an operand that is taken as it is."""
+        fit = cls.__new__(cls)
+        fit.piece, fit.channels, fit.copy, fit.nbytes = 0, channels, False, 0
+        return fit
 
 
 class _Space:
-    """The scratch memory of one product: weights in another order or type, the bias in float32, partial sums."""
+    """The scratch memory of one product, a part of so many bytes for each name: weights in another order or type, the bias in float32,
+    partial sums, operands with more channels."""
 
-    def __init__(self, ops: Base, *, packed: int, bias: int, partial: int) -> None:
-        self._ops, self._sizes = ops, (packed, bias, partial)
-        sizes = [-(-size // ALIGN) * ALIGN for size in self._sizes]
-        self._starts = (0, sizes[0], sizes[0] + sizes[1])
-        self._buffer = ops.scratch(sum(sizes)) if sum(sizes) else None
+    def __init__(self, ops: Base, **sizes: int) -> None:
+        self._ops, self._sizes, self._starts, end = ops, sizes, {}, 0
+        for name, size in sizes.items():
+            self._starts[name] = end
+            end += -(-size // ALIGN) * ALIGN
+        self._buffer = ops.scratch(end) if end else None
 
-    def packed(self, like: Array, count: int) -> Array:
-        """Room for `count` weights in the type of `like`."""
-        return self._part(0, count, like.dtype)
+    def part(self, name: str, dtype: Any) -> Array | None:
+        """The part of that name; None where it has no bytes."""
+        if not self._sizes[name]:
+            return None
+        kind = np.dtype(dtype)
+        return self._ops.part(self._buffer, self._starts[name], (self._sizes[name] // kind.itemsize,), kind)
 
     def floats(self, b: Array | None) -> Array | None:
         """b in float32."""
         if b is None or b.dtype == FLOAT32:
             return b
-        return _packed(self._ops, b, self._part(1, b.size, "float32"), (1, 1, 1, b.size))
+        return _packed(self._ops, b, self.part("bias", "float32"), (1, 1, 1, b.size))
 
-    def partial(self) -> Array | None:
-        """Room for the partial sums; None where there is one split."""
-        return self._part(2, self._sizes[2] // 4, "float32") if self._sizes[2] else None
 
-    def _part(self, number: int, count: int, dtype: Any) -> Array:
-        return self._ops.part(self._buffer, self._starts[number], (count,), dtype)
+def _kind(x: Array, tf32: bool) -> str:
+    """The kind of product: what the kernels are compiled for."""
+    name = cname(x)
+    assert name in ITEM, name
+    return "tf32" if tf32 and name == EXACT else name
+
+
+def _shape(product: str, kind: str, g: Geometry) -> str:
+    """Names a product for the table of what was timed."""
+    sizes = " ".join("x".join(map(str, size)) for size in (g.x, g.w, g.stride, g.pad, g.dilation))
+    return f"{product} {kind}: x, w, stride, pad, dilation {sizes} group {g.group}"
+
+
+def _launch(ops: Base, name: str, cut: Cut, *args: Any) -> None:
+    ops.launch(module_of(name), name, cut.blocks, cut.tile.threads, *args, shared=cut.tile.shared)
 
 
 def _whole_vectors(channels: int, *operands: Array) -> bool:
     """Whether `channels` elements are whole vectors of 16 bytes, and all operands start where one may: views need not."""
-    return all(channels * x.itemsize % 16 == 0 and x.address % 16 == 0 for x in operands)
+    return all(channels * x.itemsize % VECTOR == 0 and x.address % VECTOR == 0 for x in operands)
 
 
 def _float_bytes(b: Array | None) -> int:
     return 0 if b is None or b.dtype == FLOAT32 else 4 * int(b.size)
 
 
-def _packed(ops: Base, w: Array, out: Array, shape: Ints) -> Array:
-    """w of `shape` (group, outputs, cells, channels) as (group, channels, cells, outputs), in the type of `out`."""
-    ops.launch(GEMM, f"gemm_pack<{cname(w)}, {cname(out)}>", blocks(prod(shape)), THREADS, w, out, *(np.int32(size) for size in shape))
+def _packed(ops: Base, w: Array, out: Array | None, shape: Ints, padded: int = 0) -> Array:
+    """w of `shape` (group, outputs, cells, channels) as (group, channels, cells, outputs), in the type of `out`; padded: outputs with zeros, or 0."""
+    sizes = (*shape, padded or shape[1])
+    count = prod(shape) // max(shape[1], 1) * sizes[4]
+    ops.launch(GEMM, f"gemm_pack<{cname(w)}, {cname(out)}>", blocks(count), THREADS, w, out, *(np.int32(size) for size in sizes))
+    return out
+
+
+def _padded(ops: Base, x: Array, out: Array | None, channels: int, padded: int) -> Array:
+    """x as rows of `channels` that end in zeros up to `padded`, a multiple of 4, in the type of `out`."""
+    rows = x.size // max(channels, 1)
+    if rows:
+        name = f"gemm_pad<{cname(x)}, {cname(out)}>"
+        ops.launch(GEMM, name, blocks(rows * padded // 4), THREADS, x, out, np.int64(rows), np.int32(channels), np.int32(padded))
     return out
 
 
@@ -165,11 +267,12 @@ def _finish(
     partial: Array,
     bias: Array | None,
     y: Array,
-    plan: _Plan,
+    cut: Cut,
     *,
     columns: int,
     relu: bool = False,
+    accumulate: bool = False,
     positive: Array | None = None,
 ) -> None:
-    numbers = (np.int64(y.size), np.int32(columns), np.int32(plan.splits), np.bool_(relu))
+    numbers = (np.int64(y.size), np.int32(columns), np.int32(cut.splits), np.bool_(relu), np.bool_(accumulate))
     ops.launch(GEMM, f"gemm_finish<{cname(y)}>", blocks(y.size), THREADS, partial, bias, positive, y, *numbers)

@@ -8,23 +8,18 @@ from caffelite.backends.cuda.scale_bias import ScaleBias
 
 
 class InnerProduct(ScaleBias):  # whose sum is the bias gradient too
-    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False) -> None:
-        forward(self, _geometry(x, y), x, w, b, y, relu=relu, transposed=transpose)
+    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False, tf32: bool = False) -> None:
+        forward(self, _geometry(x, y), x, w, b, y, relu=relu, transposed=transpose, tf32=tf32)
 
-    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool) -> None:
-        if transpose:  # (K,N) lies packed
-            backward_data(self, _geometry(dx, dy), dy, w, dx, positive, packed=True)
-        else:
-            backward_data(self, _geometry(dx, dy), dy, w, dx, positive)
+    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, tf32: bool = False) -> None:
+        backward_data(self, _geometry(dx, dy), dy, w, dx, positive, packed=transpose, tf32=tf32)  # (K,N) lies packed
 
     def inner_product_backward_weights(
-        self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool
+        self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool, tf32: bool = False
     ) -> None:
-        if dw is not None and transpose:
-            backward_weights(self, _geometry(dy, x), dy, x, dw, None, accumulate_w, False)
-        elif dw is not None:
-            backward_weights(self, _geometry(x, dy), x, dy, dw, db, accumulate_w, accumulate_b)
-            return
+        if dw is not None:
+            inputs, outputs = (dy, x) if transpose else (x, dy)
+            backward_weights(self, _geometry(inputs, outputs), inputs, outputs, dw, accumulate_w, tf32=tf32)
         if db is not None:
             self.bias_backward(dy, db.reshape((1, -1)), accumulate=accumulate_b)
 

@@ -12,10 +12,13 @@ TYPES = ("float", "bf16")  # how activations are stored
 
 
 class Module:
-    """kernels/<stem>.cu with the name expressions of all its kernels, such as "relu_forward<bf16>"."""
+    """kernels/<stem>.cu with the name expressions of kernels in it, such as "relu_forward<bf16>".
 
-    def __init__(self, stem: str, names: list[str]) -> None:
+    part: names one of several modules that share a file and divide its kernels, each compiled when one of its own is needed."""
+
+    def __init__(self, stem: str, names: list[str], part: str = "") -> None:
         self.stem, self.names = stem, tuple(names)
+        self.name = f"{stem}-{part}" if part else stem
 
     @property
     def path(self) -> Path:

@@ -42,10 +42,8 @@ class Memory(Base, any_layout=True):
         self._ring = Ring(driver)
 
     def supports(self, precision: str) -> str | None:
-        if precision in ("float32", "bfloat16"):
+        if precision in ("float32", "tf32", "bfloat16"):
             return EMULATED if self.driver.name == "emulator" else None
-        if precision == "tf32":
-            raise BackendError("the cuda backend has no tf32 kernels yet", hint="use float32 or bfloat16")
         raise BackendError(f"unknown precision '{precision}'", hint="known ones: float32, tf32, bfloat16")
 
     def allocate(self, nbytes: int) -> Array:

@@ -19,7 +19,7 @@ COLUMN_BYTES = 16 << 20
 
 class Convolution(Base):
     def convolution_forward(
-        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False
+        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False, tf32: bool = False
     ) -> None:
         work = work_type(x, w)
         out, kernel = y.shape[2:], w.shape[2:]
@@ -38,7 +38,7 @@ class Convolution(Base):
                 store(channels_last(y[images, filters]), values.reshape(-1, *out, weights.shape[0]))
 
     def convolution_backward_data(
-        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int
+        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
     ) -> None:
         work = work_type(dy, w)
         out, kernel, size = dy.shape[2:], w.shape[2:], dx.shape[2:]
@@ -68,6 +68,7 @@ class Convolution(Base):
         group: int,
         accumulate_w: bool,
         accumulate_b: bool,
+        tf32: bool = False,
     ) -> None:
         if db is not None:
             store_gradient(db, column_sums(rows(widen(dy)[0])), accumulate_b)

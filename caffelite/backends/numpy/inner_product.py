@@ -9,7 +9,7 @@ from caffelite.backends.numpy.common import Base, column_sums, rectified, store,
 
 
 class InnerProduct(Base):
-    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False) -> None:
+    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False, tf32: bool = False) -> None:
         left, right = widen(x, w)
         values = left @ (right if transpose else right.T)
         if b is not None:
@@ -18,12 +18,12 @@ class InnerProduct(Base):
             np.maximum(values, 0, out=values)
         store(y, values)
 
-    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool) -> None:
+    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, tf32: bool = False) -> None:
         left, right = widen(dy, w)
         store(dx, rectified(left @ (right.T if transpose else right), positive))
 
     def inner_product_backward_weights(
-        self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool
+        self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool, tf32: bool = False
     ) -> None:
         data, gradient = widen(x, dy)
         if dw is not None:

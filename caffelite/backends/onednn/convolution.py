@@ -61,7 +61,7 @@ class ConvolutionOps(ActivationOps):
     """Convolution forward and backward."""
 
     def convolution_forward(
-        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False
+        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False, tf32: bool = False
     ) -> None:
         key = ("convolution forward", signature(x), signature(w), None if b is None else signature(b), signature(y), stride, pad, dilation, group, relu)
 
@@ -77,7 +77,7 @@ class ConvolutionOps(ActivationOps):
             plan(x.ctypes.data, w.ctypes.data, address(b), y.ctypes.data)
 
     def convolution_backward_data(
-        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int
+        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
     ) -> None:
         key = ("convolution backward data", signature(dy), signature(w), signature(dx), stride, pad, dilation, group)
 
@@ -104,6 +104,7 @@ class ConvolutionOps(ActivationOps):
         group: int,
         accumulate_w: bool,
         accumulate_b: bool,
+        tf32: bool = False,
     ) -> None:
         numbers = (stride, pad, dilation, group, accumulate_w, accumulate_b)
         key = ("convolution backward weights", signature(x), signature(dy), None if dw is None else signature(dw), db is None, *numbers)

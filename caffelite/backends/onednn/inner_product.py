@@ -83,7 +83,7 @@ def plan_backward_bias(dnnl: Dnnl, dy: Array, db: Array, add: bool) -> Run:
 class InnerProductOps(ActivationOps):
     """InnerProduct forward and backward."""
 
-    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False) -> None:
+    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False, tf32: bool = False) -> None:
         key = ("inner product forward", signature(x), signature(w), None if b is None else signature(b), signature(y), transpose, relu)
 
         def build() -> Run:
@@ -96,7 +96,7 @@ class InnerProductOps(ActivationOps):
         else:
             plan(x.ctypes.data, w.ctypes.data, address(b), y.ctypes.data)
 
-    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool) -> None:
+    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, tf32: bool = False) -> None:
         key = ("inner product backward data", signature(dy), signature(w), signature(dx), transpose)
 
         def build() -> Run:
@@ -111,7 +111,7 @@ class InnerProductOps(ActivationOps):
             self._rectify(dx, positive)
 
     def inner_product_backward_weights(
-        self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool
+        self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool, tf32: bool = False
     ) -> None:
         if dw is not None:
             self._inner_product_weights(x, dy, dw, transpose, accumulate_w)

@@ -1,123 +1,63 @@
-// gemm.cu - convolution in two dimensions and inner product (a 1x1 convolution of M images of one pixel), forward and backward.
+// gemm.cu - convolution in two dimensions and inner product (a 1x1 convolution of M images of one pixel), forward and backward, in float32 that is
+// exact; and the passes before and after that tensor cores (gemm_mma.cu) need too.
 //
 // gemm_forward   y: m = pixel of y, n = output of the group, k = (cell, channel). B = weights (outputs, cells x channels); planar: both the
 //                other way round, which adds an image's few channels in the order of Caffe, whose near-ties of max pooling then fall alike.
-// gemm_data      dx: m = pixel of x, n = channel of the group, k = (cell, output). B = weights packed as (channels, cells x outputs) by gemm_pack.
+// gemm_data      dx: m = pixel of x in a class, n = channel of the group, k = (cell of the class, output). B = weights packed as (channels,
+//                cells x outputs) by gemm_pack.
 // gemm_weights   dw: m = output of the group, n = (cell, channel), k = pixel of y. The last split runs past the end, where operands are 0.
-//                db: the blocks of the first columns also add up the slices of dy that they have in shared memory, which saves reading dy again
-//                (2 bytes an element in bfloat16) for BK/lanes loads of 4 bytes from shared memory a slice and thread.
 // With one split the result is final: bias and ReLU (gemm_data: the backward of the ReLU below), rounding or accumulating are done on the way out. With more, partial sums (split, C)
-// go to `partial` in float, and gemm_finish adds them in order. Main loop, bytes and operations: gemm.cuh. Ladder: not measured.
-#include "gemm.cuh"
+// go to `partial` in float, and gemm_finish adds them in order. Main loop, bytes and operations: gemm_float.cuh.
+// gemm_finish    reads 4 bytes a split and writes one element; gemm_pack and gemm_pad read and write each weight, or activation, once.
+#include "gemm_float.cuh"
 
-template <class T>
-struct Finish {  // what happens to a sum before it is stored in y[at]; `column` counts the outputs
-  T* y;
-  const float* bias;
-  bool relu, accumulate;
-  const T* positive;  // y's shape: what a ReLU put out whose backward y goes on through
-  __device__ __forceinline__ void store(long long at, long long column, float sum) const {
-    if (bias) sum += bias[column];
-    if (relu && !(sum > 0) && !is_nan(sum)) sum = 0;
-    if (positive) sum = rectified(sum, positive[at]);
-    y[at] = from_float<T>(accumulate ? to_float(y[at]) + sum : sum);
-  }
-};
-
-template <class T>
-__global__ void __launch_bounds__(THREADS, 2) gemm_forward(const T* x, const T* w, const float* bias, T* y, float* partial, Geometry g, bool aligned, bool planar, bool relu) {
-  int group = blockIdx.z % g.groups, split = blockIdx.z / g.groups;
-  Windows<T, false> a{x, g, group * g.group_channels, aligned, planar};
-  long long count = a.columns(), rows = a.rows();
-  Matrix<T> b{w + (long long)group * g.group_outputs * count, g.group_outputs, (int)count, count, aligned};
-  long long m0 = (long long)blockIdx.x * BM, n0 = blockIdx.y * BN, first = split * g.per_split, last = min(first + g.per_split, count);
-  Finish<T> finish{y, bias, relu, false, nullptr};
-  multiply_tables<T, true, true>(a, b, m0, n0, first, last, [&](int i, int j, float sum) {
-    long long m = m0 + i, n = n0 + j;
-    if (m >= rows || n >= g.group_outputs) return;
-    long long column = group * g.group_outputs + n, at = m * g.outputs + column;
-    if (partial) partial[split * rows * g.outputs + at] = sum;
-    else finish.store(at, column, sum);
+template <bool A_KMAJOR, bool B_KMAJOR, class A, class B, class Place>
+__device__ __forceinline__ void multiply_float(const A& a, const B& b, const Block& block, long long first, long long last, const Exit<float>& exit, Place place) {
+  multiply_tables<A_KMAJOR, B_KMAJOR>(a, b, block.m, block.n, first, last, [&](int i, int j, const Vec<float>& sums) {
+    exit.run<4>(block.m + i, block.n + j, &sums, place);
   });
 }
 
-template <class T>
-__global__ void __launch_bounds__(THREADS, 2) gemm_data(const T* dy, const T* packed, T* dx, const T* positive, float* partial, Geometry g, bool aligned) {
-  int group = blockIdx.z % g.groups, split = blockIdx.z / g.groups;
-  Windows<T, true> a{dy, g, group * g.group_outputs, aligned, false};
-  long long count = a.columns(), rows = a.rows();
-  Matrix<T> b{packed + (long long)group * g.group_channels * count, g.group_channels, (int)count, count, aligned};
-  long long m0 = (long long)blockIdx.x * BM, n0 = blockIdx.y * BN, first = split * g.per_split, last = min(first + g.per_split, count);
-  Finish<T> finish{dx, nullptr, false, false, positive};
-  multiply_tables<T, true, true>(a, b, m0, n0, first, last, [&](int i, int j, float sum) {
-    long long m = m0 + i, n = n0 + j;
-    if (m >= rows || n >= g.group_channels) return;
-    long long at = m * g.channels + group * g.group_channels + n;
-    if (partial) partial[split * rows * g.channels + at] = sum;
-    else finish.store(at, 0, sum);
-  });
-}
-
-template <class T>
 __global__ void __launch_bounds__(THREADS, 2)
-    gemm_weights(const T* x, const T* dy, float* dw, float* db, float* partial, Geometry g, bool aligned_x, bool aligned_dy, bool accumulate_w, bool accumulate_b) {
-  int group = blockIdx.z % g.groups, split = blockIdx.z / g.groups;
-  Windows<T, false> b{x, g, group * g.group_channels, aligned_x, false};
-  long long pixels = b.rows(), count = b.columns();
-  Matrix<T> a{dy + group * g.group_outputs, pixels, g.group_outputs, g.outputs, aligned_dy};
-  long long m0 = (long long)blockIdx.x * BM, n0 = (long long)blockIdx.y * BN, first = split * g.per_split, last = min(first + g.per_split, pixels);
-  Finish<float> finish{dw, nullptr, false, accumulate_w, nullptr};
-  long long results = g.outputs * count, each = results + (db ? 2 * g.outputs : 0);  // of a split: see gemm_weights_finish
-  ColumnSums<T> bias;
-  bool sums = db && blockIdx.y == 0;
-  auto write = [&](int i, int j, float sum) {
-    long long m = m0 + i, n = n0 + j;
-    if (m >= g.group_outputs || n >= count) return;
-    long long at = (group * g.group_outputs + m) * count + n;
-    if (partial) partial[split * each + at] = sum;
-    else finish.store(at, 0, sum);
-  };
-  multiply_tables<T, false, false>(a, b, m0, n0, first, last, write, [&](const T* slice, int pitch) {
-    if (sums) bias.add(slice, pitch);
-  });
-  if (!sums) return;
-  bias.each([&](int i, double sum) {
-    if (m0 + i >= g.group_outputs) return;
-    long long at = group * g.group_outputs + m0 + i;
-    if (partial) {
-      float high = (float)sum, *pair = partial + split * each + results + 2 * at;
-      pair[0] = high;
-      pair[1] = (float)(sum - high);
-    } else {
-      db[at] = (float)(accumulate_b ? db[at] + sum : sum);
-    }
-  });
+    gemm_forward(const float* x, const float* w, const float* bias, float* y, float* partial, Geometry g, bool aligned, bool planar, bool relu) {
+  Block block = block_of(g, BM, BN, false);
+  Windows<float> a{x, forward_taps(g, block), aligned, planar};
+  long long count = a.t.columns(), rows = a.t.rows();
+  Matrix<float> b{w + (long long)block.group * g.group_outputs * count, g.group_outputs, (int)count, count, aligned};
+  long long first = block.split * g.per_split, last = min(first + g.per_split, count);
+  Finish<float> finish{y, bias, relu, false, nullptr};
+  Exit<float> exit(finish, partial, block, rows, g.group_outputs, g.outputs, block.group * g.group_outputs, rows * g.outputs);
+  multiply_float<true, true>(a, b, block, first, last, exit, [](long long m) { return m; });
 }
 
-// dw and db (may be null) from the partial sums of gemm_weights, in the order of the splits. results, outputs: their elements. A split leaves its
-// terms of dw, and after them those of db as pairs of floats that make a double.
-template <class T>
-__global__ void gemm_weights_finish(const T* partial, T* dw, T* db, long long results, int outputs, int splits, bool accumulate_w, bool accumulate_b) {
-  long long each = results + (db ? 2 * outputs : 0);
-  for (long long i = thread_index(); i < results; i += thread_count()) {
-    T sum = partial[i];
-    for (int s = 1; s < splits; ++s) sum += partial[s * each + i];
-    dw[i] = accumulate_w ? dw[i] + sum : sum;
-  }
-  for (long long i = thread_index(); db && i < outputs; i += thread_count()) {
-    double sum = 0;
-    for (int s = 0; s < splits; ++s) {
-      const T* pair = partial + s * each + results + 2 * i;
-      sum += (double)pair[0] + pair[1];
-    }
-    db[i] = (T)(accumulate_b ? db[i] + sum : sum);
-  }
+__global__ void __launch_bounds__(THREADS, 2) gemm_data(const float* dy, const float* packed, float* dx, const float* positive, float* partial, Geometry g, bool aligned) {
+  Block block = block_of(g, BM, BN, true);
+  Windows<float> a{dy, backward_taps(g, block), aligned, false};
+  long long count = a.t.columns(), rows = a.t.rows(), pitch = (long long)g.kernel_h * g.kernel_w * g.group_outputs;
+  if (block.m >= rows) return;  // another class has more pixels
+  Filters<float> b{packed + block.group * g.group_channels * pitch, a.t, g.group_channels, pitch, aligned};
+  long long first = block.split * g.per_split, last = min(first + g.per_split, count);
+  Finish<float> finish{dx, nullptr, false, false, positive};
+  Exit<float> exit(finish, partial, block, rows, g.group_channels, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels);
+  multiply_float<true, true>(a, b, block, first, last, exit, [&](long long m) { return a.t.pixel(m); });
+}
+
+__global__ void __launch_bounds__(THREADS, 2)
+    gemm_weights(const float* x, const float* dy, float* dw, float* partial, Geometry g, bool aligned_x, bool aligned_dy, bool accumulate) {
+  Block block = block_of(g, BM, BN, false);
+  Windows<float> b{x, forward_taps(g, block), aligned_x, false};
+  long long pixels = b.t.rows(), count = b.t.columns();
+  Matrix<float> a{dy + block.group * g.group_outputs, pixels, g.group_outputs, g.outputs, aligned_dy};
+  long long first = block.split * g.per_split, last = min(first + g.per_split, pixels);
+  Finish<float> finish{dw, nullptr, false, accumulate, nullptr};
+  Exit<float> exit(finish, partial, block, g.group_outputs, (int)count, count, 0, g.outputs * count);
+  multiply_float<false, false>(a, b, block, first, last, exit, [&](long long m) { return (long long)block.group * g.group_outputs + m; });
 }
 
 // y[i] = the sum of partial[s][i] in the order of s, finished; columns: outputs, for the bias.
 template <class T>
-__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, T* y, long long n, int columns, int splits, bool relu) {
-  Finish<T> finish{y, bias, relu, false, positive};
+__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, T* y, long long n, int columns, int splits, bool relu, bool accumulate) {
+  Finish<T> finish{y, bias, relu, accumulate, positive};
   for (long long i = thread_index(); i < n; i += thread_count()) {
     float sum = partial[i];
     for (int s = 1; s < splits; ++s) sum += partial[s * n + i];
@@ -125,16 +65,32 @@ __global__ void gemm_finish(const float* partial, const float* bias, const T* po
   }
 }
 
-// Weights (group, outputs, cells, channels) as (group, channels, cells, outputs), in the type of the activations.
+// Weights (group, outputs, cells, channels) as (group, channels, cells, padded), in the type of the activations; zeros after the outputs.
 template <class S, class T>
-__global__ void gemm_pack(const S* w, T* packed, int groups, int outputs, int cells, int channels) {
-  long long n = (long long)groups * outputs * cells * channels;
+__global__ void gemm_pack(const S* w, T* packed, int groups, int outputs, int cells, int channels, int padded) {
+  long long n = (long long)groups * padded * cells * channels;
   for (long long i = thread_index(); i < n; i += thread_count()) {
     long long rest = i;
-    int output = rest % outputs;
-    int cell = (rest /= outputs) % cells;
+    int output = rest % padded;
+    int cell = (rest /= padded) % cells;
     int channel = (rest /= cells) % channels;
     long long group = rest / channels;
-    packed[i] = from_float<T>(to_float(w[((group * outputs + output) * cells + cell) * channels + channel]));
+    packed[i] = from_float<T>(output < outputs ? to_float(w[((group * outputs + output) * cells + cell) * channels + channel]) : 0.f);
+  }
+}
+
+// x (rows, channels) as (rows, padded), in another type where asked for; zeros after the channels. A thread makes four elements.
+template <class S, class T>
+__global__ void gemm_pad(const S* x, T* y, long long rows, int channels, int padded) {
+  int quads = padded / 4;
+  for (long long i = thread_index(); i < rows * quads; i += thread_count()) {
+    long long row = i / quads;
+    int first = (int)(i - row * quads) * 4;
+    T four[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) four[e] = from_float<T>(first + e < channels ? to_float(x[row * channels + first + e]) : 0.f);
+    typename Word<4 * sizeof(T)>::type word;
+    memcpy(&word, four, sizeof word);
+    *reinterpret_cast<typename Word<4 * sizeof(T)>::type*>(y + row * padded + first) = word;
   }
 }

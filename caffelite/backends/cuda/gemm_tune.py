@@ -1,0 +1,97 @@
+"""Choosing how a product is cut by timing it: CAFFELITE_CUDA_TUNE=1, on GPUs.
+
+At the first use of a shape the cuts that gemm_plan's formula likes best run a few times each, and the fastest is kept, in memory and in a
+file beside the compiled kernels, named after the device and the text of the kernels, so that later runs choose alike and repeat bit for bit.
+The file is JSON: for each shape the tile, the splits and the seconds of all that were tried. Without the variable, on the emulator, or
+where a shape is first met while work is being recorded, the formula decides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from caffelite.backends.cuda import cache, gemm_plan
+from caffelite.backends.cuda.driver import Driver
+from caffelite.backends.cuda.gemm_plan import Cut
+from caffelite.backends.cuda.launch import digest
+from caffelite.errors import BackendError
+
+ENVIRONMENT = "CAFFELITE_CUDA_TUNE"
+TRIED, RUNS = 6, 3  # cuts, and timed runs of each, of which the fastest counts
+
+
+class Tuner:
+    """Picks cuts for one driver."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver, self.on = driver, os.environ.get(ENVIRONMENT, "") not in ("", "0")
+        self._picked: dict[str, Cut] = {}
+        self._table: dict[str, Any] | None = None
+
+    def pick(self, shape: str, cuts: Sequence[Cut], trial: Callable[[Cut], None]) -> Cut:
+        """One of `cuts`, the formula's favourite first, for the product that `shape` names. trial(cut) runs it, changing nothing that counts."""
+        if not self.on:
+            return cuts[0]
+        if shape not in self._picked:
+            self._picked[shape] = self._remembered(shape, cuts) or self._tried(shape, cuts, trial)
+        return self._picked[shape]
+
+    @property
+    def path(self) -> Path:
+        """The file of what was chosen on this device with these kernels."""
+        facts = self._driver.facts()
+        device = re.sub(r"\W+", "-", facts.name if facts else "none")
+        texts = [path for module in gemm_plan.MODULES[:1] for path in module.sources()]
+        return cache.folder("cuda") / f"tiles-{device}-{digest(*texts, Path(gemm_plan.__file__))}.json"
+
+    def _remembered(self, shape: str, cuts: Sequence[Cut]) -> Cut | None:
+        if self._table is None:
+            self._table = _read(self.path)
+        entry = self._table.get(shape)
+        return next((cut for cut in cuts if entry and _name(cut) == entry["chosen"]), None)
+
+    def _tried(self, shape: str, cuts: Sequence[Cut], trial: Callable[[Cut], None]) -> Cut:
+        if self._driver.capturing or self._driver.facts() is None:
+            return cuts[0]
+        seconds: dict[str, float] = {}
+        for cut in cuts[:TRIED]:
+            trial(cut)  # compiles, and warms up
+            seconds[_name(cut)] = min(self._seconds(cut, trial) for _ in range(RUNS))
+        best = min(cuts[:TRIED], key=lambda cut: seconds[_name(cut)])
+        self._write(shape, {"chosen": _name(best), "seconds": seconds})
+        return best
+
+    def _seconds(self, cut: Cut, trial: Callable[[Cut], None]) -> float:
+        start = self._driver.mark()
+        trial(cut)
+        return self._driver.seconds_between(start, self._driver.mark())
+
+    def _write(self, shape: str, entry: dict[str, Any]) -> None:
+        """Adds an entry to the file; what another process has added meanwhile stays."""
+        self._table = {shape: entry} | _read(self.path)
+        made = self.path.with_name(f"{os.getpid()}-{self.path.name}")
+        try:
+            made.write_text(json.dumps(self._table, indent=1, sort_keys=True) + "\n")
+            made.replace(self.path)
+        except OSError as error:
+            raise BackendError(f"cannot write the table of tiles {self.path}: {error.strerror}", hint="name another folder in CAFFELITE_CACHE") from error
+        finally:
+            made.unlink(missing_ok=True)
+
+
+def _name(cut: Cut) -> str:
+    return f"{cut.tile.rows}x{cut.tile.columns}, {cut.splits} splits of {cut.per_split}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing where there is none. BackendError where it cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise BackendError(f"the table of tiles {path} cannot be read: {error}", hint="delete that file: shapes are timed anew") from error
+    return found

@@ -29,12 +29,23 @@ class BlobInfo:
     writers: list[Node] = field(default_factory=list)
     readers: list[Node] = field(default_factory=list)
     data_of: BlobInfo | None = None  # lies in another blob's memory (a Split's tops)
+    diff_of: BlobInfo | None = None  # its gradient lies where another blob's does
     persistent: bool = False  # keeps its contents between iterations
 
     @property
     def data_root(self) -> BlobInfo:
         """The blob whose memory holds this blob's data."""
         return self.data_of.data_root if self.data_of else self
+
+    @property
+    def label(self) -> str:
+        """The name that the file gives it: a blob that a fusion has set apart has none of its own."""
+        return self.diff_root.name
+
+    @property
+    def diff_root(self) -> BlobInfo:
+        """The blob whose memory holds this blob's gradient."""
+        return self.diff_of.diff_root if self.diff_of else self
 
 
 @dataclass(eq=False)
@@ -70,10 +81,21 @@ class Node:
     propagate_down: list[bool] = field(default_factory=list)
     learn: list[bool] = field(default_factory=list)  # one per parameter: backward computes its gradient
     forward_fused: bool = False  # an earlier node's op already does this node's forward
+    backward_fused: bool = False  # a later or an earlier node's op already does this node's backward
+    absorbed: list[Node] = field(default_factory=list)  # nodes whose parameters this node's backward gives gradients
 
     @property
     def name(self) -> str:
         return self.layer.name
+
+    @property
+    def runs_backward(self) -> bool:
+        """Whether the node has a backward step of its own."""
+        return self.needs_backward and not self.backward_fused
+
+    def written_in_place(self, index: int = 0) -> bool:
+        """Whether the file has one name for top `index` and bottom `index`."""
+        return index < len(self.bottoms) and index < len(self.tops) and self.bottoms[index].label == self.tops[index].label
 
     def in_place(self, index: int = 0) -> bool:
         """Whether top `index` is bottom `index`."""
@@ -339,14 +361,3 @@ def _prune(graph: Graph) -> None:
                 node.propagate_down[i] = False
             if not node.propagate_down[i]:
                 skip.add(bottom.name)
-
-
-def fuse(graph: Graph) -> None:
-    """Lets a Convolution or InnerProduct do the forward of a ReLU that follows in place; its backward stays a step of its own."""
-    for node in graph.nodes:
-        if hasattr(node.layer, "relu") and len(node.tops) == 1:
-            writers = node.tops[0].writers
-            after = writers[writers.index(node) + 1 :][:1]
-            if after and after[0].layer.type == "ReLU" and after[0].layer.param.relu_param.negative_slope == 0:
-                node.layer.relu = True
-                after[0].forward_fused = True

@@ -82,6 +82,7 @@ class Layer:
         self.context = RunContext()
         self.stream = zlib.crc32(self.name.encode())  # names this layer's random numbers
         self.training = phase == pb.TRAIN
+        self.relu_bottoms: frozenset[int] = frozenset()  # set by the graph: see may_take_relu
         self.keeps = True  # a backward step follows forward; set by the memory plan, before buffer_specs is asked
 
     # --- set-up --------------------------------------------------------------------------------------------------------
@@ -111,6 +112,11 @@ class Layer:
     def backward_reads(self) -> frozenset[str]:
         """Which of BOTTOM, TOP, SIGN the backward of this very layer reads as data. May depend on self.in_place_here."""
         return frozenset((BOTTOM, TOP))
+
+    def may_take_relu(self, bottoms: Sequence[Shape]) -> bool:
+        """Whether backward can take the gradient of its bottoms on through the ReLU (slope 0) that made them. For the bottoms in `relu_bottoms`
+        it has to: their gradients are then 0 where they are not above 0. What that needs of their data, `backward_reads` says."""
+        return False
 
     def multiply_adds(self, bottoms: Sequence[Shape]) -> int:
         """Multiply-adds of one forward pass, for summary and time; 0 where they do not matter."""

@@ -104,20 +104,26 @@ def _data_uses(blob: BlobInfo, steps: dict[int, int], end: int, backward: bool) 
     if any(node.layer.is_source for node in blob.writers):
         uses.append(0)  # where a pass is recorded, all sources are fed before its first layer runs
     if backward:
-        late = [n for n in blob.writers if n.needs_backward and n.layer.backward_reads() & {TOP, SIGN}]
-        late += [n for n in blob.readers if n.needs_backward and BOTTOM in n.layer.backward_reads()]
+        late = [n for n in blob.writers if n.runs_backward and n.layer.backward_reads() & {TOP, SIGN}]
+        late += [n for n in blob.readers if n.runs_backward and BOTTOM in n.layer.backward_reads()]
         uses += [end - 1 - steps[id(node)] for node in late]
     return uses
 
 
 def _diff_regions(graph: Graph, steps: dict[int, int], end: int) -> Iterable[Region]:
+    lodgers: dict[int, list[Node]] = {}  # nodes that use a blob's gradient by way of another blob
     for blob in graph.blobs.values():
+        if blob.diff_of:
+            lodgers.setdefault(id(blob.diff_root), []).extend(node for node in [*blob.writers, *blob.readers] if node.needs_backward)
+    for blob in graph.blobs.values():
+        if blob.diff_of:
+            continue
         weighted = any(w for node in blob.writers for top, w in zip(node.tops, node.loss_weights) if top is blob)
         writers = [node for node in blob.writers if node.needs_backward]
         givers = [node for node in blob.readers if node.needs_backward and _gives(node, blob)]
         if not (weighted or writers or givers):
             continue
-        times = [end - 1 - steps[id(node)] for node in [*writers, *givers]]
+        times = [end - 1 - steps[id(node)] for node in [*writers, *givers, *lodgers.get(id(blob), [])]]
         unwritten = not givers
         keep = weighted or unwritten or blob.persistent  # what nobody writes stays zero, as all memory starts
         yield Region(("diff", blob.name), blob.shape, blob.dtype, min(times, default=0), max(times, default=end), keep)
@@ -130,7 +136,9 @@ def _gives(node: Node, blob: BlobInfo) -> bool:
 def _buffer_regions(graph: Graph, backend: Backend, backward: bool) -> Iterable[Region]:
     end = 2 * len(graph.nodes)
     for i, node in enumerate(graph.nodes):
-        runs_back = node.layer.keeps = backward and node.needs_backward
+        runs_back = node.layer.keeps = backward and node.runs_backward
+        if node.forward_fused and not runs_back:
+            continue
         for name, spec in buffer_specs(node, backend).items():
             for part, first, last in _buffer_lives(spec, i, end - 1 - i, runs_back):
                 yield Region((part, node.name, name), spec.shape, spec.dtype, first, last)

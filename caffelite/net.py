@@ -12,7 +12,8 @@ import numpy as np
 from caffelite.backends.contract import Array, Backend, c_order
 from caffelite.blob import Blob, Param, Shape
 from caffelite.errors import CaffeliteError, SpecError
-from caffelite.graph import Graph, Node, ParamInfo, build_graph, fuse
+from caffelite.fusion import fuse
+from caffelite.graph import Graph, Node, ParamInfo, build_graph
 from caffelite.layer import Layer, RunContext
 from caffelite.memory import MemoryPlan, plan_memory
 from caffelite.params import ParamArena, initial_values
@@ -131,7 +132,7 @@ class Net:
         for name, info in self.graph.blobs.items():
             blob = self.blobs[name]
             blob.data = self._array(("data", info.data_root.name), info.shape)
-            blob.diff = self._array(("diff", name), info.shape)
+            blob.diff = self._array(("diff", info.diff_root.name), info.shape)
         self._bind_buffers()
         for blob, weight in self.weighted_tops():
             if blob.diff is not None:
@@ -268,11 +269,14 @@ class Net:
         self.forward()
 
     def backward(self, start: int | None = None, end: int = 0) -> None:
-        """Runs backward from layer `start` (the last by default) down to layer `end`, both included, skipping layers that need none."""
+        """Runs backward from layer `start` (the last by default) down to layer `end`, both included, skipping layers that need none.
+
+        A part of the net is a net made with observe=True: elsewhere another layer's step may do what this one's would, and
+        gradients that are not needed any more lie under others."""
         for index in range(len(self.steps) - 1 if start is None else start, end - 1, -1):
             for hook in self.hooks.before_backward:
                 hook(index)
-            if self.steps[index].node.needs_backward:
+            if self.steps[index].node.runs_backward:
                 self.backward_step(self.steps[index])
             for hook in self.hooks.after_backward:
                 hook(index)
@@ -282,7 +286,8 @@ class Net:
         layer = step.layer
         if step.repeats:
             self.arena.settle_grads()  # its first share of the gradient must not be overwritten by the second
-        for param, learn in zip(layer.params, step.node.learn):
+        learned = [(param, learn) for node in (step.node, *step.node.absorbed) for param, learn in zip(node.layer.params, node.learn)]
+        for param, learn in learned:
             param.learn = learn
             param.accumulate = (param.owner or param).accumulate
         forward_buffers, layer.buffers = layer.buffers, step.backward_buffers
@@ -290,8 +295,8 @@ class Net:
             layer.backward(self.backend, step.tops, step.node.propagate_down, step.bottoms)
         finally:
             layer.buffers = forward_buffers
-        for param in layer.params:
-            if param.learn:
+        for param, learn in learned:
+            if learn:
                 (param.owner or param).accumulate = param.accumulate = True
 
     def zero_grads(self) -> None:

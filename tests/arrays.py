@@ -78,6 +78,12 @@ def assert_close(got: Any, want: Any, dtype: str = "float32", slack: float = 1.0
     np.testing.assert_allclose(got, want, rtol=slack * relative, atol=slack * absolute * finite.max(initial=0))
 
 
+def rectified(gradient: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """A gradient taken on through the ReLU that put out `positive`."""
+    with np.errstate(invalid="ignore"):
+        return np.where(positive > 0, gradient, 0 * gradient)
+
+
 def numeric_gradient(run: Callable[[np.ndarray], np.ndarray], at: np.ndarray, dy: np.ndarray, step: float = 1e-6) -> np.ndarray:
     """The gradient of sum(run(at) * dy) by central differences in float64."""
     gradient = np.zeros(at.shape)

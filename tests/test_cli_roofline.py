@@ -144,5 +144,5 @@ def test_an_emulated_gpu_says_so(cuda: Backend, tmp_path: Path, monkeypatch: pyt
     assert layers["c"]["forward_ms"] > 0
     on_cpu = json.loads(said(capsys, *command, "--backend", "numpy", "--json")[0])
     assert not {"driver", "peaks", "peak_device_mb"} & set(on_cpu)
-    assert set(on_cpu["layers"][0]) == {"name", "type", "forward_ms", "backward_ms", "forward_gflops", "backward_gflops", "fused"}
+    assert set(on_cpu["layers"][0]) == {"name", "type", "forward_ms", "backward_ms", "forward_gflops", "backward_gflops", "fused", "backward_fused"}
     assert "emulated" not in said(capsys, *command, "--backend", "numpy")[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from arrays import DTYPES, assert_close
+from arrays import DTYPES, assert_close, rectified
 
 from caffelite.backends.contract import Backend
 from caffelite.backends.cuda import gemm_plan
@@ -203,6 +203,16 @@ def test_split_sums(cuda: Backend, rng: np.random.Generator, dtype: str, relu: b
     (left, lefts), dw = put(cuda, rng.standard_normal((k, m)), dtype), put(cuda, np.full((n, m), 2.0), "float32")[0]
     cuda.inner_product_backward_weights(left, dy, dw, None, transpose=False, accumulate_w=True, accumulate_b=False)
     assert_close(cuda.to_host(dw), 2 + dys.T @ lefts, "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_split_sums_go_on_through_a_relu(cuda: Backend, rng: np.random.Generator, dtype: str) -> None:
+    (dy, dys), (w, ws), (positive, above) = (put(cuda, rng.standard_normal(shape), dtype) for shape in ((5, 1100), (1100, 7), (5, 7)))
+    dx, through = cuda.empty((5, 7), dtype), cuda.empty((5, 7), dtype)
+    cuda.inner_product_backward_data(dy, w, dx, transpose=False)
+    assert_close(cuda.to_host(dx), dys @ ws, dtype)
+    cuda.inner_product_backward_data(dy, w, through, positive, transpose=False)
+    np.testing.assert_array_equal(cuda.to_host(through), rectified(np.asarray(cuda.to_host(dx)), above))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

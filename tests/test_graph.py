@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from caffelite.errors import SpecError
-from caffelite.graph import Graph, build_graph, fuse
+from caffelite.fusion import fuse
+from caffelite.graph import Graph, build_graph
 from caffelite.schema import net_from_text, pb
 
 INPUT = 'layer { name: "in" type: "Input" top: "x" top: "t" input_param { shape { dim: 2 dim: 3 dim: 4 dim: 4 } shape { dim: 2 } } }\n'

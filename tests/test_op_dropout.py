@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arrays import DTYPES, assert_close
+from arrays import DTYPES, assert_close, rectified
 
 from caffelite.backends.contract import DropoutKey
 
@@ -58,6 +58,9 @@ def test_mask_and_values(backend, make, rng, shape, key: Key, dtype: str, layout
         assert_close(make.host(y), make.host(x) * want / (1 - ratio), dtype)
         backend.dropout_backward(dy, mask, dx, ratio=ratio)
         assert_close(make.host(dx), make.host(dy) * want / (1 - ratio), dtype)
+        through = make.empty(shape, dtype, layout)
+        backend.dropout_backward(dy, mask, through, y, ratio=ratio)
+        np.testing.assert_array_equal(make.host(through), rectified(make.host(dx), make.host(y)))
         backend.dropout_forward(x, x, mask, ratio=ratio, key=key_of(backend, key))
         np.testing.assert_array_equal(make.host(x), make.host(y))
         backend.dropout_backward(dy, mask, dy, ratio=ratio)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arrays import DTYPES, assert_close, last, numeric_gradient
+from arrays import DTYPES, assert_close, last, numeric_gradient, rectified
 
 SHAPES = [(2, 5, 3, 7), (3, 11)]
 
@@ -17,8 +17,22 @@ def test_sum(backend, make, rng, coeffs, shape, dtype: str, layout: str) -> None
     xs, y = [make(rng.standard_normal(shape), dtype, layout) for _ in coeffs], make.empty(shape, dtype, layout)
     backend.eltwise_sum(xs, y, coeffs)
     assert_close(make.host(y), sum(c * make.host(x) for c, x in zip(coeffs, xs)), dtype)
+    other, positive = make.empty(shape, dtype, layout), make(rng.standard_normal(shape), dtype, layout)
+    backend.eltwise_sum(xs, other, coeffs, relu=True)
+    np.testing.assert_array_equal(make.host(other), np.maximum(make.host(y), 0))
+    backend.eltwise_sum(xs, other, coeffs, positive)
+    np.testing.assert_array_equal(make.host(other), rectified(make.host(y), make.host(positive)))
     backend.eltwise_sum(xs, xs[0], coeffs)
     np.testing.assert_array_equal(make.host(xs[0]), make.host(y))
+
+
+@pytest.mark.parametrize("count", [2, 7])  # 7: more than a kernel takes at once
+def test_nan_passes_a_sum_and_its_relu(backend, make, count: int) -> None:
+    xs, y = [make(np.array([-1.0, np.nan, 1.0])) for _ in range(count)], make.empty((3,))
+    backend.eltwise_sum(xs, y, [1.0] * count, relu=True)
+    np.testing.assert_array_equal(make.host(y), [0, np.nan, count])
+    backend.eltwise_sum(xs, y, [1.0] * count, make(np.array([1.0, 1.0, 0.0])))
+    np.testing.assert_array_equal(make.host(y), [-count, np.nan, 0])
 
 
 @pytest.mark.parametrize("layout", ["contract", "gaps"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arrays import DTYPES, assert_close, numeric_gradient
+from arrays import DTYPES, assert_close, numeric_gradient, rectified
 
 M, K, N = 5, 23, 11
 
@@ -42,6 +42,9 @@ def test_backward(backend, make, rng, transpose: bool, dtype: str, layout: str) 
     dx = make.empty((M, K), dtype, layout)
     backend.inner_product_backward_data(dy, w, dx, transpose=transpose)
     assert_close(make.host(dx), product(make.host(dy), make.host(w) if transpose else make.host(w).T), dtype)
+    through = make.empty((M, K), dtype, layout)
+    backend.inner_product_backward_data(dy, w, through, x, transpose=transpose)
+    np.testing.assert_array_equal(make.host(through), rectified(make.host(dx), make.host(x)))
     want_w = product(make.host(x).T, make.host(dy).T) if transpose else product(make.host(dy).T, make.host(x).T)
     for more_w, more_b in ((False, True), (True, False)):
         dw, db = make(np.full(w.shape, 3.0), "float32", layout), make(np.full(N, 3.0))

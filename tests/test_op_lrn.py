@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arrays import DTYPES, assert_close, last, numeric_gradient
+from arrays import DTYPES, assert_close, last, numeric_gradient, rectified
 
 SHAPES = [(2, 11, 5, 7), (2, 32, 3, 5)]  # fast paths want multiples of 16 channels
 ACROSS = [
@@ -54,6 +54,9 @@ def test_across_channels(backend, make, rng, o: dict, shape, dtype: str, layout:
     # Backward reads y as it was rounded; with bfloat16 the window's terms may differ by their own last place each.
     want_dx = backward(make.host(x), make.host(y), make.host(dy), scale, across_sum, factor, o["size"], o["beta"])
     assert_close(make.host(dx), want_dx, dtype, slack=1 if dtype == "float32" else 3)
+    through = make.empty(shape, dtype, layout)
+    backend.lrn_backward(x, y, dy, through, work, **o, relu=True)
+    np.testing.assert_array_equal(make.host(through), rectified(make.host(dx), make.host(x)))
     alone = make.empty(shape, dtype, layout)
     backend.lrn_forward(x, alone, None, **o)
     np.testing.assert_array_equal(make.host(alone), make.host(y))
@@ -74,6 +77,9 @@ def test_within_a_channel(backend, make, rng, o: dict, shape, dtype: str, layout
     backend.lrn_within_backward(x, y, dy, dx, work, **o)
     want_dx = backward(make.host(x), make.host(y), make.host(dy), scale, within_sum, factor, o["size"], o["beta"])
     assert_close(make.host(dx), want_dx, dtype, slack=1 if dtype == "float32" else 3)
+    through = make.empty(shape, dtype, layout)
+    backend.lrn_within_backward(x, y, dy, through, work, **o, relu=True)
+    np.testing.assert_array_equal(make.host(through), rectified(make.host(dx), make.host(x)))
     alone = make.empty(shape, dtype, layout)
     backend.lrn_within_forward(x, alone, None, **o)
     np.testing.assert_array_equal(make.host(alone), make.host(y))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from arrays import DTYPES, assert_close, last, numeric_gradient
+from arrays import DTYPES, assert_close, last, numeric_gradient, rectified
 
 from caffelite.backends.contract import pool_mask_dtype
 
@@ -111,6 +111,9 @@ def test_max(backend, make, rng, name: str, channels: int, dtype: str, layout: s
     dy, dx = make(rng.standard_normal(y.shape), dtype, layout), make.empty(x.shape, dtype, layout)
     backend.max_pool_backward(dy, mask, dx, **c.options)
     assert_close(make.host(dx), max_backward(c, make.host(dy), winner), dtype)
+    through = make.empty(x.shape, dtype, layout)
+    backend.max_pool_backward(dy, mask, through, y, **c.options)
+    np.testing.assert_array_equal(make.host(through), rectified(make.host(dx), make.host(x)))  # x: a winner's value is its window's y
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,6 +138,16 @@ def test_an_infinite_gradient_goes_to_the_winner_alone(backend, make, dtype: str
     assert make.host(dx).ravel().tolist() == [0, np.inf, 0, 0]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_that_is_not_finite_meets_a_relu_as_in_relu_backward(backend, make, dtype: str) -> None:
+    dy, y, mask = np.array([[[[np.inf, np.nan, 3.0, -np.inf]]]]), np.array([[[[0.0, 0.0, 0.0, 2.0]]]]), np.array([[[[0, 0, 0, 0]]]])
+    dx, want = make.empty((1, 1, 1, 4), dtype), make.empty((1, 1, 1, 4), dtype)
+    backend.max_pool_backward(make(dy, dtype), make(mask, "uint8"), dx, make(y, dtype), kernel=(1, 1), stride=(1, 1), pad=(0, 0))
+    backend.relu_backward(make(y, dtype), make(dy, dtype), want, slope=0.0)
+    np.testing.assert_array_equal(make.host(dx), make.host(want))
+    assert make.host(dx).ravel()[2:].tolist() == [0.0, -np.inf]
+
+
 @pytest.mark.parametrize("layout", ["contract", "gaps"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [5, 16])
@@ -156,6 +169,9 @@ def test_average(backend, make, rng, name: str, channels: int, dtype: str, layou
             want_dx[:, :, h, w] += gradient[:, :, i, j] / area(c, i, j)
     assert_close(make.host(y), want, dtype)
     assert_close(make.host(dx), want_dx, dtype)
+    through = make.empty(x.shape, dtype, layout)
+    backend.ave_pool_backward(dy, through, x, **c.options)
+    np.testing.assert_array_equal(make.host(through), rectified(make.host(dx), values))
 
 
 def test_average_of_twos_as_caffe_gives_it(backend, make) -> None:

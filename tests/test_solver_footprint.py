@@ -16,7 +16,8 @@ from test_memory import NET as MANY_LAYERS
 
 from caffelite import backends
 from caffelite.backends.contract import Backend
-from caffelite.graph import build_graph, fuse
+from caffelite.fusion import fuse
+from caffelite.graph import build_graph
 from caffelite.layer import Layer
 from caffelite.memory import plan_memory
 from caffelite.schema import pb, read_solver

@@ -10,6 +10,8 @@ Rules that hold for every op:
   gradients (`dw`, `db`, `ds`), losses, labels and statistics are float32.
 - Outputs are overwritten, never read first, except parameter gradients when `accumulate` is true: then the gradient is
   added. `dx` may be the same array as `dy`, and `y` as `x`, only where an op's text says "in place".
+- `positive`, where it is given, is what a ReLU of slope 0 put out: the op's gradient goes on through that ReLU, as relu_backward takes it:
+  dx stays where positive > 0, and is 0 dx elsewhere (0, but NaN where dx is not finite). It is read only.
 - `stride`, `pad`, `dilation`, `kernel` are tuples with one int per spatial axis.
 - An op checks nothing a layer has checked already; it raises DataError for bad values (a label out of range).
 - Results are deterministic: the same inputs give the same bits on the same machine and number of threads.
@@ -212,8 +214,10 @@ class Backend(Protocol):
         """
         ...
 
-    def convolution_backward_data(self, dy: Array, w: Array, dx: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False) -> None:
-        """dx = the transpose of the convolution applied to dy; overwrites dx."""
+    def convolution_backward_data(
+        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
+    ) -> None:
+        """dx = the transpose of the convolution applied to dy; overwrites dx. positive (dx's shape): see above."""
         ...
 
     def convolution_backward_weights(
@@ -240,8 +244,8 @@ class Backend(Protocol):
         """y = x w^T + b with x (M,K), w (N,K), b (N), y (M,N); transpose: w is (K,N) and y = x w + b. relu: max(y,0) after."""
         ...
 
-    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, *, transpose: bool, tf32: bool = False) -> None:
-        """dx = dy w (transpose: dy w^T)."""
+    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, tf32: bool = False) -> None:
+        """dx = dy w (transpose: dy w^T). positive (dx's shape): see above."""
         ...
 
     def inner_product_backward_weights(
@@ -262,8 +266,9 @@ class Backend(Protocol):
         """
         ...
 
-    def max_pool_backward(self, dy: Array, mask: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
-        """dx = 0, then dx[winner] += dy; windows without a winner give nothing."""
+    def max_pool_backward(self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        """dx = 0, then dx[winner] += dy; windows without a winner give nothing. positive (dy's shape, such as forward's y): see above,
+        with dy for dx: a winner is above 0 where its window's y is."""
         ...
 
     def max_pool_indices(self, mask: Array, top: Array, *, kernel: Ints, stride: Ints, pad: Ints, width: int) -> None:
@@ -275,8 +280,8 @@ class Backend(Protocol):
         min(that + kernel, size + pad) on each axis, so zero padding counts and what lies beyond does not. An empty window gives NaN."""
         ...
 
-    def ave_pool_backward(self, dy: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
-        """dx = sum over the windows that hold the cell of dy/area, areas as in ave_pool_forward."""
+    def ave_pool_backward(self, dy: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        """dx = sum over the windows that hold the cell of dy/area, areas as in ave_pool_forward. positive (dx's shape): see above."""
         ...
 
     # --- lrn -------------------------------------------------------------------------------------------------------
@@ -291,8 +296,10 @@ class Backend(Protocol):
         work: a uint8 array of lrn_workspace bytes, or None when no backward follows. spec: layers 6.3."""
         ...
 
-    def lrn_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, k: float) -> None:
-        """dx_c = dy_c s_c^-beta - (2 alpha beta / size) x_c sum_{c' in window} dy_c' y_c' / s_c'."""
+    def lrn_backward(
+        self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, k: float, relu: bool = False
+    ) -> None:
+        """dx_c = dy_c s_c^-beta - (2 alpha beta / size) x_c sum_{c' in window} dy_c' y_c' / s_c'. relu: then as with positive = x."""
         ...
 
     def lrn_within_workspace(self, shape: Ints, dtype: str, *, size: int, alpha: float, beta: float) -> int:
@@ -303,8 +310,9 @@ class Backend(Protocol):
         """Within a channel: y = x (1 + alpha A)^-beta, A = (sum of x^2 over the size x size square around the cell) / size^2."""
         ...
 
-    def lrn_within_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float) -> None:
-        """dx = dy s^-beta - (2 alpha beta / size^2) x sum_{cells whose square holds this one} dy y / s, with s = 1 + alpha A."""
+    def lrn_within_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, relu: bool = False) -> None:
+        """dx = dy s^-beta - (2 alpha beta / size^2) x sum_{cells whose square holds this one} dy y / s, with s = 1 + alpha A. relu: then
+        as with positive = x."""
         ...
 
     # --- activations: relu, elu, sigmoid, tanh, power, prelu -------------------------------------------------------
@@ -372,14 +380,25 @@ class Backend(Protocol):
         """
         ...
 
-    def dropout_backward(self, dy: Array, mask: Array, dx: Array, *, ratio: float) -> None:
-        """dx = dy m / (1-ratio). In place allowed (dx is dy)."""
+    def dropout_backward(self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, ratio: float) -> None:
+        """dx = dy m / (1-ratio). positive (dx's shape): see above. In place allowed (dx is dy)."""
         ...
 
     # --- batch_norm ------------------------------------------------------------------------------------------------
 
     def batch_norm_statistics(self, x: Array, mean: Array, variance: Array) -> None:
         """Per channel (axis 1) over all other axes: mean (C) and biased variance (C)."""
+        ...
+
+    def batch_norm_accumulate(
+        self, mean: Array, variance: Array, mean_sum: Array, variance_sum: Array, weight: Array, *, fraction: float, correction: float
+    ) -> None:
+        """mean_sum <- fraction mean_sum + mean; variance_sum <- fraction variance_sum + correction variance; weight <- fraction weight + 1.
+        All (C) but weight (1), float32; products and sums are rounded one by one."""
+        ...
+
+    def batch_norm_global_statistics(self, mean_sum: Array, variance_sum: Array, weight: Array, mean: Array, variance: Array) -> None:
+        """mean = mean_sum / weight and variance = variance_sum / weight by way of 1 / weight in float32; 0 and 0 while weight is 0."""
         ...
 
     def batch_norm_forward(self, x: Array, mean: Array, variance: Array, y: Array, *, eps: float) -> None:
@@ -393,6 +412,36 @@ class Backend(Protocol):
 
     def batch_norm_backward_global(self, variance: Array, dy: Array, dx: Array, *, eps: float) -> None:
         """dx = dy / sqrt(variance_c + eps). In place allowed (dx is dy)."""
+        ...
+
+    # BatchNorm with the Scale (and ReLU) that follow, x (N,C) or (N,C,H,W); mean, variance, s, b, ds, db (C), float32.
+
+    def batch_norm_scale_forward(self, x: Array, mean: Array, variance: Array, s: Array, b: Array, y: Array, *, eps: float, relu: bool) -> None:
+        """y = s_c h + b_c with h = (x - mean_c) / sqrt(variance_c + eps); relu: max(y,0) after, NaN stays NaN. In place allowed."""
+        ...
+
+    def batch_norm_scale_backward(
+        self,
+        x: Array,
+        y: Array,
+        mean: Array,
+        variance: Array,
+        s: Array,
+        b: Array,
+        dy: Array,
+        dx: Array,
+        ds: Array | None,
+        db: Array | None,
+        *,
+        eps: float,
+        relu: bool,
+        fixed: bool,
+        accumulate_s: bool,
+        accumulate_b: bool,
+    ) -> None:
+        """ds (+)= sum g h, db (+)= sum g (None: left out); dx = s_c / sqrt(variance_c + eps) (g - mean(g) - h mean(g h)), means per channel.
+        g = dy; relu: dy where y > 0, else 0 dy, y being forward's, or computed again in forward's steps. fixed: mean and variance are
+        no functions of x, and dx = s_c / sqrt(variance_c + eps) g. In place allowed (dx is dy)."""
         ...
 
     # --- scale_bias ------------------------------------------------------------------------------------------------
@@ -419,8 +468,9 @@ class Backend(Protocol):
 
     # --- eltwise: also Split's sum ---------------------------------------------------------------------------------
 
-    def eltwise_sum(self, xs: Sequence[Array], y: Array, coeffs: Sequence[float]) -> None:
-        """y = sum_i coeffs[i] xs[i], added in order. y may be xs[0]."""
+    def eltwise_sum(self, xs: Sequence[Array], y: Array, coeffs: Sequence[float], positive: Array | None = None, *, relu: bool = False) -> None:
+        """y = sum_i coeffs[i] xs[i], added in order; relu: max(y,0) after, NaN stays NaN. y may be xs[0]. positive (y's shape): see above,
+        with y for dx."""
         ...
 
     def eltwise_product_forward(self, xs: Sequence[Array], y: Array) -> None:

@@ -122,8 +122,8 @@ def net_lines(net: Net) -> list[tuple[str, str]]:
 
 def _layer_lines(node: Node) -> list[str]:
     lines = [f"Creating Layer {node.name}"]
-    lines += [f"{node.name} <- {bottom.name}" for bottom in node.bottoms]
-    lines += [f"{node.name} -> {top.name}{' (in-place)' if node.in_place(i) else ''}" for i, top in enumerate(node.tops)]
+    lines += [f"{node.name} <- {bottom.label}" for bottom in node.bottoms]
+    lines += [f"{node.name} -> {top.label}{' (in-place)' if node.written_in_place(i) else ''}" for i, top in enumerate(node.tops)]
     lines.append(f"Setting up {node.name}")
     for top, weight in zip(node.tops, node.loss_weights):
         lines.append(f"Top shape: {''.join(f'{size} ' for size in top.shape)}({prod(top.shape)})")

@@ -46,7 +46,7 @@ def traffic(step: Step) -> tuple[int, int]:
     params = sum(_size(param.data) for param in layer.params)
     kept = sum(_size(array) for name, array in layer.buffers.items() if _is_kept(step, name))
     forward = 0 if layer.shares_data else bottoms + tops + params + kept
-    if not node.needs_backward:
+    if not node.runs_backward:
         return forward, 0
     reads = layer.backward_reads()
     backward = sum(_size(top.diff) for top in step.tops) + kept

@@ -13,7 +13,8 @@ from caffelite.backends.contract import Backend
 from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, asks_for_gpu, json_text, megabytes, open_backend, table
 from caffelite.cli.specs import is_solver
 from caffelite.errors import DataError
-from caffelite.graph import Graph, Node, build_graph, fuse
+from caffelite.fusion import fuse
+from caffelite.graph import Graph, Node, build_graph
 from caffelite.layer import Layer
 from caffelite.layers.data import DataLayer
 from caffelite.memory import ITEM_BYTES, plan_memory
@@ -149,9 +150,9 @@ def _layer(node: Node) -> dict[str, Any]:
     return {
         "name": node.name,
         "type": node.layer.type,
-        "bottoms": [b.name for b in node.bottoms],
-        "tops": [{"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in node.tops],
-        "in_place": node.in_place(),
+        "bottoms": [b.label for b in node.bottoms],
+        "tops": [{"name": t.label, "shape": list(t.shape), "dtype": t.dtype} for t in node.tops],
+        "in_place": node.written_in_place(),
         "parameters": sum(prod(p.spec.shape) for p in node.params if p.owner is p),
         "parameter_shapes": [list(p.spec.shape) for p in node.params],
         "multiply_adds": node.layer.multiply_adds([b.shape for b in node.bottoms]),

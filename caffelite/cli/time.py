@@ -141,7 +141,7 @@ def _time_round(net: Net, layers: list[LayerTimes], backend: Backend) -> None:
         fused = layer.step.node.forward_fused
         marks += [(layer.forward, None if fused else _marked(net.forward_step, layer.step, backend))]
     for layer in reversed(layers):
-        runs = net.has_backward and layer.step.node.needs_backward
+        runs = net.has_backward and layer.step.node.runs_backward
         marks += [(layer.backward, _marked(net.backward_step, layer.step, backend) if runs else None)]
     for seconds, pair in marks:  # read after the round, so that a GPU does not wait between layers
         seconds.append(backend.seconds_between(*pair) if pair else 0.0)
@@ -166,6 +166,7 @@ def _layer_row(times: LayerTimes) -> dict[str, Any]:
         "forward_gflops": work / forward / 1e9 if forward and work else None,
         "backward_gflops": passes * work / backward / 1e9 if backward and work else None,
         "fused": node.forward_fused,
+        "backward_fused": node.backward_fused,
     }
 
 
@@ -185,7 +186,7 @@ def _cpu_table(result: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [HEAD]
     for layer in result["layers"]:
         forward = "fused" if layer["fused"] else f"{layer['forward_ms']:.3f}"
-        backward = f"{layer['backward_ms']:.3f}" if layer["backward_ms"] else ""
+        backward = "fused" if layer["backward_fused"] else f"{layer['backward_ms']:.3f}" if layer["backward_ms"] else ""
         rates = [f"{rate:,.1f}" if rate else "" for rate in (layer["forward_gflops"], layer["backward_gflops"])]
         rows.append((layer["name"], layer["type"], forward, rates[0], backward, rates[1]))
     return rows

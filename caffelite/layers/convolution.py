@@ -135,6 +135,9 @@ class Convolution(Layer):
     def backward_reads(self) -> frozenset[str]:
         return frozenset((BOTTOM,))
 
+    def may_take_relu(self, bottoms: Sequence[Shape]) -> bool:
+        return viewable(bottoms[0], self._geometry(bottoms[0]).bottom)  # else the one buffer would have to hold x and dx
+
     def multiply_adds(self, bottoms: Sequence[Shape]) -> int:
         geometry = self._geometry(bottoms[0])
         return len(bottoms) * prod(geometry.top) * (geometry.bottom[1] // self.group) * prod(geometry.kernel)
@@ -172,5 +175,6 @@ class Convolution(Layer):
                 )
             if propagate_down[i]:
                 dx = target(bottom.diff, g.bottom, bottom_buffer)
-                ops.convolution_backward_data(dy, w, dx, stride=g.stride, pad=g.pad, dilation=g.dilation, group=self.group, tf32=self.context.tf32)
+                positive = loaded(ops, bottom.data, g.bottom, None) if i in self.relu_bottoms else None
+                ops.convolution_backward_data(dy, w, dx, positive, stride=g.stride, pad=g.pad, dilation=g.dilation, group=self.group, tf32=self.context.tf32)
                 stored(ops, bottom.diff, bottom_buffer)

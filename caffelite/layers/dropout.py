@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from caffelite.backends.contract import Backend, DropoutKey
 from caffelite.blob import Blob, Shape
-from caffelite.layer import BufferSpec, register
+from caffelite.layer import SIGN, BufferSpec, register
 from caffelite.layers.elementwise import Elementwise
 from caffelite.schema import SourceMap, pb
 
@@ -32,7 +32,10 @@ class Dropout(Elementwise):
         return {"mask": BufferSpec(bottoms[0], "uint8")} if self.training else {}
 
     def backward_reads(self) -> frozenset[str]:
-        return frozenset()
+        return frozenset((SIGN,)) if self.relu_bottoms else frozenset()  # the top is above 0 where the bottom is and the mask is 1
+
+    def may_take_relu(self, bottoms: Sequence[Shape]) -> bool:
+        return self.training
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
         if self.training:
@@ -45,6 +48,7 @@ class Dropout(Elementwise):
         if not propagate_down[0]:
             return
         if self.training:
-            ops.dropout_backward(tops[0].diff, self.buffers["mask"], bottoms[0].diff, ratio=self.ratio)
+            positive = tops[0].data if self.relu_bottoms else None
+            ops.dropout_backward(tops[0].diff, self.buffers["mask"], bottoms[0].diff, positive, ratio=self.ratio)
         elif not self.in_place_here:
             ops.copy(tops[0].diff, bottoms[0].diff)

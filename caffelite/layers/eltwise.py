@@ -15,7 +15,8 @@ FIELD = "eltwise_param"
 @register("Eltwise")
 class Eltwise(Layer):
     """SUM: y = sum_i coeff_i x_i, dx_i = coeff_i dy (coeff 1 unless given). PROD: y = prod x_i, dx_i = (product of the others) dy,
-    or y/x_i dy without stable_prod_grad. MAX: the gradient goes to the winner; bottom 0 wins only if greater than bottom 1."""
+    or y/x_i dy without stable_prod_grad. MAX: the gradient goes to the winner; bottom 0 wins only if greater than bottom 1.
+    `relu` is set by the graph when a ReLU that follows a SUM in place is computed here."""
 
     bottom_range = (2, None)
     param_fields = (FIELD,)
@@ -23,6 +24,7 @@ class Eltwise(Layer):
     def __init__(self, param: pb.LayerParameter, phase: int, where: SourceMap | None = None) -> None:
         super().__init__(param, phase, where)
         options = param.eltwise_param
+        self.relu = False
         self.operation, self.stable, count = options.operation, options.stable_prod_grad, len(param.bottom)
         self.coeffs = list(options.coeff) or [1.0] * count
         if options.coeff and self.operation == pb.EltwiseParameter.PROD:
@@ -44,6 +46,10 @@ class Eltwise(Layer):
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
         return {"winner": BufferSpec(bottoms[0], "uint8")} if self.operation == pb.EltwiseParameter.MAX else {}
 
+    @property
+    def may_do_relu(self) -> bool:
+        return self.operation == pb.EltwiseParameter.SUM
+
     def backward_reads(self) -> frozenset[str]:
         if self.operation != pb.EltwiseParameter.PROD:
             return frozenset()
@@ -52,7 +58,7 @@ class Eltwise(Layer):
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
         xs, y = [bottom.data for bottom in bottoms], tops[0].data
         if self.operation == pb.EltwiseParameter.SUM:
-            ops.eltwise_sum(xs, y, self.coeffs)
+            ops.eltwise_sum(xs, y, self.coeffs, relu=self.relu)
         elif self.operation == pb.EltwiseParameter.PROD:
             ops.eltwise_product_forward(xs, y)
         else:

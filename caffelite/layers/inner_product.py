@@ -66,6 +66,9 @@ class InnerProduct(Layer):
     def backward_reads(self) -> frozenset[str]:
         return frozenset() if self._copies else frozenset((BOTTOM,))
 
+    def may_take_relu(self, bottoms: Sequence[Shape]) -> bool:
+        return True
+
     def multiply_adds(self, bottoms: Sequence[Shape]) -> int:
         return prod(self._rows(bottoms[0])[0]) * self.num_output
 
@@ -80,9 +83,10 @@ class InnerProduct(Layer):
         rows, out = self._rows(bottoms[0].shape)
         weight, bias = self.params[0], self.params[1] if self.bias_term else None
         dy = loaded(ops, tops[0].diff, out, self.buffers.get("y"))
+        x = self.buffers["x"] if self._copies else target(bottoms[0].data, rows, None)
         if weight.learn or (bias and bias.learn):
             ops.inner_product_backward_weights(
-                self.buffers["x"] if self._copies else target(bottoms[0].data, rows, None),
+                x,
                 dy,
                 weight.diff if weight.learn else None,
                 bias.diff if bias and bias.learn else None,
@@ -93,5 +97,5 @@ class InnerProduct(Layer):
             )
         if propagate_down[0]:
             dx = target(bottoms[0].diff, rows, self.buffers.get("dx"))
-            ops.inner_product_backward_data(dy, weight.data, dx, transpose=self.transpose, tf32=self.context.tf32)
+            ops.inner_product_backward_data(dy, weight.data, dx, x if self.relu_bottoms else None, transpose=self.transpose, tf32=self.context.tf32)
             stored(ops, bottoms[0].diff, self.buffers.get("dx"))

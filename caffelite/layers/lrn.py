@@ -46,6 +46,9 @@ class LRN(Elementwise):
     def backward_reads(self) -> frozenset[str]:
         return frozenset((BOTTOM, TOP))
 
+    def may_take_relu(self, bottoms: Sequence[Shape]) -> bool:
+        return True
+
     def multiply_adds(self, bottoms: Sequence[Shape]) -> int:
         return prod(bottoms[0]) * (self.size * self.size if self.within else self.size)
 
@@ -60,7 +63,8 @@ class LRN(Elementwise):
         if not propagate_down[0]:
             return
         x, y, dy, dx, work = bottoms[0].data, tops[0].data, tops[0].diff, bottoms[0].diff, self.buffers["work"]
+        relu = bool(self.relu_bottoms)
         if self.within:
-            ops.lrn_within_backward(x, y, dy, dx, work, size=self.size, alpha=self.alpha, beta=self.beta)
+            ops.lrn_within_backward(x, y, dy, dx, work, size=self.size, alpha=self.alpha, beta=self.beta, relu=relu)
         else:
-            ops.lrn_backward(x, y, dy, dx, work, size=self.size, alpha=self.alpha, beta=self.beta, k=self.k)
+            ops.lrn_backward(x, y, dy, dx, work, size=self.size, alpha=self.alpha, beta=self.beta, k=self.k, relu=relu)

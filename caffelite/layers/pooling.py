@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from caffelite.backends.contract import Backend, Ints, pool_mask_dtype
 from caffelite.blob import Blob, Shape
-from caffelite.layer import BufferSpec, Layer, register
+from caffelite.layer import BOTTOM, SIGN, BufferSpec, Layer, register
 from caffelite.schema import SourceMap, pb
 
 FIELD = "pooling_param"
@@ -116,7 +116,12 @@ class Pooling(Layer):
         return {"mask": BufferSpec(geometry.top, pool_mask_dtype(geometry.kernel))} if wanted else {}
 
     def backward_reads(self) -> frozenset[str]:
-        return frozenset()
+        if not self.relu_bottoms:
+            return frozenset()
+        return frozenset((SIGN,)) if self.is_max else frozenset((BOTTOM,))  # a window's winner and its top have one value
+
+    def may_take_relu(self, bottoms: Sequence[Shape]) -> bool:
+        return True
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
         x, y, g = bottoms[0].data, tops[0].data, self._geometry(bottoms[0].shape)
@@ -132,6 +137,7 @@ class Pooling(Layer):
             return
         dy, dx, g = tops[0].diff, bottoms[0].diff, self._geometry(bottoms[0].shape)
         if self.is_max:
-            ops.max_pool_backward(dy, self.buffers["mask"], dx, kernel=g.kernel, stride=g.stride, pad=g.pad)
+            positive = tops[0].data if self.relu_bottoms else None
+            ops.max_pool_backward(dy, self.buffers["mask"], dx, positive, kernel=g.kernel, stride=g.stride, pad=g.pad)
         else:
-            ops.ave_pool_backward(dy, dx, kernel=g.kernel, stride=g.stride, pad=g.pad)
+            ops.ave_pool_backward(dy, dx, bottoms[0].data if self.relu_bottoms else None, kernel=g.kernel, stride=g.stride, pad=g.pad)

@@ -34,6 +34,10 @@ class Scale(Elementwise):
     def _run(self, bottoms: Sequence[Shape]) -> tuple[int, Shape]:
         return operand_run(self, bottoms, self.axis, self.num_axes, "scale_param")
 
+    def has_own_channels(self, bottom: Shape) -> bool:
+        """Whether it is a learned factor and bias for each channel (axis 1)."""
+        return self.learned and self.bias_term and self._run([bottom]) == (1, (bottom[1],))
+
     def infer_shapes(self, bottoms: Sequence[Shape]) -> list[Shape]:
         self._run(bottoms)
         return super().infer_shapes(bottoms)

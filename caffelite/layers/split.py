@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from caffelite.backends.contract import Backend
 from caffelite.blob import Blob, Shape
-from caffelite.layer import Layer, register
+from caffelite.layer import BOTTOM, Layer, register
 
 
 @register("Split")
@@ -23,11 +23,15 @@ class Split(Layer):
         return [bottoms[0]] * len(self.param.top)
 
     def backward_reads(self) -> frozenset[str]:
-        return frozenset()
+        return frozenset((BOTTOM,)) if self.relu_bottoms else frozenset()
+
+    def may_take_relu(self, bottoms: Sequence[Shape]) -> bool:
+        return True
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
         """Nothing: the tops are the bottom."""
 
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
         if propagate_down[0]:
-            ops.eltwise_sum([top.diff for top in tops], bottoms[0].diff, [1.0] * len(tops))
+            positive = bottoms[0].data if self.relu_bottoms else None
+            ops.eltwise_sum([top.diff for top in tops], bottoms[0].diff, [1.0] * len(tops), positive)

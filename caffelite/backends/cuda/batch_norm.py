@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from caffelite.backends.contract import Array
-from caffelite.backends.cuda.common import MOST_BLOCKS, THREADS, WARP, Base, cname
+from caffelite.backends.cuda.common import MOST_BLOCKS, THREADS, WARP, Base, blocks, cname
 from caffelite.backends.cuda.launch import Module
 from caffelite.errors import BackendError
 
@@ -18,11 +18,15 @@ RUNS = ("float, 4", "float, 1", "bf16, 8", "bf16, 1")  # element type and channe
 BATCH_NORM = Module(
     "batch_norm",
     [
-        *(f"matrix_sums<{run}, {product}>" for run in RUNS for product in ("false", "true")),
-        *(f"plane_sums<{kind}, {product}>" for kind in ("float", "bf16") for product in ("false", "true")),
-        "channel_means<false>",
-        "channel_means<true>",
+        *(f"{kernel}<{run}>" for run in RUNS for kernel in ("matrix_moments", "matrix_sums")),
+        *(f"{kernel}<{kind}>" for kind in ("float", "bf16") for kernel in ("plane_moments", "plane_sums")),
+        "accumulate",
+        "global_statistics",
+        "channel_moments",
+        "channel_means",
         *(f"matrix_pass<{run}, {rule}>" for run in RUNS for rule in RULES),
+        *(f"{kernel}<{run}>" for run in RUNS for kernel in ("matrix_scale", "matrix_scale_sums", "matrix_scale_pass")),
+        "channel_scale_sums",
         *(f"plane_pass<{kind}, {rule}>" for kind in ("float", "bf16") for rule in RULES),
     ],
 )
@@ -50,7 +54,19 @@ class Matrix(NamedTuple):
 
 class BatchNorm(Base):
     def batch_norm_statistics(self, x: Array, mean: Array, variance: Array) -> None:
-        self._channel_means(x, None, self.scratch(_partial_bytes(x)), mean, variance)
+        partial = self.scratch(_partial_bytes(x))
+        slabs, slab = self._slabs("moments", partial, x)
+        sizes = (np.int32(slabs), np.int32(x.shape[1]), np.float64(x.size // x.shape[1]), np.int64(slab))
+        self.launch(BATCH_NORM, "channel_moments", _warps(x), THREADS, partial, *sizes, mean, variance)
+
+    def batch_norm_accumulate(
+        self, mean: Array, variance: Array, mean_sum: Array, variance_sum: Array, weight: Array, *, fraction: float, correction: float
+    ) -> None:
+        numbers = (np.float32(fraction), np.float32(correction), np.int32(mean.size))
+        self.launch(BATCH_NORM, "accumulate", blocks(mean.size), THREADS, mean, variance, mean_sum, variance_sum, weight, *numbers)
+
+    def batch_norm_global_statistics(self, mean_sum: Array, variance_sum: Array, weight: Array, mean: Array, variance: Array) -> None:
+        self.launch(BATCH_NORM, "global_statistics", blocks(mean.size), THREADS, mean_sum, variance_sum, weight, mean, variance, np.int32(mean.size))
 
     def batch_norm_forward(self, x: Array, mean: Array, variance: Array, y: Array, *, eps: float) -> None:
         self._pass("FORWARD", x, None, mean, None, variance, y, eps)
@@ -59,33 +75,63 @@ class BatchNorm(Base):
         channels, used = y.shape[1], _partial_bytes(y)
         scratch = self.scratch(used + 8 * channels)
         mean, product = (self.part(scratch, used + i * 4 * channels, (channels,), "float32") for i in range(2))
-        self._channel_means(dy, y, scratch, mean, product)
+        slabs, _ = self._slabs("sums", scratch, dy, y)
+        sizes = (np.int32(slabs), np.int32(channels), np.float64(y.size // channels))
+        self.launch(BATCH_NORM, "channel_means", _warps(y), THREADS, scratch, *sizes, mean, product)
         self._pass("BACKWARD", dy, y, mean, product, variance, dx, eps)
 
     def batch_norm_backward_global(self, variance: Array, dy: Array, dx: Array, *, eps: float) -> None:
         self._pass("GLOBAL", dy, None, None, None, variance, dx, eps)
 
-    def _channel_means(self, x: Array, y: Array | None, partial: Array, first: Array, second: Array) -> None:
-        """first, second <- mean and variance of x, or with y the means of x and of x y."""
-        product, channels, count = "false" if y is None else "true", x.shape[1], x.size // x.shape[1]
-        slabs = self._sums(x, y, partial, product)
-        sizes = (np.int32(slabs), np.int32(channels), np.float64(count))
-        self.launch(BATCH_NORM, f"channel_means<{product}>", -(-channels * WARP // THREADS), THREADS, partial, *sizes, first, second)
+    def batch_norm_scale_forward(self, x: Array, mean: Array, variance: Array, s: Array, b: Array, y: Array, *, eps: float, relu: bool) -> None:
+        matrix, given = _rows(x), (mean, variance, s, b, np.float32(eps), np.bool_(relu))
+        name, grid, sizes = _matrix_run("matrix_scale", matrix, PASS_BLOCKS, x, y)
+        self.launch(BATCH_NORM, name, grid, THREADS, x, *given, y, *sizes)
 
-    def _sums(self, x: Array, y: Array | None, partial: Array, product: str) -> int:
-        """partial <- each slab's sums of the channels; returns how many slabs there are."""
-        kind, matrix, channels = _kind(x, y), _matrix(x), x.shape[1]
-        sizes: tuple[np.generic, ...]
+    def batch_norm_scale_backward(
+        self,
+        x: Array,
+        y: Array,
+        mean: Array,
+        variance: Array,
+        s: Array,
+        b: Array,
+        dy: Array,
+        dx: Array,
+        ds: Array | None,
+        db: Array | None,
+        *,
+        eps: float,
+        relu: bool,
+        fixed: bool,
+        accumulate_s: bool,
+        accumulate_b: bool,
+    ) -> None:
+        channels, used, matrix = x.shape[1], _partial_bytes(x), _rows(x)
+        given = (mean, variance, s, b, np.float32(eps), np.bool_(relu))
+        means: tuple[Array | None, ...] = (None, None)
+        if not fixed or ds is not None or db is not None:
+            scratch = self.scratch(used + 8 * channels)
+            means = tuple(self.part(scratch, used + i * 4 * channels, (channels,), "float32") for i in range(2))
+            name, grid, sizes = _matrix_run("matrix_scale_sums", matrix, SUM_BLOCKS, x, dy)
+            self.launch(BATCH_NORM, name, grid, THREADS, x, dy, *given, scratch, *sizes)
+            counts = (np.int32(grid[1]), np.int32(channels), np.float64(matrix.pixels))
+            flags = (np.bool_(accumulate_s), np.bool_(accumulate_b))
+            self.launch(BATCH_NORM, "channel_scale_sums", _warps(x), THREADS, scratch, *counts, ds, db, *flags, *means)
+        name, grid, sizes = _matrix_run("matrix_scale_pass", matrix, PASS_BLOCKS, x, dy, dx)
+        self.launch(BATCH_NORM, name, grid, THREADS, x, dy, *given, *((None, None) if fixed else means), dx, *sizes)
+
+    def _slabs(self, what: str, partial: Array, *arrays: Array) -> tuple[int, int]:
+        """partial <- the moments or sums of the channels in each slab; returns how many slabs there are, and their size."""
+        x, kind, matrix, channels = arrays[0], _kind(*arrays), _matrix(arrays[0]), arrays[0].shape[1]
         if matrix:
-            slabs, slab = matrix.slabs(SUM_BLOCKS)
-            name, across = f"matrix_sums<{kind}, {matrix.run}, {product}>", matrix.groups
-            sizes = (np.int64(matrix.pixels), np.int32(channels), np.int32(matrix.columns), np.int64(slab))
-        else:
-            slabs, slab = _plane_slabs(x)
-            name, across = f"plane_sums<{kind}, {product}>", channels
-            sizes = (np.int64(x.size // channels), np.int32(channels), np.int64(prod(x.shape[2:])), np.int64(slab))
-        self.launch(BATCH_NORM, name, (across, slabs), THREADS, x, y, partial, *sizes)
-        return slabs
+            name, grid, sizes = _matrix_run(f"matrix_{what}", matrix, SUM_BLOCKS, *arrays)
+            self.launch(BATCH_NORM, name, grid, THREADS, *arrays, partial, *sizes)
+            return grid[1], int(sizes[-1])
+        slabs, slab = _plane_slabs(x)
+        sizes = (np.int64(x.size // channels), np.int32(channels), np.int64(prod(x.shape[2:])), np.int64(slab))
+        self.launch(BATCH_NORM, f"plane_{what}<{kind}>", (channels, slabs), THREADS, *arrays, partial, *sizes)
+        return slabs, slab
 
     def _pass(self, rule: str, x: Array, y: Array | None, mean: Array | None, product: Array | None, variance: Array, out: Array, eps: float) -> None:
         kind, matrix, channels = _kind(x, y, out), _matrix(x), np.int32(x.shape[1])
@@ -118,6 +164,26 @@ def _matrix(x: Array) -> Matrix | None:
     groups = -(-channels // (run * WARP))
     columns = -(-channels // (run * groups))
     return Matrix(pixels, channels, run, groups, columns, THREADS // columns)
+
+
+def _rows(x: Array) -> Matrix:
+    """x as a matrix. BackendError for other than 2 or 4 axes, which the graph does not ask for."""
+    matrix = _matrix(x)
+    if matrix is None:
+        raise BackendError(f"batch normalisation with a scale takes 2 or 4 axes, found shape {x.shape}", hint="use BatchNorm and Scale one by one")
+    return matrix
+
+
+def _matrix_run(kernel: str, matrix: Matrix, most: int, *arrays: Array) -> tuple[str, tuple[int, int], tuple[np.generic, ...]]:
+    """Name, grid and last arguments of a kernel over the pixels of `arrays`, in at most `most` blocks."""
+    slabs, slab = matrix.slabs(most)
+    sizes = (np.int64(matrix.pixels), np.int32(matrix.channels), np.int32(matrix.columns), np.int64(slab))
+    return f"{kernel}<{_kind(*arrays)}, {matrix.run}>", (matrix.groups, slabs), sizes
+
+
+def _warps(x: Array) -> int:
+    """Blocks that hold a warp for each channel."""
+    return -(-int(x.shape[1]) * WARP // THREADS)
 
 
 def _plane_slabs(x: Array) -> tuple[int, int]:

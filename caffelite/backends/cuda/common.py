@@ -28,11 +28,32 @@ SCRATCH_ROUND = 1 << 16
 
 # The parameters of ops that are written, by name; and those that only the update rules, and scale_in_place, write.
 OUTPUTS = frozenset(
-    ("y", "dx", "dw", "db", "ds", "da", "mask", "top", "work", "mean", "variance", "winner", "prob", "loss", "normalizer", "accuracy", "per_class")
+    (
+        "y",
+        "dx",
+        "dw",
+        "db",
+        "ds",
+        "da",
+        "mask",
+        "top",
+        "work",
+        "mean",
+        "variance",
+        "mean_sum",
+        "variance_sum",
+        "weight",
+        "winner",
+        "prob",
+        "loss",
+        "normalizer",
+        "accuracy",
+        "per_class",
+    )
 )
 UPDATED = frozenset(("w", "g", "h", "v"))
 IN_PLACE = frozenset("x")
-ACTIVATIONS = frozenset(("x", "y", "dx", "dy", "xs"))  # of these, an op's kernels take one type at a time
+ACTIVATIONS = frozenset(("x", "y", "dx", "dy", "xs", "positive"))  # of these, an op's kernels take one type at a time
 FLOAT32 = np.dtype(np.float32)
 
 
@@ -139,13 +160,14 @@ def _laid_out(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def run(self: Base, *args: Any, **options: Any) -> Any:
-        types = {x.dtype for parameter, value in zip(names, args) if parameter in ACTIVATIONS for x in _arrays(value)}
+        given = dict(zip(names, args)) | options
+        types = {x.dtype for parameter, value in given.items() if parameter in ACTIVATIONS for x in _arrays(value)}
         mixed = len(types) > 1
-        if not mixed and all(is_usual(x) for value in args for x in _arrays(value)):
+        if not mixed and all(is_usual(x) for value in given.values() for x in _arrays(value)):
             return function(self, *args, **options)
         copies = _Copies(self)
-        ready = [copies.of(value, widen=mixed and parameter in ACTIVATIONS, written=parameter in written) for parameter, value in zip(names, args)]
-        result = function(self, *ready, **options)
+        ready = {name: copies.of(value, widen=mixed and name in ACTIVATIONS, written=name in written) for name, value in given.items()}
+        result = function(self, **ready)
         copies.bring_back()
         return result
 
@@ -162,7 +184,7 @@ class _Copies:
 
     def of(self, value: Any, *, widen: bool, written: bool) -> Any:
         """An argument with its arrays replaced where they have to be."""
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):  # a named tuple, such as a dropout key, goes through as it is
             return [self.of(item, widen=widen, written=written) for item in value]
         if not hasattr(value, "strides") or (is_usual(value) and not (widen and value.dtype != FLOAT32)):
             return value

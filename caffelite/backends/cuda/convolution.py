@@ -6,6 +6,7 @@ import numpy as np
 
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda import gemm
+from caffelite.backends.cuda.activations import rectify
 from caffelite.backends.cuda.common import THREADS, blocks, cname
 from caffelite.backends.cuda.launch import Module, typed
 from caffelite.backends.cuda.scale_bias import ScaleBias
@@ -43,18 +44,22 @@ class Convolution(ScaleBias):  # whose sum is the bias gradient too
         space = _space(x.shape, w.shape, y.shape, stride, pad, dilation, group)
         self.launch(CONVOLUTION, name, blocks(y.size), THREADS, x, w, b, y, space, np.bool_(relu), np.int64(y.size))
 
-    def convolution_backward_data(self, dy: Array, w: Array, dx: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False) -> None:
+    def convolution_backward_data(
+        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
+    ) -> None:
         if dx.ndim == 3:
             line = _Line(self, dx, w, dy, stride, pad, dilation, group)
             self._move(line.given(dy), line.y)
-            gemm.backward_data(self, line.geometry, line.y, line.weights(w), line.x, tf32=tf32)
+            gemm.backward_data(self, line.geometry, line.y, line.weights(w), line.x, None, tf32=tf32)
             self._move(line.x, line.given(dx))
+            if positive is not None:
+                rectify(self, positive, dx)
             return
         if dx.ndim == 4:
-            gemm.backward_data(self, gemm.Geometry(dx.shape, w.shape, dy.shape, stride, pad, dilation, group), dy, w, dx, tf32=tf32)
+            gemm.backward_data(self, gemm.Geometry(dx.shape, w.shape, dy.shape, stride, pad, dilation, group), dy, w, dx, positive, tf32=tf32)
             return
         space = _space(dx.shape, w.shape, dy.shape, stride, pad, dilation, group)
-        self.launch(CONVOLUTION, f"convolution_backward_data<{cname(dx)}, {cname(w)}>", blocks(dx.size), THREADS, dy, w, dx, space, np.int64(dx.size))
+        self.launch(CONVOLUTION, f"convolution_backward_data<{cname(dx)}, {cname(w)}>", blocks(dx.size), THREADS, dy, w, dx, positive, space, np.int64(dx.size))
 
     def convolution_backward_weights(
         self,

@@ -18,8 +18,8 @@ class Dropout(Base):
         numbers = (_factor(ratio), np.uint32(round(ratio * 65536)), np.uint64(key.seed), np.uint64(key.layer), key.iteration)
         self.launch(DROPOUT, f"dropout_forward<{cname(x)}>", blocks(-(-x.size // DRAWN)), THREADS, x, y, mask, *numbers, np.int64(x.size))
 
-    def dropout_backward(self, dy: Array, mask: Array, dx: Array, *, ratio: float) -> None:
-        self.launch(DROPOUT, f"dropout_backward<{cname(dy)}>", blocks(vectors(dy)), THREADS, dy, mask, dx, _factor(ratio), np.int64(dy.size))
+    def dropout_backward(self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, ratio: float) -> None:
+        self.launch(DROPOUT, f"dropout_backward<{cname(dy)}>", blocks(vectors(dy)), THREADS, dy, mask, positive, dx, _factor(ratio), np.int64(dy.size))
 
 
 def _factor(ratio: float) -> np.float32:

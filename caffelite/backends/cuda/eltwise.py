@@ -18,8 +18,8 @@ ELTWISE = Module("eltwise", [*COUNTED, *typed("eltwise_quotient", "eltwise_max_b
 
 
 class Eltwise(Base):
-    def eltwise_sum(self, xs: Sequence[Array], y: Array, coeffs: Sequence[float]) -> None:
-        _fold(self, "eltwise_sum", xs, y, coeffs)
+    def eltwise_sum(self, xs: Sequence[Array], y: Array, coeffs: Sequence[float], positive: Array | None = None, *, relu: bool = False) -> None:
+        _fold(self, "eltwise_sum", xs, y, coeffs, (positive, np.bool_(relu)))
 
     def eltwise_product_forward(self, xs: Sequence[Array], y: Array) -> None:
         _fold(self, "eltwise_product", xs, y)
@@ -39,13 +39,14 @@ class Eltwise(Base):
         _pass(self, "eltwise_max_backward", dx, None, winner, dy, dx, np.int32(index))
 
 
-def _fold(ops: Base, kernel: str, xs: Sequence[Array], y: Array, coeffs: Sequence[float] | None = None) -> None:
-    """y = the sum or product of xs, MOST of them at a time. In between, totals wait in scratch memory, in float32."""
+def _fold(ops: Base, kernel: str, xs: Sequence[Array], y: Array, coeffs: Sequence[float] | None = None, last: Sequence[Any] = ()) -> None:
+    """y = the sum or product of xs, MOST of them at a time. In between, totals wait in scratch memory, in float32. last: what the
+    kernel has to know for the end of the sum."""
     before, partial = None, ops.scratch(4 * y.size) if len(xs) > MOST else None
     for start in range(0, len(xs), MOST):
         inputs, stop = xs[start : start + MOST], start + MOST
         numbers = () if coeffs is None else _filled([np.float32(c) for c in coeffs[start:stop]], np.float32(0))
-        _pass(ops, kernel, y, len(inputs), *_filled(inputs, None), *numbers, before, partial if stop < len(xs) else None, y)
+        _pass(ops, kernel, y, len(inputs), *_filled(inputs, None), *numbers, before, partial if stop < len(xs) else None, *last, y)
         before = partial
 
 

@@ -90,8 +90,8 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
     return None
 
 
-def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, *, packed: bool = False, tf32: bool = False) -> None:
-    """dx = the transpose of w, applied to dy. packed: w lies as (group, C/group, kH, kW, O/group) already."""
+def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positive: Array | None, *, packed: bool = False, tf32: bool = False) -> None:
+    """dx = the transpose of w, applied to dy; positive as in the contract. packed: w lies as (group, C/group, kH, kW, O/group) already."""
     kind = _kind(dx, tf32)
     fit = _Fit(dy, g.group_outputs, g.group) if kind != EXACT else _Fit.none(g.group_outputs)
     ready = packed and w.dtype == dx.dtype and fit.channels == g.group_outputs and (kind == EXACT or w.address % VECTOR == 0)
@@ -106,12 +106,12 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, *, pac
         partial = space.part("partial", "float32")
         if kind == EXACT:
             aligned = np.bool_(_whole_vectors(g.group_outputs, left, right))
-            ops.launch(GEMM, "gemm_data", cut.blocks, cut.tile.threads, left, right, dx, partial, g.struct(cut), aligned)
+            ops.launch(GEMM, "gemm_data", cut.blocks, cut.tile.threads, left, right, dx, positive, partial, g.struct(cut), aligned)
         else:
             name = f"mma_data<{kind}, {cut.tile.rows}, {cut.tile.columns}>"
-            _launch(ops, name, cut, left, right, dx, partial, g.struct(cut, outputs=fit.channels))
+            _launch(ops, name, cut, left, right, dx, positive, partial, g.struct(cut, outputs=fit.channels))
         if partial is not None:
-            _finish(ops, partial, None, dx, cut, columns=g.x[1])
+            _finish(ops, partial, None, dx, cut, columns=g.x[1], positive=positive)
 
     sizes = {"rows": g.class_rows, "columns": g.w[1], "depth": g.class_cells * fit.channels, "groups": g.group, "outputs": dx.size}
     if kind == EXACT:
@@ -262,6 +262,17 @@ def _padded(ops: Base, x: Array, out: Array | None, channels: int, padded: int) 
     return out
 
 
-def _finish(ops: Base, partial: Array, bias: Array | None, y: Array, cut: Cut, *, columns: int, relu: bool = False, accumulate: bool = False) -> None:
-    flags = (np.bool_(relu), np.bool_(accumulate))
-    ops.launch(GEMM, f"gemm_finish<{cname(y)}>", blocks(y.size), THREADS, partial, bias, y, np.int64(y.size), np.int32(columns), np.int32(cut.splits), *flags)
+def _finish(
+    ops: Base,
+    partial: Array,
+    bias: Array | None,
+    y: Array,
+    cut: Cut,
+    *,
+    columns: int,
+    relu: bool = False,
+    accumulate: bool = False,
+    positive: Array | None = None,
+) -> None:
+    numbers = (np.int64(y.size), np.int32(columns), np.int32(cut.splits), np.bool_(relu), np.bool_(accumulate))
+    ops.launch(GEMM, f"gemm_finish<{cname(y)}>", blocks(y.size), THREADS, partial, bias, positive, y, *numbers)

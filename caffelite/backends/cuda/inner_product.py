@@ -11,8 +11,8 @@ class InnerProduct(ScaleBias):  # whose sum is the bias gradient too
     def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False, tf32: bool = False) -> None:
         forward(self, _geometry(x, y), x, w, b, y, relu=relu, transposed=transpose, tf32=tf32)
 
-    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, *, transpose: bool, tf32: bool = False) -> None:
-        backward_data(self, _geometry(dx, dy), dy, w, dx, packed=transpose, tf32=tf32)  # (K,N) lies packed
+    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, tf32: bool = False) -> None:
+        backward_data(self, _geometry(dx, dy), dy, w, dx, positive, packed=transpose, tf32=tf32)  # (K,N) lies packed
 
     def inner_product_backward_weights(
         self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool, tf32: bool = False

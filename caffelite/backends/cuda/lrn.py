@@ -29,13 +29,15 @@ class Lrn(Base):
         else:
             self.launch(LRN, f"lrn_forward<{cname(x)}, 1>", *tiles(x, 1), x, y, numbers)
 
-    def lrn_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, k: float) -> None:
+    def lrn_backward(
+        self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, k: float, relu: bool = False
+    ) -> None:
         half, numbers = size // 2, _across(x.shape, size, alpha, beta, k)
         vector = vector_of(x, y, dy, dx)
         if size in NEAR and vector > 1:
-            self.launch(LRN, f"lrn_across_backward<{cname(x)}, {half}>", *tiles(x, vector), x, y, dy, dx, numbers)
+            self.launch(LRN, f"lrn_across_backward<{cname(x)}, {half}>", *tiles(x, vector), x, y, dy, dx, numbers, np.bool_(relu))
         else:
-            self._backward_by_ratios(x, y, dy, dx, 1, numbers)
+            self._backward_by_ratios(x, y, dy, dx, 1, numbers, relu)
 
     def lrn_within_workspace(self, shape: Ints, dtype: str, *, size: int, alpha: float, beta: float) -> int:
         return 0
@@ -44,14 +46,14 @@ class Lrn(Base):
         vector = vector_of(x, y)
         self.launch(LRN, f"lrn_forward<{cname(x)}, {vector}>", *tiles(x, vector), x, y, _within(x.shape, size, alpha, beta))
 
-    def lrn_within_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float) -> None:
-        self._backward_by_ratios(x, y, dy, dx, vector_of(x, y, dy, dx), _within(x.shape, size, alpha, beta))
+    def lrn_within_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, relu: bool = False) -> None:
+        self._backward_by_ratios(x, y, dy, dx, vector_of(x, y, dy, dx), _within(x.shape, size, alpha, beta), relu)
 
-    def _backward_by_ratios(self, x: Array, y: Array, dy: Array, dx: Array, vector: int, numbers: np.void) -> None:
+    def _backward_by_ratios(self, x: Array, y: Array, dy: Array, dx: Array, vector: int, numbers: np.void, relu: bool) -> None:
         """Two passes, with dy y / s in scratch memory between them."""
         ratios, types = self.part(self.scratch(4 * x.size), 0, x.shape, "float32"), f"<{cname(x)}, {vector}>"
         self.launch(LRN, f"lrn_ratios{types}", *tiles(x, vector), x, y, dy, ratios, numbers)
-        self.launch(LRN, f"lrn_backward{types}", *tiles(x, vector), x, dy, ratios, dx, numbers)
+        self.launch(LRN, f"lrn_backward{types}", *tiles(x, vector), x, dy, ratios, dx, numbers, np.bool_(relu))
 
 
 def _across(shape: Ints, size: int, alpha: float, beta: float, k: float) -> np.void:

@@ -41,11 +41,11 @@ class Pooling(Base):
         name = f"max_pool_forward<{cname(x)}, {kind}, {vector}, {known}>"
         self.launch(POOLING, name, *tiles(y, vector), x, y, mask, _windows(x.shape, y.shape, kernel, stride, pad))
 
-    def max_pool_backward(self, dy: Array, mask: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
-        vector = vector_of(dx, dy, mask)
+    def max_pool_backward(self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        vector = vector_of(dx, dy, mask, positive)
         known = _known(stride, STRIDES) if vector > 1 and cname(mask) == "unsigned char" else 0
         name = f"max_pool_backward<{cname(dx)}, {cname(mask)}, {vector}, {known}>"
-        self.launch(POOLING, name, *tiles(dx, vector), dy, mask, dx, _windows(dx.shape, dy.shape, kernel, stride, pad))
+        self.launch(POOLING, name, *tiles(dx, vector), dy, mask, positive, dx, _windows(dx.shape, dy.shape, kernel, stride, pad))
 
     def max_pool_indices(self, mask: Array, top: Array, *, kernel: Ints, stride: Ints, pad: Ints, width: int) -> None:
         vector = vector_of(top, mask)
@@ -58,11 +58,11 @@ class Pooling(Base):
         known = _known(kernel, KERNELS) if vector > 1 else 0
         self.launch(POOLING, f"ave_pool_forward<{cname(x)}, {vector}, {known}>", *tiles(y, vector), x, y, _windows(x.shape, y.shape, kernel, stride, pad))
 
-    def ave_pool_backward(self, dy: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
-        vector = vector_of(dx, dy)
+    def ave_pool_backward(self, dy: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        vector = vector_of(dx, dy, positive)
         known = _known(stride, STRIDES) if vector > 1 else 0
         name = f"ave_pool_backward<{cname(dx)}, {vector}, {known}>"
-        self.launch(POOLING, name, *tiles(dx, vector), dy, dx, _windows(dx.shape, dy.shape, kernel, stride, pad))
+        self.launch(POOLING, name, *tiles(dx, vector), dy, positive, dx, _windows(dx.shape, dy.shape, kernel, stride, pad))
 
 
 def _known(numbers: Ints, choices: Ints) -> int:

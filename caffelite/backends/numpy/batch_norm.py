@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from caffelite.backends.contract import Array
-from caffelite.backends.numpy.common import Base, column_sums, per_channel, rows, store, widen
+from caffelite.backends.numpy.common import Base, column_sums, per_channel, rectified, rows, store, store_gradient, widen
 
 
 class BatchNorm(Base):
@@ -15,6 +15,18 @@ class BatchNorm(Base):
         distance = matrix - centre.astype(matrix.dtype)
         store(mean, centre)
         store(variance, column_sums(distance * distance) / len(matrix))
+
+    def batch_norm_accumulate(
+        self, mean: Array, variance: Array, mean_sum: Array, variance_sum: Array, weight: Array, *, fraction: float, correction: float
+    ) -> None:
+        store(mean_sum, fraction * mean_sum + mean)
+        store(variance_sum, fraction * variance_sum + correction * variance)
+        store(weight, fraction * weight + 1)
+
+    def batch_norm_global_statistics(self, mean_sum: Array, variance_sum: Array, weight: Array, mean: Array, variance: Array) -> None:
+        factor = np.where(weight == 0, 0, 1 / weight).astype(weight.dtype)
+        store(mean, mean_sum * factor)
+        store(variance, variance_sum * factor)
 
     def batch_norm_forward(self, x: Array, mean: Array, variance: Array, y: Array, *, eps: float) -> None:
         (values,) = widen(x)
@@ -30,6 +42,46 @@ class BatchNorm(Base):
 
     def batch_norm_backward_global(self, variance: Array, dy: Array, dx: Array, *, eps: float) -> None:
         store(dx, widen(dy)[0] * _inverse_deviation(variance, eps, dy.ndim))
+
+    def batch_norm_scale_forward(self, x: Array, mean: Array, variance: Array, s: Array, b: Array, y: Array, *, eps: float, relu: bool) -> None:
+        (values,) = widen(x)
+        values = (values - per_channel(mean, x.ndim)) * _inverse_deviation(variance, eps, x.ndim)
+        values *= per_channel(s, x.ndim)
+        values += per_channel(b, x.ndim)
+        store(y, np.maximum(values, 0) if relu else values)
+
+    def batch_norm_scale_backward(
+        self,
+        x: Array,
+        y: Array,
+        mean: Array,
+        variance: Array,
+        s: Array,
+        b: Array,
+        dy: Array,
+        dx: Array,
+        ds: Array | None,
+        db: Array | None,
+        *,
+        eps: float,
+        relu: bool,
+        fixed: bool,
+        accumulate_s: bool,
+        accumulate_b: bool,
+    ) -> None:
+        values, gradient = widen(x, dy)
+        gradient = rectified(gradient, y if relu else None)
+        inverse = _inverse_deviation(variance, eps, x.ndim)
+        normalised = (values - per_channel(mean, x.ndim)) * inverse
+        total, product = column_sums(rows(gradient)), column_sums(rows(gradient * normalised))
+        if not fixed:
+            count = x.size // x.shape[1]
+            shift, slope = ((sums / count).astype(gradient.dtype) for sums in (total, product))
+            gradient = gradient - per_channel(shift, x.ndim) - normalised * per_channel(slope, x.ndim)
+        store(dx, gradient * (per_channel(s, x.ndim) * inverse))
+        for target, sums, accumulate in ((ds, product, accumulate_s), (db, total, accumulate_b)):
+            if target is not None:
+                store_gradient(target, sums, accumulate)
 
 
 def _inverse_deviation(variance: Array, eps: float, axes: int) -> Array:

@@ -49,6 +49,11 @@ def store_gradient(target: Array, values: Array, accumulate: bool) -> None:
         target[...] = values
 
 
+def rectified(gradient: Array, positive: Array | None) -> Array:
+    """A gradient taken on through the ReLU that put out `positive`; None: as it is."""
+    return gradient if positive is None else gradient * (positive > 0)
+
+
 def channels_last(x: Array) -> Array:
     """A view of (N,C,...) as (N,...,C)."""
     return np.moveaxis(x, 1, -1)

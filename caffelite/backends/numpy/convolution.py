@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 
 from caffelite.backends.contract import Array, Ints
-from caffelite.backends.numpy.common import Base, channels_last, column_sums, rows, store, store_gradient, widen, work_type
+from caffelite.backends.numpy.common import Base, channels_last, column_sums, rectified, rows, store, store_gradient, widen, work_type
 
 COLUMN_BYTES = 16 << 20
 
@@ -37,7 +37,9 @@ class Convolution(Base):
                     np.maximum(values, 0, out=values)
                 store(channels_last(y[images, filters]), values.reshape(-1, *out, weights.shape[0]))
 
-    def convolution_backward_data(self, dy: Array, w: Array, dx: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False) -> None:
+    def convolution_backward_data(
+        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
+    ) -> None:
         work = work_type(dy, w)
         out, kernel, size = dy.shape[2:], w.shape[2:], dx.shape[2:]
         for part, filters in _groups(dx.shape[1], w, group):
@@ -50,7 +52,8 @@ class Convolution(Base):
                     places = (slice(c * d, c * d + (o - 1) * s + 1, s) for c, d, o, s in zip(cell, dilation, out, stride))
                     padded[(slice(None), *places)] += columns[(slice(None),) * (1 + len(out)) + cell]
                 inner = tuple(slice(p, p + s) for s, p in zip(size, pad))
-                store(channels_last(dx[images, part]), padded[(slice(None), *inner)])
+                found = padded[(slice(None), *inner)]
+                store(channels_last(dx[images, part]), rectified(found, None if positive is None else channels_last(positive[images, part])))
 
     def convolution_backward_weights(
         self,

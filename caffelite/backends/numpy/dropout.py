@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from caffelite.backends.contract import Array, DropoutKey
-from caffelite.backends.numpy.common import Base, store, widen
+from caffelite.backends.numpy.common import Base, rectified, store, widen
 
 WORDS = 1 << 14  # 64-bit words drawn at once: 65536 mask values, small enough to stay in the cache
 
@@ -15,11 +15,11 @@ class Dropout(Base):
         draw_mask(mask, ratio, key)
         self.dropout_backward(x, mask, y, ratio=ratio)
 
-    def dropout_backward(self, dy: Array, mask: Array, dx: Array, *, ratio: float) -> None:
+    def dropout_backward(self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, ratio: float) -> None:
         (values,) = widen(dy)
         scaled = values * values.dtype.type(1 / (1 - ratio))
         scaled *= mask
-        store(dx, scaled)
+        store(dx, rectified(scaled, positive))
 
 
 def draw_mask(mask: Array, ratio: float, key: DropoutKey) -> None:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from caffelite.backends.contract import Array
-from caffelite.backends.numpy.common import Base, store, widen
+from caffelite.backends.numpy.common import Base, rectified, store, widen
 
 
 class Eltwise(Base):
-    def eltwise_sum(self, xs: Sequence[Array], y: Array, coeffs: Sequence[float]) -> None:
+    def eltwise_sum(self, xs: Sequence[Array], y: Array, coeffs: Sequence[float], positive: Array | None = None, *, relu: bool = False) -> None:
         values = widen(*xs)
         total = values[0] * values[0].dtype.type(coeffs[0])
         for value, coeff in zip(values[1:], coeffs[1:]):
             total += value if coeff == 1 else value * value.dtype.type(coeff)
-        store(y, total)
+        store(y, rectified(np.maximum(total, 0) if relu else total, positive))
 
     def eltwise_product_forward(self, xs: Sequence[Array], y: Array) -> None:
         store(y, _product(widen(*xs)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from caffelite.backends.contract import Array
-from caffelite.backends.numpy.common import Base, column_sums, store, store_gradient, widen
+from caffelite.backends.numpy.common import Base, column_sums, rectified, store, store_gradient, widen
 
 
 class InnerProduct(Base):
@@ -18,9 +18,9 @@ class InnerProduct(Base):
             np.maximum(values, 0, out=values)
         store(y, values)
 
-    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, *, transpose: bool, tf32: bool = False) -> None:
+    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, tf32: bool = False) -> None:
         left, right = widen(dy, w)
-        store(dx, left @ (right.T if transpose else right))
+        store(dx, rectified(left @ (right.T if transpose else right), positive))
 
     def inner_product_backward_weights(
         self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool, tf32: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from caffelite.backends.contract import Array, Ints
-from caffelite.backends.numpy.common import Base, store, widen
+from caffelite.backends.numpy.common import Base, rectified, store, widen
 
 
 class Lrn(Base):
@@ -17,11 +17,13 @@ class Lrn(Base):
         scale = k + alpha / size * _window_sum(values * values, 1, size)
         store(y, values * scale**-beta)
 
-    def lrn_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, k: float) -> None:
+    def lrn_backward(
+        self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, k: float, relu: bool = False
+    ) -> None:
         values, output, gradient = widen(x, y, dy)
         scale = k + alpha / size * _window_sum(values * values, 1, size)
         ratios = _window_sum(gradient * output / scale, 1, size)
-        store(dx, gradient * scale**-beta - 2 * alpha * beta / size * values * ratios)
+        store(dx, rectified(gradient * scale**-beta - 2 * alpha * beta / size * values * ratios, x if relu else None))
 
     def lrn_within_workspace(self, shape: Ints, dtype: str, *, size: int, alpha: float, beta: float) -> int:
         return 0
@@ -31,11 +33,11 @@ class Lrn(Base):
         scale = 1 + alpha / size**2 * _square_sum(values * values, size)
         store(y, values * scale**-beta)
 
-    def lrn_within_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float) -> None:
+    def lrn_within_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, relu: bool = False) -> None:
         values, output, gradient = widen(x, y, dy)
         scale = 1 + alpha / size**2 * _square_sum(values * values, size)
         ratios = _square_sum(gradient * output / scale, size)
-        store(dx, gradient * scale**-beta - 2 * alpha * beta / size**2 * values * ratios)
+        store(dx, rectified(gradient * scale**-beta - 2 * alpha * beta / size**2 * values * ratios, x if relu else None))
 
 
 def _square_sum(values: Array, size: int) -> Array:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from caffelite.backends.contract import Array, Ints
-from caffelite.backends.numpy.common import FLOAT_MAX, Base, store, widen, work_type
+from caffelite.backends.numpy.common import FLOAT_MAX, Base, rectified, store, widen, work_type
 
 
 class Cell(NamedTuple):
@@ -34,8 +34,8 @@ class Pooling(Base):
                 mask[cell.outputs] += wins * (mask.dtype.type(cell.number) - mask[cell.outputs])
         store(y, best)
 
-    def max_pool_backward(self, dy: Array, mask: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
-        (gradient,) = widen(dy)
+    def max_pool_backward(self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        gradient = rectified(widen(dy)[0], positive)
         total = np.zeros_like(dx, gradient.dtype)
         for cell in _cells(dx.shape[2:], dy.shape[2:], kernel, stride, pad):
             total[cell.inputs] += np.where(mask[cell.outputs] == cell.number, gradient[cell.outputs], gradient.dtype.type(0))
@@ -56,12 +56,12 @@ class Pooling(Base):
         total /= _areas(x.shape[2:], y.shape[2:], kernel, stride, pad, values.dtype)
         store(y, total)
 
-    def ave_pool_backward(self, dy: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+    def ave_pool_backward(self, dy: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         share = widen(dy)[0] / _areas(dx.shape[2:], dy.shape[2:], kernel, stride, pad, work_type(dy))
         total = np.zeros_like(dx, share.dtype)
         for cell in _cells(dx.shape[2:], dy.shape[2:], kernel, stride, pad):
             total[cell.inputs] += share[cell.outputs]
-        store(dx, total)
+        store(dx, rectified(total, positive))
 
 
 def _no_winner(mask: Array) -> int:

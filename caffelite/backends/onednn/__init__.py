@@ -13,7 +13,7 @@ from caffelite.backends.onednn.pooling import PoolingOps
 from caffelite.backends.onednn.scale_bias import ScaleBiasOps
 
 
-class OneDNNBackend(MemoryOps, ConvolutionOps, InnerProductOps, PoolingOps, LrnOps, ActivationOps, DropoutOps, BatchNormOps, ScaleBiasOps, EltwiseOps, LossOps):
+class OneDNNBackend(MemoryOps, ConvolutionOps, InnerProductOps, PoolingOps, LrnOps, DropoutOps, EltwiseOps, ActivationOps, BatchNormOps, ScaleBiasOps, LossOps):
     """Implements caffelite.backends.contract.Backend with oneDNN. threads: None for OMP_NUM_THREADS or all processors.
 
     For use from one thread at a time. BackendError when the library cannot be loaded."""

@@ -6,7 +6,7 @@ from math import prod
 
 import numpy as np
 
-from caffelite.backends.contract import Array, is_usual
+from caffelite.backends.contract import Array, is_usual, strides_of
 from caffelite.backends.onednn.dnnl import (
     ATTR_SCALES,
     BINARY_MAX,
@@ -75,6 +75,18 @@ class ActivationOps(PlanningBackend):
             super().relu_backward(y, dy, dx, slope=slope)
         else:
             plan(y.ctypes.data, dy.ctypes.data, dx.ctypes.data)
+
+    def _rectify(self, dx: Array, positive: Array | None) -> None:
+        """Takes dx on through the ReLU that put out `positive`: no primitive that computes a gradient does it on the way."""
+        if positive is not None:
+            self.relu_backward(positive, dx, dx, slope=0.0)
+
+    def _rectified(self, dy: Array, positive: Array) -> Array:
+        """A copy of dy, in scratch memory, taken on through the ReLU that put out `positive`."""
+        held = self.dnnl.scratch.array("rectified", dy.size, dy.dtype)
+        copy = np.ndarray(dy.shape, dy.dtype, held, 0, strides_of(dy.shape, dy.itemsize))
+        self.relu_backward(positive, dy, copy, slope=0.0)
+        return copy
 
     def prelu_forward(self, x: Array, a: Array, y: Array) -> None:
         plan = self.plan(("prelu forward", signature(x), signature(a), signature(y)), lambda: plan_prelu_forward(self.dnnl, x, a, y))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from caffelite.backends.contract import Array, Ints
+from caffelite.backends.onednn.activations import ActivationOps
 from caffelite.backends.onednn.convolution_geometry import Geometry
 from caffelite.backends.onednn.convolution_weights import plan_backward_weights
 from caffelite.backends.onednn.dnnl import (
@@ -16,7 +17,7 @@ from caffelite.backends.onednn.dnnl import (
     WEIGHTS,
     Primitive,
 )
-from caffelite.backends.onednn.plan import Drain, Feed, PlanningBackend, Run, address, describe, signature, type_of
+from caffelite.backends.onednn.plan import Drain, Feed, Run, address, describe, signature, type_of
 
 IMAGE_CHANNELS = 4  # at most so many channels are an image's: see PlanningBackend.small_products
 
@@ -56,7 +57,7 @@ def plan_backward_data(g: Geometry, dy: Array, w: Array, dx: Array) -> Run:
     return backward_data
 
 
-class ConvolutionOps(PlanningBackend):
+class ConvolutionOps(ActivationOps):
     """Convolution forward and backward."""
 
     def convolution_forward(
@@ -75,7 +76,9 @@ class ConvolutionOps(PlanningBackend):
         else:
             plan(x.ctypes.data, w.ctypes.data, address(b), y.ctypes.data)
 
-    def convolution_backward_data(self, dy: Array, w: Array, dx: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False) -> None:
+    def convolution_backward_data(
+        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
+    ) -> None:
         key = ("convolution backward data", signature(dy), signature(w), signature(dx), stride, pad, dilation, group)
 
         def build() -> Run:
@@ -83,9 +86,10 @@ class ConvolutionOps(PlanningBackend):
 
         plan = self.plan(key, build)
         if plan is None:
-            super().convolution_backward_data(dy, w, dx, stride=stride, pad=pad, dilation=dilation, group=group)
+            super().convolution_backward_data(dy, w, dx, positive, stride=stride, pad=pad, dilation=dilation, group=group)
         else:
             plan(dy.ctypes.data, w.ctypes.data, dx.ctypes.data)
+            self._rectify(dx, positive)
 
     def convolution_backward_weights(
         self,

@@ -6,8 +6,9 @@ import numpy as np
 
 from caffelite.backends.contract import Array, DropoutKey, is_usual
 from caffelite.backends.numpy.dropout import draw_mask
+from caffelite.backends.onednn.activations import ActivationOps
 from caffelite.backends.onednn.dnnl import ATTR_SCALES, BINARY_MUL, DST, SRC, SRC1, Dnnl, Primitive
-from caffelite.backends.onednn.plan import PlanningBackend, Run, describe_flat, signature
+from caffelite.backends.onednn.plan import Run, describe_flat, signature
 
 WORDS = 1 << 14  # 64-bit words drawn at once; they stay in a core's own cache
 PIECE = 1 << 18  # elements drawn by one task
@@ -33,7 +34,7 @@ def plan_apply(dnnl: Dnnl, x: Array, mask: Array, y: Array, ratio: float) -> Run
     return Primitive(dnnl, descriptor, (SRC, SRC1, DST), {ATTR_SCALES | SRC: np.full(16, 1 / (1 - ratio), np.float32)})
 
 
-class DropoutOps(PlanningBackend):
+class DropoutOps(ActivationOps):
     """Dropout forward and backward."""
 
     def dropout_forward(self, x: Array, y: Array, mask: Array, *, ratio: float, key: DropoutKey) -> None:
@@ -46,10 +47,11 @@ class DropoutOps(PlanningBackend):
             draw_mask(mask, ratio, key)
         self.dropout_backward(x, mask, y, ratio=ratio)
 
-    def dropout_backward(self, dy: Array, mask: Array, dx: Array, *, ratio: float) -> None:
+    def dropout_backward(self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, ratio: float) -> None:
         key = ("dropout", signature(dy), signature(mask), signature(dx), ratio)
         plan = self.plan(key, lambda: plan_apply(self.dnnl, dy, mask, dx, ratio))
         if plan is None:
-            super().dropout_backward(dy, mask, dx, ratio=ratio)
+            super().dropout_backward(dy, mask, dx, positive, ratio=ratio)
         else:
             plan(dy.ctypes.data, mask.ctypes.data, dx.ctypes.data)
+            self._rectify(dx, positive)

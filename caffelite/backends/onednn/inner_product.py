@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from caffelite.backends.contract import Array
+from caffelite.backends.onednn.activations import ActivationOps
 from caffelite.backends.onednn.dnnl import BF16, F32, Descriptor, Dnnl, Unsupported
 from caffelite.backends.onednn.matmul import column_sums, product
-from caffelite.backends.onednn.plan import Drain, Feed, PlanningBackend, Run, address, compute_type, element_strides, signature, type_of
+from caffelite.backends.onednn.plan import Drain, Feed, Run, address, compute_type, element_strides, signature, type_of
 
 
 def matrix(dnnl: Dnnl, x: Array, dtype: int | None = None, *, transpose: bool = False) -> Descriptor:
@@ -79,7 +80,7 @@ def plan_backward_bias(dnnl: Dnnl, dy: Array, db: Array, add: bool) -> Run:
     return column_sums(dnnl, rows, columns, type_of(dy), add=add)
 
 
-class InnerProductOps(PlanningBackend):
+class InnerProductOps(ActivationOps):
     """InnerProduct forward and backward."""
 
     def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False, tf32: bool = False) -> None:
@@ -95,7 +96,7 @@ class InnerProductOps(PlanningBackend):
         else:
             plan(x.ctypes.data, w.ctypes.data, address(b), y.ctypes.data)
 
-    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, *, transpose: bool, tf32: bool = False) -> None:
+    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, tf32: bool = False) -> None:
         key = ("inner product backward data", signature(dy), signature(w), signature(dx), transpose)
 
         def build() -> Run:
@@ -104,9 +105,10 @@ class InnerProductOps(PlanningBackend):
 
         plan = self.plan(key, build)
         if plan is None:
-            super().inner_product_backward_data(dy, w, dx, transpose=transpose)
+            super().inner_product_backward_data(dy, w, dx, positive, transpose=transpose)
         else:
             plan(dy.ctypes.data, w.ctypes.data, dx.ctypes.data)
+            self._rectify(dx, positive)
 
     def inner_product_backward_weights(
         self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool, tf32: bool = False

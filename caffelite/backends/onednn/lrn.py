@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from caffelite.backends.contract import Array, Ints, is_usual, strides_of
+from caffelite.backends.onednn.activations import ActivationOps
 from caffelite.backends.onednn.dnnl import (
     BFLOAT16,
     DIFF_DST,
@@ -25,7 +26,7 @@ from caffelite.backends.onednn.dnnl import (
     PrimitiveDescriptor,
     Unsupported,
 )
-from caffelite.backends.onednn.plan import Drain, Feed, PlanningBackend, Run, describe, signature
+from caffelite.backends.onednn.plan import Drain, Feed, Run, describe, signature
 
 
 class Numbers(NamedTuple):
@@ -74,7 +75,7 @@ def plan_backward(dnnl: Dnnl, x: Array, dy: Array, dx: Array, numbers: Numbers) 
     return backward
 
 
-class LrnOps(PlanningBackend):
+class LrnOps(ActivationOps):
     """LRN. x alone decides whether oneDNN does both passes, so that they agree about the workspace."""
 
     def lrn_workspace(self, shape: Ints, dtype: str, *, size: int, alpha: float, beta: float, k: float) -> int:
@@ -95,11 +96,14 @@ class LrnOps(PlanningBackend):
         else:
             plan(x.ctypes.data, y.ctypes.data, 0 if work is None else work.ctypes.data)
 
-    def lrn_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, k: float) -> None:
+    def lrn_backward(
+        self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, k: float, relu: bool = False
+    ) -> None:
         numbers = Numbers(size, alpha, beta, k)
         key = ("lrn backward", signature(x), signature(dy), signature(dx), numbers)
         plan = self.plan(key, lambda: plan_backward(self.dnnl, x, dy, dx, numbers)) if is_usual(x) else None
         if plan is None:
-            super().lrn_backward(x, y, dy, dx, work, size=size, alpha=alpha, beta=beta, k=k)
+            super().lrn_backward(x, y, dy, dx, work, size=size, alpha=alpha, beta=beta, k=k, relu=relu)
         else:
             plan(x.ctypes.data, dy.ctypes.data, dx.ctypes.data, work.ctypes.data)
+            self._rectify(dx, x if relu else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from caffelite.backends.contract import Array, Ints, is_usual
+from caffelite.backends.onednn.activations import ActivationOps
 from caffelite.backends.onednn.dnnl import (
     BFLOAT16,
     DIFF_DST,
@@ -24,7 +25,7 @@ from caffelite.backends.onednn.dnnl import (
     PrimitiveDescriptor,
     Unsupported,
 )
-from caffelite.backends.onednn.plan import Drain, Feed, PlanningBackend, Run, describe, element_strides, signature, type_of
+from caffelite.backends.onednn.plan import Drain, Feed, Run, describe, element_strides, signature, type_of
 
 WIDE_BYTES = 1 << 24  # float32 copy of a piece: stays in the last-level cache, and few pieces mean few waits for other threads
 LOWEST = np.float32(np.finfo(np.float32).min)
@@ -145,7 +146,7 @@ def has_winnerless(y: Array) -> bool:
     return bool(y.min() <= LOWEST)
 
 
-class PoolingOps(PlanningBackend):
+class PoolingOps(ActivationOps):
     """Max and average pooling."""
 
     def max_pool_forward(self, x: Array, y: Array, mask: Array | None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
@@ -157,12 +158,14 @@ class PoolingOps(PlanningBackend):
         if plan is None or has_winnerless(y):
             super().max_pool_forward(x, y, mask, kernel=kernel, stride=stride, pad=pad)
 
-    def max_pool_backward(self, dy: Array, mask: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+    def max_pool_backward(self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         key = ("max pool backward", signature(dy), signature(mask), signature(dx), kernel, stride, pad)
         plan = self.plan(key, lambda: plan_max_backward(self.dnnl, dy, mask, dx, kernel, stride, pad))
         if plan is None:
-            super().max_pool_backward(dy, mask, dx, kernel=kernel, stride=stride, pad=pad)
+            super().max_pool_backward(dy, mask, dx, positive, kernel=kernel, stride=stride, pad=pad)
         else:
+            if positive is not None:  # dy has fewer elements than dx
+                dy = self._rectified(dy, positive)
             plan(dy.ctypes.data, mask.ctypes.data, dx.ctypes.data)
 
     def ave_pool_forward(self, x: Array, y: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
@@ -173,10 +176,11 @@ class PoolingOps(PlanningBackend):
         else:
             plan(x.ctypes.data, y.ctypes.data)
 
-    def ave_pool_backward(self, dy: Array, dx: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
+    def ave_pool_backward(self, dy: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         key = ("ave pool backward", signature(dy), signature(dx), kernel, stride, pad)
         plan = self.plan(key, lambda: plan_average_backward(self.dnnl, dy, dx, kernel, stride, pad))
         if plan is None:
-            super().ave_pool_backward(dy, dx, kernel=kernel, stride=stride, pad=pad)
+            super().ave_pool_backward(dy, dx, positive, kernel=kernel, stride=stride, pad=pad)
         else:
             plan(dy.ctypes.data, dx.ctypes.data)
+            self._rectify(dx, positive)

@@ -3,9 +3,10 @@
 // Channels last (and 2 axes): memory is a matrix (pixels, channels). A block of 256 owns `columns` runs of N neighbouring channels, N being 16
 // bytes where the channels divide so, and a slab of pixels: a warp reads unbroken memory, and a channel's parameters stay in registers.
 // Other numbers of axes: memory is (outer, channels, inner); sums take a block for each channel and slab, the passes a block for each plane.
-// Sums: doubles from the first term on, so that E[x^2] - E[x]^2 keeps its digits for any mean a float32 activation can have; a conversion and
-// two double operations an element stay below memory time where doubles run at half rate (sm_80, sm_90). Blocks leave their sums in `partial`
-// (channels, 2, slabs); a warp for each channel adds them up in a fixed order.
+// Statistics: a thread's values as distances from its first one, in float; means and squared distances of threads, blocks and slabs are put together in
+// double, each block leaving its two in `partial` (channels, 2, slabs). Never E[x^2] - E[x]^2 of the values themselves.
+// Backward's sums: doubles from the first term on; a conversion and two double operations an element stay below memory time where doubles run at half
+// rate (sm_80, sm_90). A warp for each channel adds up the slabs in a fixed order.
 // Bytes an element (float32): statistics 4, forward 8, backward 8 for the sums and 12 for the pass, backward_global 8.
 // Ladder: this is the first rung; not measured.
 #include "elementwise.cuh"
@@ -15,14 +16,113 @@ __device__ __forceinline__ Floats<N> load_as(const T* p) {
   return PACK ? load<N>(p) : load_singles<N>(p);
 }
 
-// --- sums: of x and x^2, or (PRODUCT) of dy and dy y -----------------------------------------------------------------------
+// --- moments: mean and sum of squared distances ----------------------------------------------------------------------------------
+// A thread's values of a channel, as distances from the first of them, so that squares keep their digits whatever the mean.
+struct Moments {
+  float origin = 0, sum = 0, squares = 0;
+  __device__ __forceinline__ void add(float x) {
+    float distance = x - origin;
+    sum += distance;
+    squares = fmaf(distance, distance, squares);
+  }
+  __device__ __forceinline__ double mean(double count) const { return count ? origin + sum / count : 0.; }
+  __device__ __forceinline__ double spread(double count) const { return count ? squares - (double)sum * sum / count : 0.; }
+};
+// How many of first, first + step, ... lie before end.
+__device__ __forceinline__ long long count_of(long long first, long long end, long long step) { return first < end ? (end - first + step - 1) / step : 0; }
+
+// columns: runs of N channels to a block; slab: pixels to a block. partial <- each slab's mean and sum of squared distances from it.
+template <class T, int N>
+__global__ void __launch_bounds__(256, 3) matrix_moments(const T* x, double* partial, long long pixels, int channels, int columns, long long slab) {
+  __shared__ double means[256 * N], spreads[256 * N];
+  int rows = 256 / columns, column = threadIdx.x % columns, row = threadIdx.x / columns;
+  int channel = (blockIdx.x * columns + column) * N;
+  long long start = blockIdx.y * slab, end = min(pixels, start + slab);
+  Moments own[N];
+  double count = count_of(start + row, end, rows);
+  if (row < rows && channel < channels && count) {
+    const T* from = x + channel;
+    auto run = [&](auto pack) {
+      constexpr bool PACK = decltype(pack)::value;
+      Floats<N> first = load_as<N, PACK>(from + (start + row) * channels);
+#pragma unroll
+      for (int k = 0; k < N; ++k) own[k].origin = first[k];
+#pragma unroll 4
+      for (long long pixel = start + row + rows; pixel < end; pixel += rows) {
+        Floats<N> v = load_as<N, PACK>(from + pixel * channels);
+#pragma unroll
+        for (int k = 0; k < N; ++k) own[k].add(v[k]);
+      }
+    };
+    if (packed<N>(from)) run(Width<1>());
+    else run(Width<0>());
+  }
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    means[threadIdx.x * N + k] = own[k].mean(count);
+    spreads[threadIdx.x * N + k] = own[k].spread(count);
+  }
+  __syncthreads();
+  int mine = threadIdx.x, width = columns * N, to = blockIdx.x * width + mine;  // one channel a thread
+  if (mine < width && to < channels) {
+    double mean = 0, spread = 0;
+    for (int r = 0; r < rows; ++r) mean += count_of(start + r, end, rows) * means[r * width + mine];
+    mean /= end - start;
+    for (int r = 0; r < rows; ++r) {
+      double distance = means[r * width + mine] - mean;
+      spread += spreads[r * width + mine] + count_of(start + r, end, rows) * distance * distance;
+    }
+    partial[2LL * to * gridDim.y + blockIdx.y] = mean;
+    partial[(2LL * to + 1) * gridDim.y + blockIdx.y] = spread;
+  }
+}
+
+// Block (channel, slab); count: outer * inner elements of a channel.
+template <class T>
+__global__ void __launch_bounds__(256, 4) plane_moments(const T* x, double* partial, long long count, int channels, long long inner, long long slab) {
+  long long start = blockIdx.y * slab, end = min(count, start + slab);
+  Moments own;
+  for (long long i = start + threadIdx.x; i < end; i += 256) {
+    float v = to_float(x[(i / inner * channels + blockIdx.x) * inner + i % inner]);
+    if (i == start + threadIdx.x) own.origin = v;
+    own.add(v);
+  }
+  double held = count_of(start + threadIdx.x, end, 256), mean = block_sum(held * own.mean(held)) / (end - start), distance = own.mean(held) - mean;
+  double spread = block_sum(own.spread(held) + held * distance * distance);
+  if (threadIdx.x == 0) {
+    partial[2LL * blockIdx.x * gridDim.y + blockIdx.y] = mean;
+    partial[(2LL * blockIdx.x + 1) * gridDim.y + blockIdx.y] = spread;
+  }
+}
+
+// A warp for each channel: its mean and biased variance from those of the slabs.
+__global__ void __launch_bounds__(256, 4)
+    channel_moments(const double* partial, int slabs, int channels, double count, long long slab, float* mean, float* variance) {
+  int channel = thread_index() / 32, lane = threadIdx.x % 32;
+  if (channel >= channels) return;  // a whole warp
+  const double* means = partial + 2LL * channel * slabs;
+  auto held = [&](int i) { return i + 1 < slabs ? (double)slab : count - (double)slab * (slabs - 1); };
+  double centre = 0, spread = 0;
+  for (int i = lane; i < slabs; i += 32) centre += held(i) * means[i];
+  centre = warp_sum(centre) / count;
+  for (int i = lane; i < slabs; i += 32) {
+    double distance = means[i] - centre;
+    spread += means[slabs + i] + held(i) * distance * distance;
+  }
+  spread = warp_sum(spread) / count;
+  if (lane == 0) {
+    mean[channel] = (float)centre;
+    variance[channel] = (float)(spread < 0 ? 0 : spread);  // below 0 by rounding alone; NaN stays
+  }
+}
+
+// --- sums of dy and dy y -----------------------------------------------------------------------
 // a, b += the terms of pixels pixel, pixel + rows, ... before end. PACK: all pointers allow 16-byte accesses.
-template <int N, bool PRODUCT, bool PACK, class T>
+template <int N, bool PACK, class T>
 __device__ __forceinline__ void add_pixels(const T* x, const T* y, long long pixel, long long end, int rows, int channels, double (&a)[N], double (&b)[N]) {
 #pragma unroll 4
   for (; pixel < end; pixel += rows) {
-    Floats<N> v = load_as<N, PACK>(x + pixel * channels), w = v;
-    if (PRODUCT) w = load_as<N, PACK>(y + pixel * channels);
+    Floats<N> v = load_as<N, PACK>(x + pixel * channels), w = load_as<N, PACK>(y + pixel * channels);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       a[k] += v[k];
@@ -31,19 +131,11 @@ __device__ __forceinline__ void add_pixels(const T* x, const T* y, long long pix
   }
 }
 
-// columns: runs of N channels to a block; slab: pixels to a block. x is dy and y the output where PRODUCT, else y is not read.
-template <class T, int N, bool PRODUCT>
-__global__ void __launch_bounds__(256, 3)
-    matrix_sums(const T* x, const T* y, double* partial, long long pixels, int channels, int columns, long long slab) {
+// partial <- the sums of a block's rows, a and b being a thread's for its N channels: pixels in the order of the rows.
+template <int N>
+__device__ __forceinline__ void leave_sums(const double (&a)[N], const double (&b)[N], double* partial, int channels, int columns) {
   __shared__ double first[256 * N], second[256 * N];
-  int rows = 256 / columns, column = threadIdx.x % columns, row = threadIdx.x / columns;
-  int channel = (blockIdx.x * columns + column) * N;
-  double a[N] = {}, b[N] = {};
-  if (row < rows && channel < channels) {
-    long long pixel = blockIdx.y * slab + row, end = min(pixels, (blockIdx.y + 1) * slab);
-    if (packed<N>(x) && packed<N>(y)) add_pixels<N, PRODUCT, true>(x + channel, y + channel, pixel, end, rows, channels, a, b);
-    else add_pixels<N, PRODUCT, false>(x + channel, y + channel, pixel, end, rows, channels, a, b);
-  }
+  int rows = 256 / columns;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     first[threadIdx.x * N + k] = a[k];
@@ -62,8 +154,23 @@ __global__ void __launch_bounds__(256, 3)
   }
 }
 
+// x is dy, y the normalised output.
+template <class T, int N>
+__global__ void __launch_bounds__(256, 3)
+    matrix_sums(const T* x, const T* y, double* partial, long long pixels, int channels, int columns, long long slab) {
+  int rows = 256 / columns, column = threadIdx.x % columns, row = threadIdx.x / columns;
+  int channel = (blockIdx.x * columns + column) * N;
+  double a[N] = {}, b[N] = {};
+  if (row < rows && channel < channels) {
+    long long pixel = blockIdx.y * slab + row, end = min(pixels, (blockIdx.y + 1) * slab);
+    if (packed<N>(x) && packed<N>(y)) add_pixels<N, true>(x + channel, y + channel, pixel, end, rows, channels, a, b);
+    else add_pixels<N, false>(x + channel, y + channel, pixel, end, rows, channels, a, b);
+  }
+  leave_sums<N>(a, b, partial, channels, columns);
+}
+
 // Block (channel, slab); count: outer * inner elements of a channel.
-template <class T, bool PRODUCT>
+template <class T>
 __global__ void __launch_bounds__(256, 4)
     plane_sums(const T* x, const T* y, double* partial, long long count, int channels, long long inner, long long slab) {
   long long end = min(count, (blockIdx.y + 1) * slab), i = blockIdx.y * slab + threadIdx.x;
@@ -71,7 +178,7 @@ __global__ void __launch_bounds__(256, 4)
   double a = 0, b = 0;
   for (; i < end; i += 256) {
     long long at = (plane * channels + blockIdx.x) * inner + place;
-    float v = to_float(x[at]), w = PRODUCT ? to_float(y[at]) : v;
+    float v = to_float(x[at]), w = to_float(y[at]);
     a += v;
     b += (double)v * w;
     plane += planes;
@@ -89,8 +196,7 @@ __global__ void __launch_bounds__(256, 4)
   }
 }
 
-// first, second: the mean and the biased variance of x, or (PRODUCT) the means of both sums.
-template <bool PRODUCT>
+// first, second: the means of both sums.
 __global__ void __launch_bounds__(256, 4) channel_means(const double* partial, int slabs, int channels, double count, float* first, float* second) {
   int channel = thread_index() / 32, lane = threadIdx.x % 32;
   if (channel >= channels) return;  // a whole warp
@@ -102,13 +208,26 @@ __global__ void __launch_bounds__(256, 4) channel_means(const double* partial, i
   }
   a = warp_sum(a) / count;
   b = warp_sum(b) / count;
-  if (!PRODUCT) {
-    b -= a * a;
-    if (b < 0) b = 0;  // by rounding alone; NaN stays
-  }
   if (lane == 0) {
     first[channel] = (float)a;
     second[channel] = (float)b;
+  }
+}
+
+// --- moving sums -----------------------------------------------------------------------------------------------------------
+__global__ void accumulate(const float* mean, const float* variance, float* mean_sum, float* variance_sum, float* weight, float fraction, float correction,
+                           int channels) {
+  for (long long i = thread_index(); i < channels; i += thread_count()) {
+    mean_sum[i] = __fadd_rn(__fmul_rn(fraction, mean_sum[i]), mean[i]);
+    variance_sum[i] = __fadd_rn(__fmul_rn(fraction, variance_sum[i]), __fmul_rn(correction, variance[i]));
+  }
+  if (thread_index() == 0) *weight = __fadd_rn(__fmul_rn(fraction, *weight), 1.f);
+}
+__global__ void global_statistics(const float* mean_sum, const float* variance_sum, const float* weight, float* mean, float* variance, int channels) {
+  float factor = *weight == 0 ? 0 : 1 / *weight;
+  for (long long i = thread_index(); i < channels; i += thread_count()) {
+    mean[i] = mean_sum[i] * factor;
+    variance[i] = variance_sum[i] * factor;
   }
 }
 
@@ -177,4 +296,168 @@ __global__ void __launch_bounds__(256, 4) plane_pass(const T* x, const T* y, con
     for (long long i = plane * inner + threadIdx.x; i < (plane + 1) * inner; i += blockDim.x)
       out[i] = from_float<T>(own.of(to_float(x[i]), RULE == BACKWARD ? to_float(y[i]) : 0.f));
   }
+}
+
+// --- with the Scale and ReLU that follow -----------------------------------------------------------------------------------------
+// forward   y = h s + b, h = (x - mean) inverse; relu: max(y, 0).
+// backward  g = dy, or with relu what of it comes through: x gives h and y again, in forward's steps, so that no more is kept than x. First the
+//           sums of g and of g h, then dx = s inverse (g - mean(g) - h mean(g h)).
+// Bytes an element (bfloat16): forward 4, backward 4 for the sums and 6 for the pass; the three layers one by one move 24 and 32. A thread adds
+// its pixels' terms in float (SUM_BLOCKS and LEAST of batch_norm.py make them few), blocks and slabs in double. Ladder: the first rung; not measured.
+struct Scaled {
+  float mean, inverse, scale, shift;
+  __device__ __forceinline__ void set(const float* means, const float* variance, const float* s, const float* b, float eps, int channel) {
+    mean = means[channel];
+    inverse = 1.f / sqrtf(variance[channel] + eps);
+    scale = s[channel];
+    shift = b[channel];
+  }
+  __device__ __forceinline__ float normal(float x) const { return (x - mean) * inverse; }
+  __device__ __forceinline__ float out(float h) const { return __fadd_rn(__fmul_rn(h, scale), shift); }
+};
+
+// body(Floats of x, Floats of dy, at) for the pixels of a thread; dy may be null.
+template <int N, bool PACK, class T, class Body>
+__device__ __forceinline__ void each_pixel(const T* x, const T* dy, long long pixel, long long end, int rows, int channels, Body body) {
+#pragma unroll 2
+  for (; pixel < end; pixel += rows) {
+    long long at = pixel * channels;
+    Floats<N> v = load_as<N, PACK>(x + at), d = v;
+    if (dy) d = load_as<N, PACK>(dy + at);
+    body(v, d, at);
+  }
+}
+template <int N, bool PACK, class T>
+__device__ __forceinline__ void store_as(T* p, const Floats<N>& values) {
+  if (PACK) {
+    store<N>(p, values);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) p[k] = from_float<T>(values[k]);
+  }
+}
+
+// What a thread of a matrix kernel works on.
+template <int N>
+struct Place {
+  int rows, channel;
+  long long pixel, end;
+  bool any;
+  __device__ __forceinline__ Place(long long pixels, int channels, int columns, long long slab) {
+    rows = 256 / columns;
+    int row = threadIdx.x / columns;
+    channel = (blockIdx.x * columns + threadIdx.x % columns) * N;
+    pixel = blockIdx.y * slab + row;
+    end = min(pixels, (blockIdx.y + 1) * slab);
+    any = row < rows && channel < channels;
+  }
+};
+
+template <class T, int N>
+__global__ void __launch_bounds__(256, 2) matrix_scale(const T* x, const float* means, const float* variance, const float* s, const float* b, float eps, bool relu,
+                                                       T* y, long long pixels, int channels, int columns, long long slab) {
+  Place<N> place(pixels, channels, columns, slab);
+  if (!place.any) return;
+  Scaled own[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) own[k].set(means, variance, s, b, eps, place.channel + k);
+  x += place.channel;
+  y += place.channel;
+  auto run = [&](auto pack) {
+    constexpr bool PACK = decltype(pack)::value;
+    each_pixel<N, PACK>(x, (const T*)nullptr, place.pixel, place.end, place.rows, channels, [&](Floats<N>& v, Floats<N>&, long long at) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        float out = own[k].out(own[k].normal(v[k]));
+        v[k] = !relu || out > 0 || is_nan(out) ? out : 0;
+      }
+      store_as<N, PACK>(y + at, v);
+    });
+  };
+  if (packed<N>(x) && packed<N>(y)) run(Width<1>());
+  else run(Width<0>());
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(256, 2)
+    matrix_scale_sums(const T* x, const T* dy, const float* means, const float* variance, const float* s, const float* b, float eps, bool relu, double* partial,
+                      long long pixels, int channels, int columns, long long slab) {
+  Place<N> place(pixels, channels, columns, slab);
+  float g[N] = {}, gh[N] = {};
+  if (place.any) {
+    Scaled own[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) own[k].set(means, variance, s, b, eps, place.channel + k);
+    x += place.channel;
+    dy += place.channel;
+    auto run = [&](auto pack) {
+      each_pixel<N, decltype(pack)::value>(x, dy, place.pixel, place.end, place.rows, channels, [&](Floats<N>& v, Floats<N>& d, long long) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          float h = own[k].normal(v[k]), given = relu ? rectified(d[k], own[k].out(h)) : d[k];
+          g[k] += given;
+          gh[k] = fmaf(given, h, gh[k]);
+        }
+      });
+    };
+    if (packed<N>(x) && packed<N>(dy)) run(Width<1>());
+    else run(Width<0>());
+  }
+  double first[N], second[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) first[k] = g[k], second[k] = gh[k];
+  leave_sums<N>(first, second, partial, channels, columns);
+}
+
+// A warp for each channel: db, ds (may be null) from the slabs' sums of g and g h, and their means.
+__global__ void __launch_bounds__(256, 4) channel_scale_sums(const double* partial, int slabs, int channels, double count, float* ds, float* db, bool accumulate_s,
+                                                             bool accumulate_b, float* mean_g, float* mean_gh) {
+  int channel = thread_index() / 32, lane = threadIdx.x % 32;
+  if (channel >= channels) return;  // a whole warp
+  const double* mine = partial + 2LL * channel * slabs;
+  double g = 0, gh = 0;
+  for (int i = lane; i < slabs; i += 32) {
+    g += mine[i];
+    gh += mine[slabs + i];
+  }
+  g = warp_sum(g);
+  gh = warp_sum(gh);
+  if (lane) return;
+  if (ds) ds[channel] = (float)(accumulate_s ? ds[channel] + gh : gh);
+  if (db) db[channel] = (float)(accumulate_b ? db[channel] + g : g);
+  mean_g[channel] = (float)(g / count);
+  mean_gh[channel] = (float)(gh / count);
+}
+
+// mean_g, mean_gh: null where mean and variance are fixed. dx may be dy.
+template <class T, int N>
+__global__ void __launch_bounds__(256, 2)
+    matrix_scale_pass(const T* x, const T* dy, const float* means, const float* variance, const float* s, const float* b, float eps, bool relu, const float* mean_g,
+                      const float* mean_gh, T* dx, long long pixels, int channels, int columns, long long slab) {
+  Place<N> place(pixels, channels, columns, slab);
+  if (!place.any) return;
+  Scaled own[N];
+  float centre[N], slope[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    own[k].set(means, variance, s, b, eps, place.channel + k);
+    centre[k] = mean_g ? mean_g[place.channel + k] : 0;
+    slope[k] = mean_g ? mean_gh[place.channel + k] : 0;
+  }
+  x += place.channel;
+  dy += place.channel;
+  dx += place.channel;
+  auto run = [&](auto pack) {
+    constexpr bool PACK = decltype(pack)::value;
+    each_pixel<N, PACK>(x, dy, place.pixel, place.end, place.rows, channels, [&](Floats<N>& v, Floats<N>& d, long long at) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        float h = own[k].normal(v[k]), given = relu ? rectified(d[k], own[k].out(h)) : d[k];
+        d[k] = (mean_g ? given - centre[k] - h * slope[k] : given) * (own[k].scale * own[k].inverse);
+      }
+      store_as<N, PACK>(dx + at, d);
+    });
+  };
+  if (packed<N>(x) && packed<N>(dy) && packed<N>(dx)) run(Width<1>());
+  else run(Width<0>());
 }

@@ -29,6 +29,11 @@ __device__ __forceinline__ bf16 from_float<bf16>(float x) {
   return bf16{cf_bf16_bits(x)};
 }
 __device__ __forceinline__ bool is_nan(float x) { return x != x; }
+// A gradient taken on through the ReLU that put out `positive`.
+template <class T>
+__device__ __forceinline__ float rectified(float gradient, T positive) {
+  return to_float(positive) > 0 ? gradient : 0 * gradient;
+}
 
 // --- 16 bytes at a time -------------------------------------------------------------------------------------------------
 template <class T>

@@ -53,7 +53,7 @@ __global__ void convolution_forward(const T* x, const W* w, const B* b, T* y, Sp
 }
 
 template <class T, class W>
-__global__ void convolution_backward_data(const T* dy, const W* w, T* dx, Space s, long long n) {
+__global__ void convolution_backward_data(const T* dy, const W* w, T* dx, const T* positive, Space s, long long n) {
   for (long long i = thread_index(); i < n; i += thread_count()) {
     int position = i % s.inside, channel = i / s.inside % s.channels, image = i / s.inside / s.channels;
     int first = channel / s.group_channels * s.group_outputs, own = channel % s.group_channels;
@@ -65,7 +65,7 @@ __global__ void convolution_backward_data(const T* dy, const W* w, T* dx, Space 
         sum += (double)to_float(dy[((long long)image * s.outputs + o) * s.out_inside + target]) *
                to_float(w[((long long)o * s.group_channels + own) * s.cells + cell]);
     }
-    dx[i] = from_float<T>((float)sum);
+    dx[i] = from_float<T>(positive ? rectified((float)sum, positive[i]) : (float)sum);
   }
 }
 

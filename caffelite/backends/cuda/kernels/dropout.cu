@@ -50,6 +50,8 @@ __global__ void dropout_forward(const T* x, T* y, unsigned char* mask, float fac
   }
 }
 template <class T>
-__global__ void dropout_backward(const T* dy, const unsigned char* mask, T* dx, float factor, long long n) {
-  map(dx, n, [=](float d, float keep) { return __fmul_rn(__fmul_rn(d, factor), keep); }, dy, mask);
+__global__ void dropout_backward(const T* dy, const unsigned char* mask, const T* positive, T* dx, float factor, long long n) {
+  auto drop = [=](float d, float keep) { return __fmul_rn(__fmul_rn(d, factor), keep); };
+  if (positive) map(dx, n, [=](float d, float keep, float above) { return rectified(drop(d, keep), above); }, dy, mask, positive);
+  else map(dx, n, drop, dy, mask);
 }

@@ -18,10 +18,11 @@ __device__ __forceinline__ bool all_packed(const Inputs<T>& in) {
 }
 
 // result = before (if any) + or * the inputs in order, to y in T or to partial in float. Each step is rounded, as on the NumPy backend.
+// Then relu: max(y, 0); positive: y goes on through the ReLU that put that out.
 template <class T, int K, class Step>
-__device__ __forceinline__ void fold(const Inputs<T>& in, const float* before, float* partial, T* y, long long n, Step step) {
+__device__ __forceinline__ void fold(const Inputs<T>& in, const float* before, float* partial, const T* positive, bool relu, T* y, long long n, Step step) {
   constexpr int full = 16 / sizeof(T);
-  bool pack = all_packed<K>(in) && packed<full>(before) && packed<full>(partial) && packed<full>(y);
+  bool pack = all_packed<K>(in) && packed<full>(before) && packed<full>(partial) && packed<full>(positive) && packed<full>(y);
   sweep<T>(n, pack, [=](auto width, long long i) {
     constexpr int N = decltype(width)::value;
     Floats<N> total = {};
@@ -30,21 +31,29 @@ __device__ __forceinline__ void fold(const Inputs<T>& in, const float* before, f
       Floats<N> value = load<N>(in.x[k] + i);
       for (int e = 0; e < N; ++e) total[e] = step(k, k > 0 || before, total[e], value[e]);
     }
-    if (partial) store<N>(partial + i, total);
-    else store<N>(y + i, total);
+    if (partial) {
+      store<N>(partial + i, total);
+      return;
+    }
+    if (positive) {
+      Floats<N> above = load<N>(positive + i);
+      for (int e = 0; e < N; ++e) total[e] = rectified(total[e], above[e]);
+    }
+    for (int e = 0; e < N; ++e) total[e] = !relu || total[e] > 0 || is_nan(total[e]) ? total[e] : 0;
+    store<N>(y + i, total);
   });
 }
 template <class T, int K>
 __global__ void eltwise_sum(const T* x0, const T* x1, const T* x2, const T* x3, float c0, float c1, float c2, float c3, const float* before, float* partial,
-                            T* y, long long n) {
-  fold<T, K>({{x0, x1, x2, x3}}, before, partial, y, n, [=](int k, bool more, float total, float value) {
+                            const T* positive, bool relu, T* y, long long n) {
+  fold<T, K>({{x0, x1, x2, x3}}, before, partial, positive, relu, y, n, [=](int k, bool more, float total, float value) {
     float term = __fmul_rn(value, k == 0 ? c0 : k == 1 ? c1 : k == 2 ? c2 : c3);
     return more ? __fadd_rn(total, term) : term;
   });
 }
 template <class T, int K>
 __global__ void eltwise_product(const T* x0, const T* x1, const T* x2, const T* x3, const float* before, float* partial, T* y, long long n) {
-  fold<T, K>({{x0, x1, x2, x3}}, before, partial, y, n, [](int, bool more, float total, float value) { return more ? __fmul_rn(total, value) : value; });
+  fold<T, K>({{x0, x1, x2, x3}}, before, partial, (const T*)nullptr, false, y, n, [](int, bool more, float total, float value) { return more ? __fmul_rn(total, value) : value; });
 }
 template <class T>
 __global__ void eltwise_quotient(const T* x, const T* y, const T* dy, T* dx, long long n) {

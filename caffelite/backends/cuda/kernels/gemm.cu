@@ -6,7 +6,7 @@
 // gemm_data      dx: m = pixel of x in a class, n = channel of the group, k = (cell of the class, output). B = weights packed as (channels,
 //                cells x outputs) by gemm_pack.
 // gemm_weights   dw: m = output of the group, n = (cell, channel), k = pixel of y. The last split runs past the end, where operands are 0.
-// With one split the result is final: bias and ReLU, rounding or accumulating are done on the way out. With more, partial sums (split, C)
+// With one split the result is final: bias and ReLU (gemm_data: the backward of the ReLU below), rounding or accumulating are done on the way out. With more, partial sums (split, C)
 // go to `partial` in float, and gemm_finish adds them in order. Main loop, bytes and operations: gemm_float.cuh.
 // gemm_finish    reads 4 bytes a split and writes one element; gemm_pack and gemm_pad read and write each weight, or activation, once.
 #include "gemm_float.cuh"
@@ -25,19 +25,19 @@ __global__ void __launch_bounds__(THREADS, 2)
   long long count = a.t.columns(), rows = a.t.rows();
   Matrix<float> b{w + (long long)block.group * g.group_outputs * count, g.group_outputs, (int)count, count, aligned};
   long long first = block.split * g.per_split, last = min(first + g.per_split, count);
-  Finish<float> finish{y, bias, relu, false};
+  Finish<float> finish{y, bias, relu, false, nullptr};
   Exit<float> exit(finish, partial, block, rows, g.group_outputs, g.outputs, block.group * g.group_outputs, rows * g.outputs);
   multiply_float<true, true>(a, b, block, first, last, exit, [](long long m) { return m; });
 }
 
-__global__ void __launch_bounds__(THREADS, 2) gemm_data(const float* dy, const float* packed, float* dx, float* partial, Geometry g, bool aligned) {
+__global__ void __launch_bounds__(THREADS, 2) gemm_data(const float* dy, const float* packed, float* dx, const float* positive, float* partial, Geometry g, bool aligned) {
   Block block = block_of(g, BM, BN, true);
   Windows<float> a{dy, backward_taps(g, block), aligned, false};
   long long count = a.t.columns(), rows = a.t.rows(), pitch = (long long)g.kernel_h * g.kernel_w * g.group_outputs;
   if (block.m >= rows) return;  // another class has more pixels
   Filters<float> b{packed + block.group * g.group_channels * pitch, a.t, g.group_channels, pitch, aligned};
   long long first = block.split * g.per_split, last = min(first + g.per_split, count);
-  Finish<float> finish{dx, nullptr, false, false};
+  Finish<float> finish{dx, nullptr, false, false, positive};
   Exit<float> exit(finish, partial, block, rows, g.group_channels, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels);
   multiply_float<true, true>(a, b, block, first, last, exit, [&](long long m) { return a.t.pixel(m); });
 }
@@ -49,15 +49,15 @@ __global__ void __launch_bounds__(THREADS, 2)
   long long pixels = b.t.rows(), count = b.t.columns();
   Matrix<float> a{dy + block.group * g.group_outputs, pixels, g.group_outputs, g.outputs, aligned_dy};
   long long first = block.split * g.per_split, last = min(first + g.per_split, pixels);
-  Finish<float> finish{dw, nullptr, false, accumulate};
+  Finish<float> finish{dw, nullptr, false, accumulate, nullptr};
   Exit<float> exit(finish, partial, block, g.group_outputs, (int)count, count, 0, g.outputs * count);
   multiply_float<false, false>(a, b, block, first, last, exit, [&](long long m) { return (long long)block.group * g.group_outputs + m; });
 }
 
 // y[i] = the sum of partial[s][i] in the order of s, finished; columns: outputs, for the bias.
 template <class T>
-__global__ void gemm_finish(const float* partial, const float* bias, T* y, long long n, int columns, int splits, bool relu, bool accumulate) {
-  Finish<T> finish{y, bias, relu, accumulate};
+__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, T* y, long long n, int columns, int splits, bool relu, bool accumulate) {
+  Finish<T> finish{y, bias, relu, accumulate, positive};
   for (long long i = thread_index(); i < n; i += thread_count()) {
     float sum = partial[i];
     for (int s = 1; s < splits; ++s) sum += partial[s * n + i];

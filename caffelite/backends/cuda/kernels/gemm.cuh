@@ -92,9 +92,11 @@ struct Finish {  // before they are stored in y[at]; `column` counts the outputs
   T* y;
   const float* bias;
   bool relu, accumulate;
+  const T* positive;  // y's shape: what a ReLU put out whose backward y goes on through
   __device__ __forceinline__ float value(long long at, long long column, float sum) const {
     if (bias) sum += bias[column];
     if (relu && !(sum > 0) && !is_nan(sum)) sum = 0;
+    if (positive) sum = rectified(sum, positive[at]);
     return accumulate ? to_float(y[at]) + sum : sum;
   }
   __device__ __forceinline__ void store(long long at, long long column, float sum) const { y[at] = from_float<T>(value(at, column, sum)); }
@@ -123,7 +125,7 @@ struct Exit {
   __device__ __forceinline__ Exit(const Finish<T>& finish_, float* partial_, const Block& block, long long rows_, int columns_, long long pitch_, long long first_, long long all_)
       : finish(finish_), partial(partial_ ? partial_ + block.split * all_ : nullptr), rows(rows_), pitch(pitch_), first(first_), all(all_), columns(columns_) {
     constexpr int RUN = Vec<T>::size;
-    aligned = pitch % RUN == 0 && first % RUN == 0 && columns % RUN == 0 && all % RUN == 0 && is_aligned16(finish.y);
+    aligned = pitch % RUN == 0 && first % RUN == 0 && columns % RUN == 0 && all % RUN == 0 && is_aligned16(finish.y) && is_aligned16(finish.positive);
   }
   template <int RUN, class Place>
   __device__ __forceinline__ void run(long long m, long long n, const Vec<float>* sums, Place place) const {
@@ -134,7 +136,7 @@ struct Exit {
       finish.store_run(at, first + n, sums, count, aligned);
       return;
     }
-    Finish<float> sums_only{partial, nullptr, false, false};
+    Finish<float> sums_only{partial, nullptr, false, false, nullptr};
 #pragma unroll
     for (int e = 0; e < RUN; e += 4) sums_only.store_run(at + e, 0, sums + e / 4, count - e, aligned);
   }

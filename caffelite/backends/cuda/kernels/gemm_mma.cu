@@ -28,14 +28,15 @@ __global__ void __launch_bounds__(Tile<M, N>::THREADS, Tile<M, N>::BLOCKS)
   WindowLoader<T, Shape, PIECE> loader(x, w + (long long)block.group * g.group_outputs * count, t, block.m, block.n, g.group_outputs, (int)count, first);
   Product<Kind, Shape, true> product;
   multiply_slices<Shape, SLICE_BYTES / (int)sizeof(T)>(loader, product, shared, first, last);
-  Finish<T> finish{y, bias, relu, false};
+  Finish<T> finish{y, bias, relu, false, nullptr};
   Exit<T> exit(finish, partial, block, rows, g.group_outputs, g.outputs, block.group * g.group_outputs, rows * g.outputs);
   store_tile(product, shared, block, exit, [](long long m) { return m; });
 }
 
 template <class Kind, int M, int N>
 __global__ void __launch_bounds__(Tile<M, N>::THREADS, Tile<M, N>::BLOCKS)
-    mma_data(const typename Storage<Kind>::type* dy, const typename Storage<Kind>::type* packed, typename Storage<Kind>::type* dx, float* partial, Geometry g) {
+    mma_data(const typename Storage<Kind>::type* dy, const typename Storage<Kind>::type* packed, typename Storage<Kind>::type* dx,
+             const typename Storage<Kind>::type* positive, float* partial, Geometry g) {
   using T = typename Storage<Kind>::type;
   using Shape = Tile<M, N>;
   CF_DYNAMIC_SHARED(unsigned char, shared);
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(Tile<M, N>::THREADS, Tile<M, N>::BLOCKS)
   WindowLoader<T, Shape, 16> loader(dy, packed + (long long)block.group * g.group_channels * pitch, t, block.m, block.n, g.group_channels, pitch, first);
   Product<Kind, Shape, true> product;
   multiply_slices<Shape, SLICE_BYTES / (int)sizeof(T)>(loader, product, shared, first, last);
-  Finish<T> finish{dx, nullptr, false, false};
+  Finish<T> finish{dx, nullptr, false, false, positive};
   Exit<T> exit(finish, partial, block, rows, g.group_channels, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels);
   store_tile(product, shared, block, exit, [&](long long m) { return t.pixel(m); });
 }
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(Tile<M, N>::THREADS, Tile<M, N>::BLOCKS)
   multiply_slices<Shape, SLICE_BYTES / (int)sizeof(T)>(loader, product, shared, first, last);
   int cells = g.kernel_h * g.kernel_w, columns = cells * g.kept_channels;
   long long all = (long long)g.groups * g.kept_outputs * columns, before = (long long)block.group * g.kept_outputs;
-  Finish<float> finish{dw, nullptr, false, accumulate};
+  Finish<float> finish{dw, nullptr, false, accumulate, nullptr};
   if (g.kept_channels == g.group_channels) {
     Exit<float> exit(finish, partial, block, g.kept_outputs, columns, columns, 0, all);
     store_tile(product, shared, block, exit, [&](long long m) { return before + m; });

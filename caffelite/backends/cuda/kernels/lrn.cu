@@ -74,7 +74,7 @@ __global__ void lrn_across_forward(const T* __restrict__ x, T* __restrict__ y, L
 }
 
 template <class T, int H>
-__global__ void lrn_across_backward(const T* __restrict__ x, const T* __restrict__ y, const T* __restrict__ dy, T* __restrict__ dx, Lrn g) {
+__global__ void lrn_across_backward(const T* __restrict__ x, const T* __restrict__ y, const T* __restrict__ dy, T* __restrict__ dx, Lrn g, bool relu) {
   constexpr int V = Vec<T>::size;
   static_assert(2 * H <= V, "a ratio H channels away needs squares 2H away");
   each_place<V>(g.images, g.height, g.width, g.channels, [&](int n, int h, int w, int c) {
@@ -96,7 +96,10 @@ __global__ void lrn_across_backward(const T* __restrict__ x, const T* __restrict
     raise(out, g.beta);
     float coefficient = 2 * g.factor * g.beta;
 #pragma unroll
-    for (int v = 0; v < V; ++v) out[v] = gradients[V + v] * out[v] - coefficient * values[V + v] * sum_around<H>(ratios, V + v);
+    for (int v = 0; v < V; ++v) {
+      out[v] = gradients[V + v] * out[v] - coefficient * values[V + v] * sum_around<H>(ratios, V + v);
+      if (relu) out[v] = rectified(out[v], values[V + v]);
+    }
     store_floats(dx + pixel + c, out);
   });
 }
@@ -155,7 +158,7 @@ __global__ void lrn_ratios(const T* __restrict__ x, const T* __restrict__ y, con
 }
 
 template <class T, int V>
-__global__ void lrn_backward(const T* __restrict__ x, const T* __restrict__ dy, const float* __restrict__ ratios, T* __restrict__ dx, Lrn g) {
+__global__ void lrn_backward(const T* __restrict__ x, const T* __restrict__ dy, const float* __restrict__ ratios, T* __restrict__ dx, Lrn g, bool relu) {
   each_place<V>(g.images, g.height, g.width, g.channels, [&](int n, int h, int w, int c) {
     long long image = offset_of(n, 0, 0, 0, g.height, g.width, g.channels), at = offset_of(n, h, w, c, g.height, g.width, g.channels);
     float powers[V], sums[V];
@@ -167,7 +170,10 @@ __global__ void lrn_backward(const T* __restrict__ x, const T* __restrict__ dy, 
     Pack<T, V> values = load_pack<V>(x + at), gradients = load_pack<V>(dy + at);
     float coefficient = 2 * g.factor * g.beta;
 #pragma unroll
-    for (int v = 0; v < V; ++v) sums[v] = to_float(gradients[v]) * powers[v] - coefficient * to_float(values[v]) * sums[v];
+    for (int v = 0; v < V; ++v) {
+      sums[v] = to_float(gradients[v]) * powers[v] - coefficient * to_float(values[v]) * sums[v];
+      if (relu) sums[v] = rectified(sums[v], values[v]);
+    }
     store_floats(dx + at, sums);
   });
 }

@@ -1,0 +1,111 @@
+"""Fusions: layers whose work another layer's op does on its way, so that a blob is read and written fewer times.
+
+Only in-place layers are fused away: every blob then still holds what the file says when the pass has gone by, and a net made to be observed
+is not fused at all. Marks are left in Node.forward_fused and Node.backward_fused, and in the layers that take the work over. To be called
+once, on a graph that is legal, before memory is planned: it changes what layers read in backward.
+"""
+
+from __future__ import annotations
+
+from caffelite.graph import BlobInfo, Graph, Node
+from caffelite.layer import SIGN, TOP
+from caffelite.layers.batch_norm import BatchNorm
+from caffelite.layers.scale import Scale
+from caffelite.schema import pb
+
+
+def fuse(graph: Graph) -> None:
+    """Marks all fusions of `graph`."""
+    for node in graph.nodes:
+        if isinstance(node.layer, BatchNorm):
+            _fuse_batch_norm(graph, node, node.layer)
+    for node in graph.nodes:
+        _fuse_relu_forward(node)
+    for node in graph.nodes:
+        if _is_relu(node) and not node.backward_fused and node.in_place() and node.needs_backward and node.propagate_down[0]:
+            _fuse_relu_backward(node)
+
+
+def _is_relu(node: Node) -> bool:
+    return node.layer.type == "ReLU" and node.layer.param.relu_param.negative_slope == 0
+
+
+def _later_writers(node: Node, blob: BlobInfo) -> list[Node]:
+    """The nodes that write `blob` in place after `node`."""
+    return blob.writers[blob.writers.index(node) + 1 :]
+
+
+def _fuse_relu_forward(node: Node) -> None:
+    """Convolution, InnerProduct and sums do the forward of a ReLU that follows in place."""
+    if hasattr(node.layer, "relu") and getattr(node.layer, "may_do_relu", True) and len(node.tops) == 1:
+        after = _later_writers(node, node.tops[0])[:1]
+        if after and _is_relu(after[0]):
+            node.layer.relu = True
+            after[0].forward_fused = True
+
+
+def _fuse_relu_backward(relu: Node) -> None:
+    """The one layer that takes the ReLU's top, in place or not, applies the ReLU's gradient too while it writes its own."""
+    blob = relu.tops[0]
+    takers = _later_writers(relu, blob)[:1] or blob.readers
+    if len(takers) != 1:
+        return
+    (taker,) = takers
+    index = taker.bottoms.index(blob)
+    if not (taker.needs_backward and taker.propagate_down[index] and taker.layer.may_take_relu([b.shape for b in taker.bottoms])):
+        return
+    before = taker.layer.relu_bottoms
+    taker.layer.relu_bottoms = before | {index}
+    if _reads_what_it_wrote(taker):
+        relu.backward_fused = True
+    else:
+        taker.layer.relu_bottoms = before
+
+
+def _reads_what_it_wrote(node: Node) -> bool:
+    """Whether what the node's backward reads of its tops is still there after all layers that write them in place."""
+    reads = node.layer.backward_reads()
+    for top in node.tops:
+        for later in _later_writers(node, top):
+            if TOP in reads or (SIGN in reads and not later.layer.keeps_sign):
+                return False
+    return True
+
+
+def _fuse_batch_norm(graph: Graph, norm: Node, layer: BatchNorm) -> None:
+    """BatchNorm does forward and backward of a Scale by channel that follows in place, and of a ReLU after that."""
+    blob, shape = norm.tops[0], norm.bottoms[0].shape
+    after = _later_writers(norm, blob)[:2]
+    scale = after[0].layer if after else None
+    if len(shape) not in (2, 4) or not isinstance(scale, Scale) or not scale.has_own_channels(shape) or any(p.share_name for p in after[0].params):
+        return
+    taken = after if len(after) == 2 and _is_relu(after[1]) else after[:1]
+    chain = [norm, *taken]
+    if graph.phase == pb.TRAIN and any(node.needs_backward for node in chain):
+        if not all(node.needs_backward and node.propagate_down[0] for node in chain):
+            return
+        if norm.in_place() and not _keep_bottom(graph, norm):
+            return
+    layer.scale, layer.then_relu = scale, len(taken) == 2
+    norm.absorbed = taken
+    for node in taken:
+        node.forward_fused = node.backward_fused = True
+
+
+def _keep_bottom(graph: Graph, node: Node) -> bool:
+    """Gives what the node finds in its in-place blob a memory of its own, so that backward may read it; the gradient stays where it is.
+    False for the top of a data layer or input, which is filled from outside."""
+    blob = node.tops[0]
+    start = blob.writers.index(node)
+    writers = blob.writers[:start]
+    if any(writer.layer.is_source for writer in writers):
+        return False
+    kept = BlobInfo(f"{blob.name} before {node.name}", blob.shape, blob.dtype, writers, [node], diff_of=blob)
+    graph.blobs[kept.name] = kept
+    blob.writers = blob.writers[start:]
+    for writer in writers:
+        writer.tops = [kept if top is blob else top for top in writer.tops]
+        if writer is not writers[0]:
+            writer.bottoms = [kept if bottom is blob else bottom for bottom in writer.bottoms]
+    node.bottoms = [kept]
+    return True

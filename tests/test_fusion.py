@@ -1,0 +1,263 @@
+"""Fused layers: what is fused and what is not, and that a fused net computes what the same net computes layer by layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from caffelite.fusion import fuse
+from caffelite.graph import Graph, build_graph
+from caffelite.memory import plan_memory
+from caffelite.net import Net
+from caffelite.schema import net_from_text, pb
+
+DATA = """layer { name: "d" type: "DummyData" top: "x" top: "t" dummy_data_param { shape { dim: 3 dim: 3 dim: 11 dim: 7 } shape { dim: 3 }
+  data_filler { type: "gaussian" std: 1 } data_filler { type: "constant" value: 2 } } }
+"""
+LOSS = """layer { name: "ip" type: "InnerProduct" bottom: "z" top: "ip" inner_product_param { num_output: 5 weight_filler { type: "xavier" } } }
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "ip" bottom: "t" top: "loss" }
+"""
+
+
+def layer(kind: str, name: str, bottom: str, top: str, fields: str = "") -> str:
+    return f'layer {{ name: "{name}" type: "{kind}" bottom: "{bottom}" top: "{top}" {fields} }}\n'
+
+
+def conv(name: str, bottom: str, top: str, fields: str = "kernel_size: 3 pad: 1", outputs: int = 8) -> str:
+    fillers = 'weight_filler { type: "msra" } bias_filler { type: "gaussian" std: 0.3 }'
+    return layer("Convolution", name, bottom, top, f"convolution_param {{ num_output: {outputs} {fields} {fillers} }}")
+
+
+def relu(blob: str, name: str = "relu", fields: str = "") -> str:
+    return layer("ReLU", name, blob, blob, fields)
+
+
+SUM = 'layer { name: "s" type: "Eltwise" bottom: "b" bottom: "h" top: "z" }\n'
+# What takes the ReLU's top "a" and makes "z".
+TAKERS = {
+    "convolution": conv("c", "a", "z"),
+    "convolution of one cell, two groups": conv("c", "a", "z", "kernel_size: 1 group: 2"),
+    "inner product": layer("InnerProduct", "i", "a", "z", 'inner_product_param { num_output: 7 weight_filler { type: "xavier" } }'),
+    "inner product of rows": conv("g", "x", "a", "kernel_h: 11 kernel_w: 7")
+    + relu("a")
+    + layer("InnerProduct", "i", "a", "z", 'inner_product_param { num_output: 7 weight_filler { type: "xavier" } }'),
+    "max pooling": layer("Pooling", "p", "a", "z", "pooling_param { kernel_size: 3 stride: 2 }"),
+    "max pooling and dropout": layer("Pooling", "p", "a", "z", "pooling_param { kernel_size: 3 stride: 2 }") + layer("Dropout", "q", "z", "z"),
+    "average pooling": layer("Pooling", "p", "a", "z", "pooling_param { pool: AVE kernel_size: 3 stride: 2 }"),
+    "normalisation across": layer("LRN", "n", "a", "z"),
+    "normalisation within": layer("LRN", "n", "a", "z", "lrn_param { norm_region: WITHIN_CHANNEL local_size: 3 }"),
+    "dropout in place": layer("Dropout", "q", "a", "a") + conv("c", "a", "z"),
+    "dropout": layer("Dropout", "q", "a", "z"),
+    "two layers, by way of a split": conv("c", "a", "b") + conv("e", "a", "h") + SUM,
+    "a residual": layer("Convolution", "c", "a", "b", "convolution_param { num_output: 8 kernel_size: 1 }") + SUM.replace('"h"', '"a"') + relu("z", "over"),
+}
+FIRST = conv("first", "x", "a") + relu("a")
+
+
+def text_of(name: str) -> str:
+    taker = TAKERS[name]
+    return DATA + ("" if 'top: "a" convolution_param' in taker else FIRST) + taker + LOSS
+
+
+def fused(text: str, phase: int = pb.TRAIN) -> Graph:
+    graph = build_graph(net_from_text(text), phase=phase)
+    fuse(graph)
+    return graph
+
+
+def skipped(graph: Graph) -> list[str]:
+    """The layers whose backward another layer does."""
+    return [node.name for node in graph.nodes if node.backward_fused]
+
+
+def gradients(backend, text: str, precision: str, observe: bool) -> list[np.ndarray]:
+    """The loss and all parameter gradients of the third of three passes, and the values of all parameters."""
+    net = Net(net_from_text(text), phase=pb.TRAIN, backend=backend, precision=precision, observe=observe, seed=5)
+    assert observe == (not skipped(net.graph))
+    for count in range(3):
+        net.context.forward_count = count
+        net.zero_grads()
+        net.forward()
+        net.backward()
+    learned = [np.array(backend.to_host(p.diff)) for p in net.learnable if p.lr_mult]
+    return [np.float32(net.loss()), *learned, *(np.array(backend.to_host(p.master)) for p in net.learnable)]
+
+
+# --- a ReLU's backward -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TAKERS)
+def test_a_relu_taken_by_the_next_layer_changes_no_bit(backend, name: str, precision: str) -> None:
+    ours, theirs = (gradients(backend, text_of(name), precision, observe) for observe in (False, True))
+    assert len(ours) >= 1 + 2 * 4
+    assert np.abs(theirs[1]).max() > 0
+    for got, want in zip(ours, theirs):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", TAKERS)
+def test_the_next_layer_takes_the_relu(name: str) -> None:
+    graph = fused(text_of(name))
+    assert skipped(graph)[0] == "relu"
+    assert [node.name for node in graph.nodes if node.forward_fused] == ["relu", "over"][: 2 if name == "a residual" else 1]
+
+
+NOT_TAKEN = {
+    "a slope": conv("first", "x", "a") + relu("a", fields="relu_param { negative_slope: 0.1 }") + conv("c", "a", "z"),
+    "a top of its own": conv("first", "x", "b") + layer("ReLU", "relu", "b", "a") + conv("c", "a", "z"),
+    "a layer that does not": FIRST + layer("TanH", "h", "a", "z"),
+    "no gradient comes back": FIRST + conv("c", "a", "z").replace("top:", "propagate_down: false top:"),
+    "no layer below learns": relu("x") + conv("c", "x", "z"),
+    "the pooled values are overwritten": FIRST + layer("Pooling", "p", "a", "z", "pooling_param { kernel_size: 3 }") + layer("BatchNorm", "n", "z", "z"),
+    "dropout that drops nothing": FIRST + layer("Dropout", "q", "a", "a", "phase: TEST") + conv("c", "a", "z"),
+    "values that pass through a buffer": FIRST + conv("c", "a", "z", "kernel_size: 3 axis: 2"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_no_other_relu_is_taken(name: str) -> None:
+    graph = fused(DATA + NOT_TAKEN[name] + LOSS)
+    assert skipped(graph) == []
+    assert not any(node.layer.relu_bottoms for node in graph.nodes)
+
+
+def test_a_relu_of_several_is_taken_by_its_own_taker() -> None:
+    two = 'layer { name: "c" type: "Convolution" bottom: "x" bottom: "a" top: "y" top: "z" convolution_param { num_output: 3 kernel_size: 1 } }\n'
+    text = DATA + conv("first", "x", "a", outputs=3) + relu("a") + two + LOSS
+    graph = fused(text)
+    assert skipped(graph) == ["relu"]
+    assert graph.nodes[-3].layer.relu_bottoms == {1}
+
+
+def test_memory_of_a_pooled_relu_ends_with_forward(reference) -> None:
+    """Max pooling's gradient needs its own top alone; the convolution's output is free again as soon as it is pooled."""
+    text = text_of("max pooling and dropout")
+    lives = []
+    for fusing in (False, True):
+        graph = fused(text) if fusing else build_graph(net_from_text(text), phase=pb.TRAIN)
+        plan = plan_memory(graph, reference, backward=True)
+        steps = {node.name: i for i, node in enumerate(graph.nodes)}
+        last, end = plan.by_key["data", "a"].last, 2 * len(steps) - 1
+        lives.append((last == steps["p"], last == end - steps["relu"], plan.by_key["data", "z"].last >= end - steps["p"]))
+    assert lives == [(False, True, False), (True, False, True)]
+
+
+def test_memory_of_what_average_pooling_reads_again(reference) -> None:
+    graph = fused(text_of("average pooling"))
+    steps = {node.name: i for i, node in enumerate(graph.nodes)}
+    assert plan_memory(graph, reference, backward=True).by_key["data", "a"].last == 2 * len(steps) - 1 - steps["p"]
+
+
+# --- BatchNorm, Scale and ReLU -----------------------------------------------------------------------------------------------
+
+
+def norm(blob: str, top: str | None = None, fields: str = "batch_norm_param { moving_average_fraction: 0.9 }") -> str:
+    return layer("BatchNorm", "norm", blob, top or blob, fields)
+
+
+def scale(blob: str, fields: str = "", more: str = "") -> str:
+    fillers = 'filler { type: "gaussian" std: 1 } bias_filler { type: "gaussian" std: 0.5 }'
+    return layer("Scale", "scale", blob, blob, f"scale_param {{ bias_term: true {fillers} {fields} }} {more}")
+
+
+PLAIN = conv("first", "x", "a", outputs=16)
+NORMED = {
+    "in place, relu, convolution": PLAIN + norm("a") + scale("a") + relu("a") + conv("c", "a", "z"),
+    "in place, relu, max pooling": PLAIN + norm("a") + scale("a") + relu("a") + layer("Pooling", "p", "a", "z", "pooling_param { kernel_size: 3 stride: 2 }"),
+    "in place, dropout": PLAIN + norm("a") + scale("a") + layer("Dropout", "q", "a", "a") + conv("c", "a", "z"),
+    "after a bias in place": PLAIN + layer("Bias", "below", "a", "a") + norm("a") + scale("a") + relu("a") + conv("c", "a", "z"),
+    "a top of its own": PLAIN + norm("a", "h") + scale("h") + relu("h") + conv("c", "h", "z"),
+    "five channels": conv("first", "x", "a", outputs=5) + norm("a") + scale("a") + relu("a") + conv("c", "a", "z"),
+    "global statistics": PLAIN + norm("a", fields="batch_norm_param { use_global_stats: true }") + scale("a") + relu("a") + conv("c", "a", "z"),
+    "bias alone learned": PLAIN + norm("a") + scale("a", more="param { lr_mult: 0 } param { lr_mult: 1 }") + relu("a") + conv("c", "a", "z"),
+    "rows": layer("InnerProduct", "i", "x", "a", 'inner_product_param { num_output: 7 weight_filler { type: "xavier" } }')
+    + norm("a")
+    + scale("a")
+    + layer("TanH", "t2", "a", "z"),
+    "used twice": PLAIN + norm("a") + scale("a") + relu("a") + conv("c", "a", "u") + 'layer { name: "s" type: "Eltwise" bottom: "u" bottom: "v" top: "z" }\n',
+}
+NORMED["used twice"] = NORMED["used twice"].replace('bottom: "v"', 'bottom: "w"').replace('layer { name: "s"', conv("e", "a", "w") + 'layer { name: "s"')
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NORMED)
+def test_a_normalised_net_computes_what_its_layers_do(backend, name: str, precision: str) -> None:
+    """float32: sums in other orders, 2e-5 of the largest gradient. bfloat16: the unfused layers round the normalised values as well."""
+    ours, theirs = (gradients(backend, DATA + NORMED[name] + LOSS, precision, observe) for observe in (False, True))
+    assert len(ours) == len(theirs) >= 9
+    largest = max(np.abs(want).max() for want in theirs)  # not of each array: a normalised bias has no gradient but rounding
+    for got, want in zip(ours, theirs):
+        np.testing.assert_allclose(got, want, rtol=0, atol=(2e-5 if precision == "float32" else 0.02) * largest)
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_scale_and_relu_are_part_of_batch_norm(name: str) -> None:
+    graph = fused(DATA + NORMED[name] + LOSS)
+    nodes = {node.name: node for node in graph.nodes}
+    taken = ["scale", "relu"] if "relu" in nodes and "dropout" not in name else ["scale"]
+    assert [node.name for node in nodes["norm"].absorbed] == taken
+    assert nodes["norm"].layer.scale is nodes["scale"].layer
+    assert nodes["norm"].layer.then_relu == (len(taken) == 2)
+    assert all(nodes[n].forward_fused and nodes[n].backward_fused for n in taken)
+    assert not nodes["norm"].in_place()
+
+
+NOT_NORMED = {
+    "scale without a bias": PLAIN + norm("a") + layer("Scale", "scale", "a", "a") + conv("c", "a", "z"),
+    "scale of another axis": PLAIN + norm("a") + scale("a", "axis: 2") + conv("c", "a", "z"),
+    "scale of two axes": PLAIN + norm("a") + scale("a", "num_axes: 2") + conv("c", "a", "z"),
+    "a shared scale": PLAIN + norm("a") + scale("a", more='param { name: "s" }') + conv("c", "a", "z"),
+    "scale by another blob": PLAIN + norm("a", "h") + 'layer { name: "scale" type: "Scale" bottom: "h" bottom: "x" top: "z" scale_param { axis: 0 } }\n',
+    "nothing below learns": layer("Power", "w", "x", "a") + norm("a") + scale("a") + conv("c", "a", "z"),
+    "something between": PLAIN + norm("a") + layer("Dropout", "q", "a", "a") + scale("a") + conv("c", "a", "z"),
+}
+NOT_NORMED["scale by another blob"] = NOT_NORMED["scale by another blob"].replace(PLAIN, conv("first", "x", "a", outputs=3))
+
+
+@pytest.mark.parametrize("name", NOT_NORMED)
+def test_no_other_scale_is_part_of_batch_norm(name: str) -> None:
+    graph = fused(DATA + NOT_NORMED[name] + LOSS)
+    assert not any(node.absorbed for node in graph.nodes)
+    assert not any(node.forward_fused for node in graph.nodes)
+
+
+def test_what_batch_norm_finds_in_place_has_memory_of_its_own(reference) -> None:
+    graph = fused(DATA + NORMED["in place, relu, convolution"] + LOSS)
+    plan = plan_memory(graph, reference, backward=True)
+    steps, end = {node.name: i for i, node in enumerate(graph.nodes)}, 2 * len(graph.nodes) - 1
+    kept, own = plan.by_key["data", "a before norm"], plan.by_key["data", "a"]
+    assert (kept.first, kept.last) == (steps["first"], end - steps["norm"])
+    assert (own.first, own.last) == (steps["norm"], end - steps["norm"])
+    assert ("diff", "a before norm") not in plan.by_key
+    diff = plan.by_key["diff", "a"]
+    assert (diff.first, diff.last) == (end - steps["c"], end - steps["first"])
+    assert [(node.name, node.tops[0].label, node.written_in_place()) for node in graph.nodes[1:4]] == [
+        ("first", "a", False),
+        ("norm", "a", True),
+        ("scale", "a", True),
+    ]
+    assert not [region for region in plan.regions if region.key[1] in ("scale", "relu") or region.key[2:] == ("normalised",)]
+
+
+def test_a_net_that_is_only_tested_stays_in_place() -> None:
+    graph = fused(DATA + NORMED["in place, relu, convolution"] + LOSS, phase=pb.TEST)
+    node = next(node for node in graph.nodes if node.name == "norm")
+    assert node.in_place()
+    assert [n.name for n in node.absorbed] == ["scale", "relu"]
+    assert "a before norm" not in graph.blobs
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["in place, relu, convolution", "a top of its own", "rows"])
+def test_a_tested_net_computes_what_its_layers_do(backend, name: str, precision: str) -> None:
+    train = Net(net_from_text(DATA + NORMED[name] + LOSS), phase=pb.TRAIN, backend=backend, precision=precision, seed=5)
+    for _ in range(3):
+        train.forward()
+    losses = []
+    for observe in (False, True):
+        net = Net(net_from_text(DATA + NORMED[name] + LOSS), phase=pb.TEST, backend=backend, precision=precision, observe=observe, seed=5)
+        net.copy_from(train.to_proto())
+        net.forward()
+        losses.append(net.loss())
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-6 if precision == "float32" else 0.02)

@@ -246,17 +246,14 @@ class Net:
         A label out of range shows itself as a NaN then; `recheck` raises the DataError."""
         self.feed()
         if self._run is None:
-            self._run = self.repeatable(self._refresh_and_forward)
+            self._run = self.repeatable(self.forward_fed)
+        self.refresh()
         self._run()
 
     def repeatable(self, run: Callable[[], None]) -> Callable[[], None]:
         """As Backend.repeatable, as long as nobody watches this net layer by layer."""
         recorded = self.backend.repeatable(run)
         return lambda: run() if self.observe or self.hooks != Hooks() else recorded()
-
-    def _refresh_and_forward(self) -> None:
-        self.parameters_changed()  # so that a record holds the copies to the compute type
-        self.forward_fed()
 
     def rewind(self) -> None:
         """Takes the data layers back to the batch of the last forward pass from layer 0."""

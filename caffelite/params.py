@@ -29,7 +29,8 @@ class ParamArena:
     """The owning parameters of a net, in Caffe's order of learnable parameters.
 
     `master` and `grad` are flat float32 backend arrays of one length (zero in the padding between parameters);
-    `grad` is None for a net that never runs backward. In bfloat16 the weights have a copy in that type, made by `refresh`.
+    `grad` is None for a net that never runs backward. In bfloat16 the weights have a copy in that type, `lowered`,
+    made by `refresh` and kept up to date by the solver's updates.
     """
 
     def __init__(self, backend: Backend, infos: Iterable[ParamInfo], *, compute: str, gradients: bool) -> None:
@@ -47,7 +48,7 @@ class ParamArena:
         lowered = backend.allocate(2 * length) if compute == "bfloat16" else None
         self.master = backend.view(values, 0, (length,), "float32")
         self.grad = backend.view(grads, 0, (length,), "float32") if gradients else None
-        self._lowered = backend.view(lowered, 0, (length,), "bfloat16") if lowered is not None else None
+        self.lowered = backend.view(lowered, 0, (length,), "bfloat16") if lowered is not None else None
         for info, offset in zip(infos, self.offsets):
             self._add(info, offset, values, grads, lowered)
         self.dirty = True
@@ -73,8 +74,8 @@ class ParamArena:
 
     def refresh(self) -> None:
         """Brings the bfloat16 copy up to date after the master values changed (`dirty`)."""
-        if self._lowered is not None and self.dirty:
-            self.backend.copy(self.master, self._lowered)
+        if self.lowered is not None and self.dirty:
+            self.backend.copy(self.master, self.lowered)
         self.dirty = False
 
     def segments(self, weight_decay: float) -> list[Segment]:

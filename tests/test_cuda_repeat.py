@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from solver_harness import IMAGES, RATE, Recorder, linear_solver, make_solver, weights_of
@@ -220,3 +221,18 @@ def test_a_source_behind_other_layers_is_fed_before_them(cuda: Any, reference: A
             found.append(solver.net.loss())
         losses.append(found)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_the_weights_in_bfloat16_follow_updates_and_changes_from_outside(cuda: Any) -> None:
+    solver = make_solver(RATE, IMAGES, cuda, precision="bfloat16")
+    other = make_solver(RATE, IMAGES, cuda, precision="bfloat16")
+    for steps in (1, 4, 2):
+        solver.step(steps)
+        arena = solver.net.arena
+        want = cuda.to_host(arena.master).astype(ml_dtypes.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(cuda.to_host(arena.lowered), want)
+        other.net.copy_from(solver.net.to_proto())
+        other.step(1)  # with weights that its record has not seen
+        loss = other.net.loss()
+        np.testing.assert_array_equal(cuda.to_host(other.net.arena.lowered), cuda.to_host(other.net.arena.master).astype(ml_dtypes.bfloat16).astype(np.float32))
+        assert np.isfinite(loss)

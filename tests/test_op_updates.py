@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 from arrays import assert_close
@@ -115,6 +116,19 @@ def test_a_long_array_is_updated_as_short_ones_are(backend, make, rng, name: str
     getattr(backend, f"{name}_update")(*part, [Segment(0, 8191, 1.0, 0.01)], dials(backend, grad_scale=0.5), **options)
     for got, want in zip(whole, part):
         np.testing.assert_allclose(make.host(got), np.resize(make.host(want), count), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("start", [0, 1], ids=["whole vectors", "off a vector's boundary"])
+def test_the_copy_in_bfloat16_follows(backend, make, rng, name: str, start: int) -> None:
+    """Where segments are, it holds the new weights, rounded to nearest even; elsewhere nobody asks."""
+    _, states, options = RULES[name]
+    values = [np.abs(rng.standard_normal(COUNT + start)) for _ in range(2 + states)]
+    arrays, lowered = [make(a)[start:] for a in values], make(np.full(COUNT + start, 7.0), "bfloat16")[start:]
+    getattr(backend, f"{name}_update")(*arrays, SEGMENTS, dials(backend), **options, l1=False, write_step=False, lowered=lowered)
+    got, want = make.host(lowered), make.host(arrays[0]).astype(ml_dtypes.bfloat16).astype(np.float64)
+    for segment in SEGMENTS:
+        np.testing.assert_array_equal(got[segment.start : segment.stop], want[segment.start : segment.stop])
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -561,22 +561,59 @@ class Backend(Protocol):
 
     # Every update works on flat float32 arrays of one length: w values, g gradients, h (and v) states. For each segment:
     # rate = dials.rate*lr_mult; g' = g*grad_scale + decay*w (l1: decay*sign(w)); the step D below; w -= D. write_step: g <- D, else g is
-    # left undefined. D is evaluated in float32 in the order of spec: net-and-solver 10.
+    # left undefined. lowered (bfloat16) <- w. D is evaluated in float32 in the order of spec: net-and-solver 10.
 
-    def sgd_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, momentum: float, l1: bool, write_step: bool) -> None:
+    def sgd_update(
+        self,
+        w: Array,
+        g: Array,
+        h: Array,
+        segments: Sequence[Segment],
+        dials: Dials,
+        *,
+        momentum: float,
+        l1: bool,
+        write_step: bool,
+        lowered: Array | None = None,
+    ) -> None:
         """h <- momentum h + rate g'; D = h."""
         ...
 
-    def nesterov_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, momentum: float, l1: bool, write_step: bool) -> None:
+    def nesterov_update(
+        self,
+        w: Array,
+        g: Array,
+        h: Array,
+        segments: Sequence[Segment],
+        dials: Dials,
+        *,
+        momentum: float,
+        l1: bool,
+        write_step: bool,
+        lowered: Array | None = None,
+    ) -> None:
         """h' = momentum h + rate g'; D = (1+momentum) h' - momentum h; h <- h'."""
         ...
 
-    def adagrad_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, delta: float, l1: bool, write_step: bool) -> None:
+    def adagrad_update(
+        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, delta: float, l1: bool, write_step: bool, lowered: Array | None = None
+    ) -> None:
         """h <- h + g'^2; D = rate g' / (sqrt(h) + delta)."""
         ...
 
     def rmsprop_update(
-        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, rms_decay: float, delta: float, l1: bool, write_step: bool
+        self,
+        w: Array,
+        g: Array,
+        h: Array,
+        segments: Sequence[Segment],
+        dials: Dials,
+        *,
+        rms_decay: float,
+        delta: float,
+        l1: bool,
+        write_step: bool,
+        lowered: Array | None = None,
     ) -> None:
         """h <- rms_decay h + (1-rms_decay) g'^2; D = rate g' / (sqrt(h) + delta)."""
         ...
@@ -594,6 +631,7 @@ class Backend(Protocol):
         delta: float,
         l1: bool,
         write_step: bool,
+        lowered: Array | None = None,
     ) -> None:
         """h <- m h + (1-m) g'^2; d = g' sqrt((v+delta)/(h+delta)); v <- m v + (1-m) d^2; D = rate d."""
         ...
@@ -612,6 +650,7 @@ class Backend(Protocol):
         delta: float,
         l1: bool,
         write_step: bool,
+        lowered: Array | None = None,
     ) -> None:
         """h <- b1 h + (1-b1) g'; v <- b2 v + (1-b2) g'^2; D = rate h / (sqrt(v) + delta). The rate holds the correction of the first steps."""
         ...

@@ -50,13 +50,11 @@ class Iteration:
         piece = part == 0, part == self.param.iter_size - 1
         if piece not in self._pieces:
             self._pieces[piece] = self.net.repeatable(lambda: self._run(*piece))
+        self.net.refresh()  # where something else than updates has changed the weights
         self._pieces[piece]()
         self.net.arena.grads_written()
-        if piece[1]:
-            self.net.parameters_changed()
 
     def _run(self, starts: bool, ends: bool) -> None:
-        self.net.parameters_changed()  # so that a record holds the copies to the compute type
         if starts:
             self.net.zero_grads()
         self.net.forward_fed()
@@ -80,8 +78,8 @@ class Iteration:
         if self.clips:
             self._ops.clip_gradients(arena.grad, self._norm, self._dials.grad_scale, limit=self.param.clip_gradients, divisor=self.param.iter_size)
             self._ops.append(self._norms, self._norm, divisor=1)
-        apply_rule(self.param, self._ops, arena.master, arena.grad, self._states, self._segments, self._dials, write_step=self._write_step)
-        self.net.parameters_changed()
+        arrays = arena.master, arena.grad, self._states
+        apply_rule(self.param, self._ops, *arrays, self._segments, self._dials, write_step=self._write_step, lowered=arena.lowered)
 
     # --- what came of it --------------------------------------------------------------------------------------------------
 

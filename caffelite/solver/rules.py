@@ -103,11 +103,13 @@ def apply_rule(
     dials: Dials,
     *,
     write_step: bool,
+    lowered: Array | None,
 ) -> None:
     """One update of flat float32 arrays of one length; `states` are the rule's history arrays in the order they are saved.
 
     dials.grad_scale multiplies the raw gradient sum (clipping and 1/iter_size). write_step: leave the applied step in `gradients`.
+    lowered: a bfloat16 array that gets the new weights, or None.
     """
     rule = RULES[param.type]
     l1 = param.regularization_type == "L1"
-    getattr(ops, rule.op)(weights, gradients, *states, segments, dials, **rule.settings(param), l1=l1, write_step=write_step)
+    getattr(ops, rule.op)(weights, gradients, *states, segments, dials, **rule.settings(param), l1=l1, write_step=write_step, lowered=lowered)

@@ -55,20 +55,57 @@ class Updates(Base):
     def clip_gradients(self, g: Array, norm: Array, grad_scale: Array, *, limit: float, divisor: float) -> None:
         self.launch(UPDATES, "clip_scale", 1, THREADS, *self._partials(g, "SQUARE"), norm, grad_scale, np.float64(limit), np.float64(divisor))
 
-    def sgd_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, momentum: float, l1: bool, write_step: bool) -> None:
-        self._update("sgd", (w, g, h), segments, dials, (momentum,), l1=l1, write_step=write_step)
+    def sgd_update(
+        self,
+        w: Array,
+        g: Array,
+        h: Array,
+        segments: Sequence[Segment],
+        dials: Dials,
+        *,
+        momentum: float,
+        l1: bool,
+        write_step: bool,
+        lowered: Array | None = None,
+    ) -> None:
+        self._update("sgd", (w, g, h), segments, dials, (momentum,), l1=l1, write_step=write_step, lowered=lowered)
 
-    def nesterov_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, momentum: float, l1: bool, write_step: bool) -> None:
-        self._update("nesterov", (w, g, h), segments, dials, (momentum, 1 + momentum), l1=l1, write_step=write_step)
+    def nesterov_update(
+        self,
+        w: Array,
+        g: Array,
+        h: Array,
+        segments: Sequence[Segment],
+        dials: Dials,
+        *,
+        momentum: float,
+        l1: bool,
+        write_step: bool,
+        lowered: Array | None = None,
+    ) -> None:
+        self._update("nesterov", (w, g, h), segments, dials, (momentum, 1 + momentum), l1=l1, write_step=write_step, lowered=lowered)
 
-    def adagrad_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, delta: float, l1: bool, write_step: bool) -> None:
-        self._update("adagrad", (w, g, h), segments, dials, (delta,), l1=l1, write_step=write_step)
+    def adagrad_update(
+        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, delta: float, l1: bool, write_step: bool, lowered: Array | None = None
+    ) -> None:
+        self._update("adagrad", (w, g, h), segments, dials, (delta,), l1=l1, write_step=write_step, lowered=lowered)
 
     def rmsprop_update(
-        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, rms_decay: float, delta: float, l1: bool, write_step: bool
+        self,
+        w: Array,
+        g: Array,
+        h: Array,
+        segments: Sequence[Segment],
+        dials: Dials,
+        *,
+        rms_decay: float,
+        delta: float,
+        l1: bool,
+        write_step: bool,
+        lowered: Array | None = None,
     ) -> None:
         constants = (rms_decay, 1 - rms_decay, delta)
-        self._update("rmsprop", (w, g, h), segments, dials, constants, l1=l1, write_step=write_step)
+        self._update("rmsprop", (w, g, h), segments, dials, constants, l1=l1, write_step=write_step, lowered=lowered)
 
     def adadelta_update(
         self,
@@ -83,9 +120,10 @@ class Updates(Base):
         delta: float,
         l1: bool,
         write_step: bool,
+        lowered: Array | None = None,
     ) -> None:
         constants = (momentum, 1 - momentum, delta)
-        self._update("adadelta", (w, g, h, v), segments, dials, constants, l1=l1, write_step=write_step)
+        self._update("adadelta", (w, g, h, v), segments, dials, constants, l1=l1, write_step=write_step, lowered=lowered)
 
     def adam_update(
         self,
@@ -101,15 +139,25 @@ class Updates(Base):
         delta: float,
         l1: bool,
         write_step: bool,
+        lowered: Array | None = None,
     ) -> None:
         constants = (momentum, 1 - momentum, momentum2, 1 - momentum2, delta)
-        self._update("adam", (w, g, h, v), segments, dials, constants, l1=l1, write_step=write_step)
+        self._update("adam", (w, g, h, v), segments, dials, constants, l1=l1, write_step=write_step, lowered=lowered)
 
     def _update(
-        self, rule: str, arrays: Sequence[Array], segments: Sequence[Segment], dials: Dials, constants: Sequence[float], *, l1: bool, write_step: bool
+        self,
+        rule: str,
+        arrays: Sequence[Array],
+        segments: Sequence[Segment],
+        dials: Dials,
+        constants: Sequence[float],
+        *,
+        l1: bool,
+        write_step: bool,
+        lowered: Array | None,
     ) -> None:
         table, count, grid = self._table(segments)
-        options = (np.int32(l1), np.int32(write_step))
+        options = (np.int32(l1), np.int32(write_step), lowered)
         self.launch(UPDATES, f"{rule}_update", grid, THREADS, *arrays, table, np.int32(count), *dials, *options, *(np.float32(c) for c in constants))
 
     def _table(self, segments: Sequence[Segment]) -> tuple[Array, int, int]:

@@ -133,6 +133,10 @@ class Base:
             self._pool = ThreadPoolExecutor(self.threads, "caffelite-numpy")
         return list(self._pool.map(_quiet(run), items))
 
+    def copy(self, x: Array, y: Array) -> None:
+        """y <- x; see memory.py."""
+        raise NotImplementedError
+
 
 def _quiet(function: Callable[..., Result]) -> Callable[..., Result]:
     @wraps(function)

@@ -43,16 +43,40 @@ class Updates(Base):
         norm[0] = sqrt(self.sum_squares(g))
         grad_scale[0] = (limit / norm[0] if norm[0] > limit else 1.0) / divisor
 
-    def sgd_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, momentum: float, l1: bool, write_step: bool) -> None:
+    def sgd_update(
+        self,
+        w: Array,
+        g: Array,
+        h: Array,
+        segments: Sequence[Segment],
+        dials: Dials,
+        *,
+        momentum: float,
+        l1: bool,
+        write_step: bool,
+        lowered: Array | None = None,
+    ) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
             h *= momentum
             step *= rate
             h += step
             step[...] = h
 
-        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step)
+        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step, lowered=lowered)
 
-    def nesterov_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, momentum: float, l1: bool, write_step: bool) -> None:
+    def nesterov_update(
+        self,
+        w: Array,
+        g: Array,
+        h: Array,
+        segments: Sequence[Segment],
+        dials: Dials,
+        *,
+        momentum: float,
+        l1: bool,
+        write_step: bool,
+        lowered: Array | None = None,
+    ) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
             np.multiply(h, momentum, out=scratch)
             step *= rate
@@ -60,24 +84,37 @@ class Updates(Base):
             np.multiply(h, 1 + momentum, out=step)
             step -= scratch
 
-        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step)
+        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step, lowered=lowered)
 
-    def adagrad_update(self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, delta: float, l1: bool, write_step: bool) -> None:
+    def adagrad_update(
+        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, delta: float, l1: bool, write_step: bool, lowered: Array | None = None
+    ) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
             np.multiply(step, step, out=scratch)
             h += scratch
             _divide_by_root(step, h, delta, rate, scratch)
 
-        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step)
+        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step, lowered=lowered)
 
     def rmsprop_update(
-        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, rms_decay: float, delta: float, l1: bool, write_step: bool
+        self,
+        w: Array,
+        g: Array,
+        h: Array,
+        segments: Sequence[Segment],
+        dials: Dials,
+        *,
+        rms_decay: float,
+        delta: float,
+        l1: bool,
+        write_step: bool,
+        lowered: Array | None = None,
     ) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
             _average_square(h, step, rms_decay, scratch)
             _divide_by_root(step, h, delta, rate, scratch)
 
-        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step)
+        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step, lowered=lowered)
 
     def adadelta_update(
         self,
@@ -92,6 +129,7 @@ class Updates(Base):
         delta: float,
         l1: bool,
         write_step: bool,
+        lowered: Array | None = None,
     ) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array, v: Array) -> None:
             _average_square(h, step, momentum, scratch)
@@ -102,7 +140,7 @@ class Updates(Base):
             _average_square(v, step, momentum, scratch)
             step *= rate
 
-        self._update(rule, w, g, (h, v), segments, dials, l1=l1, write_step=write_step)
+        self._update(rule, w, g, (h, v), segments, dials, l1=l1, write_step=write_step, lowered=lowered)
 
     def adam_update(
         self,
@@ -118,6 +156,7 @@ class Updates(Base):
         delta: float,
         l1: bool,
         write_step: bool,
+        lowered: Array | None = None,
     ) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array, v: Array) -> None:
             _average_square(v, step, momentum2, scratch)
@@ -127,10 +166,20 @@ class Updates(Base):
             step[...] = h
             _divide_by_root(step, v, delta, rate, scratch)
 
-        self._update(rule, w, g, (h, v), segments, dials, l1=l1, write_step=write_step)
+        self._update(rule, w, g, (h, v), segments, dials, l1=l1, write_step=write_step, lowered=lowered)
 
     def _update(
-        self, rule: Rule, w: Array, g: Array, states: Sequence[Array], segments: Sequence[Segment], dials: Dials, *, l1: bool, write_step: bool
+        self,
+        rule: Rule,
+        w: Array,
+        g: Array,
+        states: Sequence[Array],
+        segments: Sequence[Segment],
+        dials: Dials,
+        *,
+        l1: bool,
+        write_step: bool,
+        lowered: Array | None,
     ) -> None:
         """Runs a rule over all segments. D is computed in g where it is asked for, else in the cache, which spares g's way back to memory."""
         rate, grad_scale, skip = (float(cell[0]) for cell in dials)  # plain numbers, which leave float32 arrays float32
@@ -151,6 +200,8 @@ class Updates(Base):
             weights -= step
 
         self._each(run, pieces, w.size)
+        if lowered is not None:
+            self.copy(w, lowered)
 
     def _sum(self, x: Array, of: Callable[[Array], float]) -> float:
         """The sum of `of` over float64 pieces, added exactly, so that it does not depend on the number of threads."""

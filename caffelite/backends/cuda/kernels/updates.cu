@@ -5,7 +5,8 @@
 // run that reaches over a segment's end go one by one.
 // Every step is a float32 operation rounded by itself, in the order of the numpy backend, so that both give the same bits: products are
 // __fmul_rn, which the compiler does not fuse with a sum; division and square root are rounded correctly without fast-math.
-// Bytes an element: reads w, g and each state, writes w and each state (and g when the step is asked for): 20 for SGD, 28 for Adam.
+// Bytes an element: reads w, g and each state, writes w and each state (and g when the step is asked for): 20 for SGD, 28 for Adam,
+// and 2 where the weights are wanted in bfloat16 too, which spares reading them again.
 // What changes from one update to the next is read from memory, so that a recorded launch stays right.
 // Sums: doubles from the first term on; 4 bytes read an element. Partial sums of up to 1024 blocks, then one block.
 // Ladder: this is the first rung; not measured.
@@ -162,8 +163,9 @@ struct Adam {  // the rate holds the correction for the first steps
   }
 };
 
+// lowered: where the weights go in bfloat16, or null.
 template <int N, class Rule>
-__device__ __forceinline__ void update_run(float* w, float* g, float* h, float* v, const Segment& segment, const Rule& rule, const Options& options) {
+__device__ __forceinline__ void update_run(bf16* lowered, float* w, float* g, float* h, float* v, const Segment& segment, const Rule& rule, const Options& options) {
   Floats<N> weights = load<N>(w), gradients = load<N>(g), first = load<N>(h), second = first;
   if (Rule::STATES == 2) second = load<N>(v);
 #pragma unroll
@@ -177,32 +179,33 @@ __device__ __forceinline__ void update_run(float* w, float* g, float* h, float* 
     weights[k] = __fsub_rn(weight, gradients[k]);
   }
   store<N>(w, weights);
+  if (lowered) store<N>(lowered, weights);
   store<N>(h, first);
   if (Rule::STATES == 2) store<N>(v, second);
   if (options.write_step) store<N>(g, gradients);
 }
 
 template <class Rule>
-__device__ __forceinline__ void update(float* w, float* g, float* h, float* v, const void* table, int segments, Rule rule, Dials dials, int l1, int write_step) {
+__device__ __forceinline__ void update(float* w, float* g, float* h, float* v, const void* table, int segments, Rule rule, Dials dials, int l1, int write_step, bf16* lowered) {
   if (*dials.skip != 0) return;
   Segment segment = segment_of(static_cast<const Segment*>(table), segments);
   Options options{(float)(*dials.rate * segment.lr_mult), (float)*dials.grad_scale, l1, write_step};
-  bool pack = packed<4>(w) && packed<4>(g) && packed<4>(h) && packed<4>(v);
+  bool pack = packed<4>(w) && packed<4>(g) && packed<4>(h) && packed<4>(v) && packed<4>(lowered);
   long long from = (segment.start / CHUNK + blockIdx.x - segment.block) * CHUNK;
   long long to = min(from + CHUNK, segment.stop);
 #pragma unroll 2
   for (long long i = from + 4 * threadIdx.x; i < to; i += 4 * blockDim.x) {
     if (pack && i >= segment.start && i + 4 <= to) {
-      update_run<4>(w + i, g + i, h + i, Rule::STATES == 2 ? v + i : v, segment, rule, options);
+      update_run<4>(lowered ? lowered + i : lowered, w + i, g + i, h + i, Rule::STATES == 2 ? v + i : v, segment, rule, options);
     } else {
       for (long long k = max(i, segment.start); k < min(i + 4, to); ++k)
-        update_run<1>(w + k, g + k, h + k, Rule::STATES == 2 ? v + k : v, segment, rule, options);
+        update_run<1>(lowered ? lowered + k : lowered, w + k, g + k, h + k, Rule::STATES == 2 ? v + k : v, segment, rule, options);
     }
   }
 }
 
-#define COMMON const unsigned char *table, int segments, const double *rate, const double *grad_scale, const double *skip, int l1, int write_step
-#define OPTIONS Dials{rate, grad_scale, skip}, l1, write_step
+#define COMMON const unsigned char *table, int segments, const double *rate, const double *grad_scale, const double *skip, int l1, int write_step, bf16 *lowered
+#define OPTIONS Dials{rate, grad_scale, skip}, l1, write_step, lowered
 
 __global__ void __launch_bounds__(256, 4) sgd_update(float* w, float* g, float* h, COMMON, float momentum) {
   update(w, g, h, nullptr, table, segments, Sgd{momentum}, OPTIONS);

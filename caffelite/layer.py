@@ -125,7 +125,7 @@ class Layer:
     # --- running -------------------------------------------------------------------------------------------------------
 
     def feed(self, ops: Backend, tops: Sequence[Blob]) -> None:
-        """What of a forward pass the host has to do anew each time, just before `forward`: reading data, drawing numbers. `forward` and
+        """What of a source's forward pass the host has to do anew each time, just before `forward`: reading data, drawing numbers. `forward` and
         `backward` call ops alone, and always the same ones, so that a backend may record a pass and repeat it."""
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:

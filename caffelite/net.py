@@ -214,7 +214,7 @@ class Net:
         if start == 0:
             self._start_positions = {layer.name: layer.source.position for layer in self.data_layers}
         self._count()
-        for step in self.steps[start:end]:
+        for step in (step for step in self.steps[start:end] if step.layer.is_source):
             with _named(step):
                 step.layer.feed(self.backend, step.tops)
 

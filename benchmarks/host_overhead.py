@@ -1,6 +1,6 @@
 """What the host does for an iteration that a GPU plays back: Python's processor time, on a driver that launches nothing. Needs no GPU.
 
-    python benchmarks/host_overhead.py [--nets nin alexnet] [--iterations 1000] [--rounds 5]
+python benchmarks/host_overhead.py [--nets nin alexnet] [--iterations 1000] [--rounds 5]
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from arrays import assert_close
 
-from caffelite.backends.contract import JOURNAL_HEAD, Dials, Segment
+from caffelite.backends.contract import JOURNAL_HEAD, Dials, Segment, Update
 
 COUNT = 1009
 # Elements 500..520 belong to no segment and must not move; rates and decays differ.
@@ -24,8 +24,9 @@ def cells(backend, *values: float):
     return array
 
 
-def dials(backend, rate: float = RATE, grad_scale: float = 1.0, skip: float = 0.0) -> Dials:
-    return Dials(cells(backend, rate), cells(backend, grad_scale), cells(backend, skip))
+def how(backend, segments=SEGMENTS, *, grad_scale: float = 1.0, skip: float = 0.0, l1: bool = False, write_step: bool = False, lowered=None) -> Update:
+    dials = Dials(*(cells(backend, value) for value in (RATE, grad_scale, skip)))
+    return Update(segments, dials, l1, write_step, lowered)
 
 
 def sgd(g, rate, h, v, o):
@@ -91,7 +92,7 @@ def test_rule(backend, make, rng, name: str, l1: bool, grad_scale: float, write_
     h, v = (h if name in ("sgd", "nesterov", "adam") else np.abs(h)), np.abs(v)
     arrays = [make(a) for a in (w, g, h, v)[: 2 + states]]
     given = [make.host(a) for a in arrays] + [make.host(make(v))] * (2 - states)
-    getattr(backend, f"{name}_update")(*arrays, SEGMENTS, dials(backend, grad_scale=grad_scale), **options, l1=l1, write_step=write_step)
+    getattr(backend, f"{name}_update")(*arrays, how(backend, grad_scale=grad_scale, l1=l1, write_step=write_step), **options)
     want_w, want_h, want_v, step = expected(rule, options, *given, SEGMENTS, l1, grad_scale)
     assert_close(make.host(arrays[0]), want_w)
     assert_close(make.host(arrays[2]), want_h)
@@ -108,12 +109,12 @@ def test_rule(backend, make, rng, name: str, l1: bool, grad_scale: float, write_
 def test_a_long_array_is_updated_as_short_ones_are(backend, make, rng, name: str) -> None:
     """Several pieces and threads: the bits of every element are those of the same update on a few elements."""
     _, states, options = RULES[name]
-    count, options = (1 << 20) + 137, options | {"l1": False, "write_step": True}
+    count = (1 << 20) + 137
     values = [np.resize(np.abs(rng.standard_normal(8191)), count) for _ in range(2 + states)]
     whole = [make(a) for a in values]
-    getattr(backend, f"{name}_update")(*whole, [Segment(0, count, 1.0, 0.01)], dials(backend, grad_scale=0.5), **options)
+    getattr(backend, f"{name}_update")(*whole, how(backend, [Segment(0, count, 1.0, 0.01)], grad_scale=0.5, write_step=True), **options)
     part = [make(a[:8191]) for a in values]
-    getattr(backend, f"{name}_update")(*part, [Segment(0, 8191, 1.0, 0.01)], dials(backend, grad_scale=0.5), **options)
+    getattr(backend, f"{name}_update")(*part, how(backend, [Segment(0, 8191, 1.0, 0.01)], grad_scale=0.5, write_step=True), **options)
     for got, want in zip(whole, part):
         np.testing.assert_allclose(make.host(got), np.resize(make.host(want), count), rtol=1e-6)
 
@@ -125,7 +126,7 @@ def test_the_copy_in_bfloat16_follows(backend, make, rng, name: str, start: int)
     _, states, options = RULES[name]
     values = [np.abs(rng.standard_normal(COUNT + start)) for _ in range(2 + states)]
     arrays, lowered = [make(a)[start:] for a in values], make(np.full(COUNT + start, 7.0), "bfloat16")[start:]
-    getattr(backend, f"{name}_update")(*arrays, SEGMENTS, dials(backend), **options, l1=False, write_step=False, lowered=lowered)
+    getattr(backend, f"{name}_update")(*arrays, how(backend, lowered=lowered), **options)
     got, want = make.host(lowered), make.host(arrays[0]).astype(ml_dtypes.bfloat16).astype(np.float64)
     for segment in SEGMENTS:
         np.testing.assert_array_equal(got[segment.start : segment.stop], want[segment.start : segment.stop])
@@ -137,7 +138,7 @@ def test_a_skipped_update_changes_nothing(backend, make, rng, name: str) -> None
     values = [np.abs(rng.standard_normal(COUNT)) for _ in range(2 + states)]
     arrays = [make(a) for a in values]
     before = [make.host(a) for a in arrays]
-    getattr(backend, f"{name}_update")(*arrays, SEGMENTS, dials(backend, skip=1), **options, l1=False, write_step=True)
+    getattr(backend, f"{name}_update")(*arrays, how(backend, skip=1, write_step=True), **options)
     for got, want in zip(arrays, before):
         np.testing.assert_array_equal(make.host(got), want)
 

@@ -54,6 +54,16 @@ class Peaks(NamedTuple):
     source: str
 
 
+class Update(NamedTuple):
+    """What every update rule is told beside its own settings. l1: decay by the weights' signs. write_step, lowered: see the rules."""
+
+    segments: Sequence[Segment]
+    dials: Dials
+    l1: bool
+    write_step: bool
+    lowered: Array | None
+
+
 class DropoutKey(NamedTuple):
     """Names one dropout mask: see Backend.dropout_forward. iteration: a cell that holds a whole number."""
 
@@ -563,94 +573,26 @@ class Backend(Protocol):
     # rate = dials.rate*lr_mult; g' = g*grad_scale + decay*w (l1: decay*sign(w)); the step D below; w -= D. write_step: g <- D, else g is
     # left undefined. lowered (bfloat16) <- w. D is evaluated in float32 in the order of spec: net-and-solver 10.
 
-    def sgd_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        momentum: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
+    def sgd_update(self, w: Array, g: Array, h: Array, how: Update, *, momentum: float) -> None:
         """h <- momentum h + rate g'; D = h."""
         ...
 
-    def nesterov_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        momentum: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
+    def nesterov_update(self, w: Array, g: Array, h: Array, how: Update, *, momentum: float) -> None:
         """h' = momentum h + rate g'; D = (1+momentum) h' - momentum h; h <- h'."""
         ...
 
-    def adagrad_update(
-        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, delta: float, l1: bool, write_step: bool, lowered: Array | None = None
-    ) -> None:
+    def adagrad_update(self, w: Array, g: Array, h: Array, how: Update, *, delta: float) -> None:
         """h <- h + g'^2; D = rate g' / (sqrt(h) + delta)."""
         ...
 
-    def rmsprop_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        rms_decay: float,
-        delta: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
+    def rmsprop_update(self, w: Array, g: Array, h: Array, how: Update, *, rms_decay: float, delta: float) -> None:
         """h <- rms_decay h + (1-rms_decay) g'^2; D = rate g' / (sqrt(h) + delta)."""
         ...
 
-    def adadelta_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        v: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        momentum: float,
-        delta: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
+    def adadelta_update(self, w: Array, g: Array, h: Array, v: Array, how: Update, *, momentum: float, delta: float) -> None:
         """h <- m h + (1-m) g'^2; d = g' sqrt((v+delta)/(h+delta)); v <- m v + (1-m) d^2; D = rate d."""
         ...
 
-    def adam_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        v: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        momentum: float,
-        momentum2: float,
-        delta: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
+    def adam_update(self, w: Array, g: Array, h: Array, v: Array, how: Update, *, momentum: float, momentum2: float, delta: float) -> None:
         """h <- b1 h + (1-b1) g'; v <- b2 v + (1-b2) g'^2; D = rate h / (sqrt(v) + delta). The rate holds the correction of the first steps."""
         ...

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from caffelite.backends.contract import JOURNAL_HEAD, Array, Dials
+from caffelite.backends.contract import JOURNAL_HEAD, Array, Dials, Update
 from caffelite.net import Net
 from caffelite.schema import pb
 from caffelite.solver.rules import RULES, apply_rule
@@ -22,12 +22,12 @@ class Iteration:
     """
 
     def __init__(self, net: Net, param: pb.SolverParameter, states: Sequence[Array], *, write_step: bool) -> None:
-        self.net, self.param, self._states, self._write_step = net, param, states, write_step
+        self.net, self.param, self._states = net, param, states
         self._ops, self._rule = net.backend, RULES[param.type]
-        self._segments = net.arena.segments(param.weight_decay)
         self._total, self._norm, rate, scale = (self._cells(1) for _ in range(4))
         self._losses, self._norms = self._cells(JOURNAL_HEAD + MOST_UNREAD), self._cells(JOURNAL_HEAD + MOST_UNREAD)
-        self._dials = Dials(rate, scale, self._losses[1:2])
+        self._dials, l1 = Dials(rate, scale, self._losses[1:2]), param.regularization_type == "L1"
+        self._how = Update(net.arena.segments(param.weight_decay), self._dials, l1, write_step, net.arena.lowered)
         self._ops.assign(scale, [1 / param.iter_size])
         self._pieces: dict[tuple[bool, bool], Callable[[], None]] = {}
 
@@ -78,8 +78,7 @@ class Iteration:
         if self.clips:
             self._ops.clip_gradients(arena.grad, self._norm, self._dials.grad_scale, limit=self.param.clip_gradients, divisor=self.param.iter_size)
             self._ops.append(self._norms, self._norm, divisor=1)
-        arrays = arena.master, arena.grad, self._states
-        apply_rule(self.param, self._ops, *arrays, self._segments, self._dials, write_step=self._write_step, lowered=arena.lowered)
+        apply_rule(self.param, self._ops, arena.master, arena.grad, self._states, self._how)
 
     # --- what came of it --------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from caffelite.backends.contract import Array, Backend, Dials, Segment
+from caffelite.backends.contract import Array, Backend, Update
 from caffelite.errors import SpecError
 from caffelite.schema import SolverSpec, pb
 
@@ -93,23 +93,7 @@ def _unknown(spec: SolverSpec) -> SpecError:
     return SpecError(f"unknown solver type '{spec.param.type}'", where=spec.where.at("type"), hint=hint)
 
 
-def apply_rule(
-    param: pb.SolverParameter,
-    ops: Backend,
-    weights: Array,
-    gradients: Array,
-    states: Sequence[Array],
-    segments: Sequence[Segment],
-    dials: Dials,
-    *,
-    write_step: bool,
-    lowered: Array | None,
-) -> None:
-    """One update of flat float32 arrays of one length; `states` are the rule's history arrays in the order they are saved.
-
-    dials.grad_scale multiplies the raw gradient sum (clipping and 1/iter_size). write_step: leave the applied step in `gradients`.
-    lowered: a bfloat16 array that gets the new weights, or None.
-    """
+def apply_rule(param: pb.SolverParameter, ops: Backend, weights: Array, gradients: Array, states: Sequence[Array], how: Update) -> None:
+    """One update of flat float32 arrays of one length; `states` are the rule's history arrays in the order they are saved."""
     rule = RULES[param.type]
-    l1 = param.regularization_type == "L1"
-    getattr(ops, rule.op)(weights, gradients, *states, segments, dials, **rule.settings(param), l1=l1, write_step=write_step, lowered=lowered)
+    getattr(ops, rule.op)(weights, gradients, *states, how, **rule.settings(param))

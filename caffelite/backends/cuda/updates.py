@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from caffelite.backends.contract import JOURNAL_HEAD, Array, Dials, Segment
+from caffelite.backends.contract import JOURNAL_HEAD, Array, Segment, Update
 from caffelite.backends.cuda.common import MOST_PARTIALS, THREADS, Base, blocks, cname, partial_blocks
 from caffelite.backends.cuda.driver import Driver
 from caffelite.backends.cuda.launch import Module, typed
@@ -55,110 +55,31 @@ class Updates(Base):
     def clip_gradients(self, g: Array, norm: Array, grad_scale: Array, *, limit: float, divisor: float) -> None:
         self.launch(UPDATES, "clip_scale", 1, THREADS, *self._partials(g, "SQUARE"), norm, grad_scale, np.float64(limit), np.float64(divisor))
 
-    def sgd_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        momentum: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
-        self._update("sgd", (w, g, h), segments, dials, (momentum,), l1=l1, write_step=write_step, lowered=lowered)
+    def sgd_update(self, w: Array, g: Array, h: Array, how: Update, *, momentum: float) -> None:
+        self._update("sgd", (w, g, h), how, (momentum,))
 
-    def nesterov_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        momentum: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
-        self._update("nesterov", (w, g, h), segments, dials, (momentum, 1 + momentum), l1=l1, write_step=write_step, lowered=lowered)
+    def nesterov_update(self, w: Array, g: Array, h: Array, how: Update, *, momentum: float) -> None:
+        self._update("nesterov", (w, g, h), how, (momentum, 1 + momentum))
 
-    def adagrad_update(
-        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, delta: float, l1: bool, write_step: bool, lowered: Array | None = None
-    ) -> None:
-        self._update("adagrad", (w, g, h), segments, dials, (delta,), l1=l1, write_step=write_step, lowered=lowered)
+    def adagrad_update(self, w: Array, g: Array, h: Array, how: Update, *, delta: float) -> None:
+        self._update("adagrad", (w, g, h), how, (delta,))
 
-    def rmsprop_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        rms_decay: float,
-        delta: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
+    def rmsprop_update(self, w: Array, g: Array, h: Array, how: Update, *, rms_decay: float, delta: float) -> None:
         constants = (rms_decay, 1 - rms_decay, delta)
-        self._update("rmsprop", (w, g, h), segments, dials, constants, l1=l1, write_step=write_step, lowered=lowered)
+        self._update("rmsprop", (w, g, h), how, constants)
 
-    def adadelta_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        v: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        momentum: float,
-        delta: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
+    def adadelta_update(self, w: Array, g: Array, h: Array, v: Array, how: Update, *, momentum: float, delta: float) -> None:
         constants = (momentum, 1 - momentum, delta)
-        self._update("adadelta", (w, g, h, v), segments, dials, constants, l1=l1, write_step=write_step, lowered=lowered)
+        self._update("adadelta", (w, g, h, v), how, constants)
 
-    def adam_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        v: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        momentum: float,
-        momentum2: float,
-        delta: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
+    def adam_update(self, w: Array, g: Array, h: Array, v: Array, how: Update, *, momentum: float, momentum2: float, delta: float) -> None:
         constants = (momentum, 1 - momentum, momentum2, 1 - momentum2, delta)
-        self._update("adam", (w, g, h, v), segments, dials, constants, l1=l1, write_step=write_step, lowered=lowered)
+        self._update("adam", (w, g, h, v), how, constants)
 
-    def _update(
-        self,
-        rule: str,
-        arrays: Sequence[Array],
-        segments: Sequence[Segment],
-        dials: Dials,
-        constants: Sequence[float],
-        *,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None,
-    ) -> None:
-        table, count, grid = self._table(segments)
-        options = (np.int32(l1), np.int32(write_step), lowered)
-        self.launch(UPDATES, f"{rule}_update", grid, THREADS, *arrays, table, np.int32(count), *dials, *options, *(np.float32(c) for c in constants))
+    def _update(self, rule: str, arrays: Sequence[Array], how: Update, constants: Sequence[float]) -> None:
+        table, count, grid = self._table(how.segments)
+        options = (*how.dials, np.int32(how.l1), np.int32(how.write_step), how.lowered)
+        self.launch(UPDATES, f"{rule}_update", grid, THREADS, *arrays, table, np.int32(count), *options, *(np.float32(c) for c in constants))
 
     def _table(self, segments: Sequence[Segment]) -> tuple[Array, int, int]:
         """The segments that hold something on the device, how many they are, and how many blocks they take; copied there once."""

@@ -7,7 +7,7 @@ from math import fsum, sqrt
 
 import numpy as np
 
-from caffelite.backends.contract import JOURNAL_HEAD, Array, Dials, Segment
+from caffelite.backends.contract import JOURNAL_HEAD, Array, Segment, Update
 from caffelite.backends.numpy.common import Base, chunks, flat, store, widen
 
 # rule(rate, step, scratch, states...): on entry `step` holds g', on return D; `scratch` is free memory.
@@ -43,40 +43,16 @@ class Updates(Base):
         norm[0] = sqrt(self.sum_squares(g))
         grad_scale[0] = (limit / norm[0] if norm[0] > limit else 1.0) / divisor
 
-    def sgd_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        momentum: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
+    def sgd_update(self, w: Array, g: Array, h: Array, how: Update, *, momentum: float) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
             h *= momentum
             step *= rate
             h += step
             step[...] = h
 
-        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step, lowered=lowered)
+        self._update(rule, w, g, (h,), how)
 
-    def nesterov_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        momentum: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
+    def nesterov_update(self, w: Array, g: Array, h: Array, how: Update, *, momentum: float) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
             np.multiply(h, momentum, out=scratch)
             step *= rate
@@ -84,53 +60,24 @@ class Updates(Base):
             np.multiply(h, 1 + momentum, out=step)
             step -= scratch
 
-        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step, lowered=lowered)
+        self._update(rule, w, g, (h,), how)
 
-    def adagrad_update(
-        self, w: Array, g: Array, h: Array, segments: Sequence[Segment], dials: Dials, *, delta: float, l1: bool, write_step: bool, lowered: Array | None = None
-    ) -> None:
+    def adagrad_update(self, w: Array, g: Array, h: Array, how: Update, *, delta: float) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
             np.multiply(step, step, out=scratch)
             h += scratch
             _divide_by_root(step, h, delta, rate, scratch)
 
-        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step, lowered=lowered)
+        self._update(rule, w, g, (h,), how)
 
-    def rmsprop_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        rms_decay: float,
-        delta: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
+    def rmsprop_update(self, w: Array, g: Array, h: Array, how: Update, *, rms_decay: float, delta: float) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
             _average_square(h, step, rms_decay, scratch)
             _divide_by_root(step, h, delta, rate, scratch)
 
-        self._update(rule, w, g, (h,), segments, dials, l1=l1, write_step=write_step, lowered=lowered)
+        self._update(rule, w, g, (h,), how)
 
-    def adadelta_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        v: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        momentum: float,
-        delta: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
+    def adadelta_update(self, w: Array, g: Array, h: Array, v: Array, how: Update, *, momentum: float, delta: float) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array, v: Array) -> None:
             _average_square(h, step, momentum, scratch)
             np.add(v, delta, out=scratch)
@@ -140,24 +87,9 @@ class Updates(Base):
             _average_square(v, step, momentum, scratch)
             step *= rate
 
-        self._update(rule, w, g, (h, v), segments, dials, l1=l1, write_step=write_step, lowered=lowered)
+        self._update(rule, w, g, (h, v), how)
 
-    def adam_update(
-        self,
-        w: Array,
-        g: Array,
-        h: Array,
-        v: Array,
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        momentum: float,
-        momentum2: float,
-        delta: float,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None = None,
-    ) -> None:
+    def adam_update(self, w: Array, g: Array, h: Array, v: Array, how: Update, *, momentum: float, momentum2: float, delta: float) -> None:
         def rule(rate: float, step: Array, scratch: Array, h: Array, v: Array) -> None:
             _average_square(v, step, momentum2, scratch)
             h *= momentum
@@ -166,42 +98,30 @@ class Updates(Base):
             step[...] = h
             _divide_by_root(step, v, delta, rate, scratch)
 
-        self._update(rule, w, g, (h, v), segments, dials, l1=l1, write_step=write_step, lowered=lowered)
+        self._update(rule, w, g, (h, v), how)
 
-    def _update(
-        self,
-        rule: Rule,
-        w: Array,
-        g: Array,
-        states: Sequence[Array],
-        segments: Sequence[Segment],
-        dials: Dials,
-        *,
-        l1: bool,
-        write_step: bool,
-        lowered: Array | None,
-    ) -> None:
+    def _update(self, rule: Rule, w: Array, g: Array, states: Sequence[Array], how: Update) -> None:
         """Runs a rule over all segments. D is computed in g where it is asked for, else in the cache, which spares g's way back to memory."""
-        rate, grad_scale, skip = (float(cell[0]) for cell in dials)  # plain numbers, which leave float32 arrays float32
+        rate, grad_scale, skip = (float(cell[0]) for cell in how.dials)  # plain numbers, which leave float32 arrays float32
         if skip:
             return
-        pieces = [(s, s.start + a, s.start + b) for s in segments for a, b in chunks(s.stop - s.start)]
+        pieces = [(s, s.start + a, s.start + b) for s in how.segments for a, b in chunks(s.stop - s.start)]
 
         def run(piece: tuple[Segment, int, int]) -> None:
             segment, start, stop = piece
             weights, gradient = w[start:stop], g[start:stop]
             scratch = np.empty_like(weights)
-            step = gradient if write_step else np.empty_like(weights)
+            step = gradient if how.write_step else np.empty_like(weights)
             np.multiply(gradient, grad_scale, out=step)
             if segment.decay:
-                np.multiply(np.sign(weights) if l1 else weights, segment.decay, out=scratch)
+                np.multiply(np.sign(weights) if how.l1 else weights, segment.decay, out=scratch)
                 step += scratch
             rule(rate * segment.lr_mult, step, scratch, *(state[start:stop] for state in states))
             weights -= step
 
         self._each(run, pieces, w.size)
-        if lowered is not None:
-            self.copy(w, lowered)
+        if how.lowered is not None:
+            self.copy(w, how.lowered)
 
     def _sum(self, x: Array, of: Callable[[Array], float]) -> float:
         """The sum of `of` over float64 pieces, added exactly, so that it does not depend on the number of threads."""

@@ -221,6 +221,7 @@ class Solver:
     @np.errstate(all="ignore")
     def step(self, iterations: int) -> None:
         """Runs `iterations` iterations in the order of spec net-and-solver 8.2; fewer when a signal stops it."""
+        self._look()  # an exception may have ended the call before this one, with iterations on the device that nobody has looked at
         self._stopping = False
         self._window, self._clock, self._looked = LossWindow(self.param.average_loss), time.perf_counter(), -math.inf
         self._start = self._unseen = self.iter
@@ -337,6 +338,7 @@ class Solver:
 
     def apply_update(self) -> None:
         """One update from the gradients in the net (spec net-and-solver 10)."""
+        self._look()
         self._work.set_rate(self.lr, self.iter)
         self._notes.start(self.iter)
         self._update()

@@ -250,6 +250,10 @@ class Net:
         self.refresh()
         self._run()
 
+    def forget_record(self) -> None:
+        """To be called when something that forward_again's record holds has changed: the seed, or the arrays of parameters."""
+        self._run = None
+
     def repeatable(self, run: Callable[[], None]) -> Callable[[], None]:
         """As Backend.repeatable, as long as nobody watches this net layer by layer."""
         recorded = self.backend.repeatable(run)
@@ -355,9 +359,9 @@ class Net:
                     return f"layer '{step.layer.name}' ({step.layer.type}): its parameter {index} is not finite"
             if not step.node.forward_fused:
                 self.forward_step(step)
-            for top in step.tops:
+            for top, info in zip(step.tops, step.node.tops):
                 if not self.backend.all_finite(top.data):
-                    return f"layer '{step.layer.name}' ({step.layer.type}): its top '{top.name}' is not finite"
+                    return f"layer '{step.layer.name}' ({step.layer.type}): its top '{info.label}' is not finite"
         return None
 
     # --- weights -------------------------------------------------------------------------------------------------------
@@ -389,7 +393,7 @@ class Net:
             for mine, theirs in zip(node.layer.params, other.params[node.name]):
                 mine.master, mine.data, mine.dtype = theirs.master, theirs.data, theirs.dtype
         self.borrows |= bool(common)
-        self._run = None
+        self.forget_record()
         self._arenas += [arena for arena in other._arenas if arena not in self._arenas]
 
     def to_proto(self, diff: bool = False) -> pb.NetParameter:

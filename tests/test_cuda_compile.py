@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from caffelite.backends.cuda import nvrtc
+from caffelite.backends.cuda import launch, nvrtc
 from caffelite.backends.cuda.cupy_driver import compiled
 from caffelite.backends.cuda.launch import FOLDER
 from caffelite.errors import BackendError
@@ -27,6 +27,12 @@ def test_every_kernel_file_is_a_module() -> None:
     assert sorted(MODULES) == sorted({row.module for row in tool.read()})
 
 
+def test_a_module_is_made_of_its_file_and_what_that_includes() -> None:
+    assert [path.name for path in MODULES["updates"].sources()] == ["updates.cu", "elementwise.cuh", "partials.cuh", "common.cuh", "primitives.cuh"]
+    used = {path for module in MODULES.values() for path in module.sources()}
+    assert used == {*FOLDER.glob("*.cu"), *FOLDER.glob("*.cuh")}
+
+
 @pytest.mark.parametrize("architecture", tool.ARCHITECTURES)
 @pytest.mark.parametrize("name", MODULES)
 def test_resources(name: str, architecture: str) -> None:
@@ -34,6 +40,26 @@ def test_resources(name: str, architecture: str) -> None:
     assert [row for row in found if row.spills or row.stack] == []
     kept = [row for row in tool.read() if (row.module, row.architecture) == (name, architecture)]
     assert found == kept, "run tools/cuda_resources.py and look at the difference"
+
+
+def test_a_report_is_of_the_text_as_it_is(tmp_path, monkeypatch) -> None:
+    """What was measured before counts only while the kernels' text, and the compiler, are the same."""
+    monkeypatch.setenv("CAFFELITE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(launch, "FOLDER", tmp_path)
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda text, *args: (b"", {"k": "_Z1k"}, REPORT.format(len(text))))
+    source, module = tmp_path / "made.cu", launch.Module("made", ["k"])
+    registers = []
+    for text in ("ab", "ab", "abcd"):
+        source.write_text(text)
+        registers.append([row.registers for row in tool.measure(module, "sm_80")])
+    monkeypatch.setattr(nvrtc, "compile_cubin", None)  # a further compilation would fail
+    assert [row[:5] for row in tool.measure(module, "sm_80")] == [("made", "k", "sm_80", 4, 16)]
+    assert registers == [[2], [2], [4]]
+
+
+REPORT = """ptxas info    : Compiling entry function '_Z1k' for 'sm_80'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used {} registers, 16 bytes smem"""
 
 
 def test_machine_code_is_kept(tmp_path, monkeypatch) -> None:

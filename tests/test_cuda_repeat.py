@@ -146,6 +146,35 @@ def test_a_loss_that_is_not_finite_stops_the_updates_at_once(cuda: Any, tmp_path
         np.testing.assert_array_equal(weights_of(solver)[label], weights, label)
 
 
+class Breaking(Recorder):
+    """Breaks the run off after an iteration."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last = last
+
+    def on_iteration(self, iteration: int, loss: float) -> None:
+        if iteration == self.last:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", ["step", "apply_update", "snapshot"])
+def test_a_bad_loss_is_not_forgotten_when_something_else_ends_the_call(cuda: Any, tmp_path: Path, seldom: None, after: str) -> None:
+    """The device stopped updating at the bad loss; whatever is asked for next, the error names that iteration."""
+    settings = f'{RATE.replace("0.1", "30")} snapshot_prefix: "{tmp_path}/s"'
+    want = linear_solver(settings, cuda, listeners=[Watcher()])
+    with pytest.raises(TrainingError):
+        want.step(60)
+    solver = linear_solver(settings, cuda, listeners=[Breaking(want.iter + 5)])
+    with pytest.raises(KeyboardInterrupt):
+        solver.step(60)
+    ask = {"step": lambda: solver.step(1), "apply_update": solver.apply_update, "snapshot": solver.snapshot}[after]
+    with pytest.raises(TrainingError, match=f"in iteration {want.iter}:"):
+        ask()
+    assert solver.iter == want.iter
+    assert not list(tmp_path.iterdir())
+
+
 LABELS = """
   layer { name: "x" type: "Input" top: "x" top: "t" input_param { shape { dim: 4 dim: 3 } shape { dim: 4 } } }
   layer { name: "ip" type: "InnerProduct" bottom: "x" top: "y" inner_product_param { num_output: 3 weight_filler { type: "gaussian" std: 0.5 } } }
@@ -185,6 +214,23 @@ def test_a_restored_seed_counts(cuda: Any, tmp_path: Path) -> None:
     second.step(4)
     for label, want in weights_of(first).items():
         np.testing.assert_array_equal(weights_of(second)[label], want, label)
+
+
+def test_a_restored_seed_counts_in_tests(cuda: Any, tmp_path: Path) -> None:
+    """A layer may say phase: TRAIN in a test net too; its mask is then drawn from the seed."""
+    net = IMAGES.replace('type: "Dropout"', 'type: "Dropout" phase: TRAIN')
+    settings = f'{RATE} test_interval: 100 test_iter: 1 snapshot_prefix: "{tmp_path}/s" random_seed: '
+    heard = [Recorder(), Recorder()]
+    first, second = (make_solver(f"{settings} {seed}", net, cuda, listeners=[listener]) for seed, listener in zip((1, 2), heard))
+    for solver in (first, second):
+        for _ in range(3):
+            solver.test_all()
+    second.restore(first.snapshot())
+    for solver in (first, second):
+        solver.test_all()
+    scores = [listener.named("test") for listener in heard]
+    assert scores[0][-1] == scores[1][-1]
+    assert scores[0][-2] != scores[1][-2]
 
 
 def test_hooks_are_called_also_when_they_come_late(cuda: Any) -> None:

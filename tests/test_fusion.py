@@ -240,6 +240,13 @@ def test_what_batch_norm_finds_in_place_has_memory_of_its_own(reference) -> None
     assert not [region for region in plan.regions if region.key[1] in ("scale", "relu") or region.key[2:] == ("normalised",)]
 
 
+def test_what_is_not_finite_is_named_as_in_the_file(reference) -> None:
+    net = Net(net_from_text(DATA + NORMED["in place, relu, convolution"] + LOSS), phase=pb.TRAIN, backend=reference, seed=5)
+    reference.fill(net.params["first"][0].master, 3e38)
+    with np.errstate(all="ignore"):
+        assert net.first_nonfinite() == "layer 'first' (Convolution): its top 'a' is not finite"
+
+
 def test_a_net_that_is_only_tested_stays_in_place() -> None:
     graph = fused(DATA + NORMED["in place, relu, convolution"] + LOSS, phase=pb.TEST)
     node = next(node for node in graph.nodes if node.name == "norm")

@@ -1,4 +1,7 @@
-"""Random small nets: memory reuse, fusion and a shared workspace change no bit of a loss, an output or a gradient."""
+"""Random small nets: memory reuse, fusion, a shared workspace and recording change no bit of a loss, an output, a gradient or a weight.
+
+Only a BatchNorm that is fused with a Scale rounds otherwise.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from solver_harness import Recorder, make_solver, weights_of
 
 from caffelite.backends.contract import Backend
 from caffelite.errors import SpecError
 from caffelite.graph import build_graph
 from caffelite.net import Net
 from caffelite.schema import NetSpec, SourceMap, net_from_text, pb
+from caffelite.solver import loop
+from caffelite.solver.loop import Solver
 
 HEAD = """
 layer { name: "d" type: "DummyData" top: "x" top: "y" top: "t" dummy_data_param { shape { dim: 3 dim: 4 dim: 5 dim: 4 } shape { dim: 3 dim: 4 dim: 5 dim: 4 }
@@ -49,6 +55,7 @@ PAIRED = {
     "Scale": "scale_param { axis: 0 bias_term: true }",
     "Bias": "bias_param { axis: 0 }",
 }
+NORMALISED = 1000  # nets of seeds from here on have BatchNorm, Scale and ReLU in place after each other
 ENDS = ("loss", "loss", "distance", "silence", "weight", "none")
 
 
@@ -57,6 +64,7 @@ class Draft:
 
     def __init__(self, seed: int) -> None:
         self.rng, self.text, self.number = np.random.default_rng(seed), HEAD, 0
+        self.normalises = seed >= NORMALISED
         self.param = net_from_text(HEAD).param
         self.shapes: dict[str, tuple[int, ...]] = {"x": (3, 4, 5, 4), "y": (3, 4, 5, 4)}
 
@@ -87,7 +95,12 @@ class Draft:
         """One more layer in the middle of the net."""
         recent = list(self.shapes)[-self.pick((1, 1, 1, 3, 100)) :]  # mostly a chain
         bottom, top, draw = self.pick(recent), f"b{self.number}", self.rng.random()
-        if draw < 0.72:
+        if self.normalises and self.rng.random() < 0.3:
+            top = bottom if self.rng.random() < 0.5 else top
+            if self.add("BatchNorm", [bottom], [top], ""):
+                self.add("Scale", [top], [top], ALONE["Scale"])
+                self.add(self.pick(("ReLU", "ReLU", "TanH")), [top], [top], "")
+        elif draw < 0.72:
             kind = self.pick(ALONE)
             self.add(kind, [bottom], [bottom if self.rng.random() < 0.5 else top], self.settings(kind, ALONE[kind]))
         elif draw < 0.86:
@@ -173,3 +186,74 @@ def test_reuse_changes_nothing(backend: Backend, seed: int) -> None:
             net.forward()
         for name, values in tests[0].output_values().items():
             np.testing.assert_array_equal(tests[1].output_values()[name], values, err_msg=f"{name} in test {count} of\n{text}")
+
+
+UPDATES = (
+    'type: "SGD" momentum: 0.9',
+    'type: "Nesterov" momentum: 0.9',
+    'type: "Adam" momentum: 0.9 momentum2: 0.99',
+    'type: "AdaGrad"',
+    'type: "RMSProp" rms_decay: 0.9',
+)
+
+
+def random_settings(seed: int) -> str:
+    rng = np.random.default_rng([seed, 1])
+
+    def pick(*options: Any) -> Any:
+        return options[rng.integers(len(options))]
+
+    return (
+        f'base_lr: {pick(0.01, 0.001)} lr_policy: "step" gamma: 0.5 stepsize: 3 weight_decay: {pick(0, 0.01)} iter_size: {pick(1, 2, 3)} '
+        f"average_loss: {pick(1, 3)} display: {pick(1, 3)} max_iter: 100 test_interval: 4 test_iter: 2 random_seed: {seed} "
+        f"{pick(*UPDATES)} {pick('', 'clip_gradients: 0.5', 'clip_gradients: 5')}"
+    )
+
+
+class Watcher(Recorder):
+    """Wants the gradients of every iteration, so that nothing is recorded."""
+
+    def on_gradients(self, iteration: int) -> None:
+        pass
+
+
+def trained(ops: Backend, seed: int, heard: Recorder, observe: bool) -> tuple[Solver, Recorder]:
+    precision = "bfloat16" if seed % 3 == 2 else "float32"
+    solver = make_solver(random_settings(seed), random_net(seed), ops, listeners=[heard], observe=observe, precision=precision)
+    for iterations in (1, 4, 3):
+        solver.step(iterations)
+    return solver, heard
+
+
+def normalises(net: Net) -> bool:
+    """Whether a BatchNorm is fused with a Scale, so that sums are added in another order."""
+    return any(node.absorbed for node in net.graph.nodes)
+
+
+@pytest.mark.parametrize("seed", [*range(100, 104), *range(NORMALISED, NORMALISED + 3)])
+def test_training_fused_and_recorded_is_training_step_by_step(backend: Backend, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """All of an iteration, as a device that runs ahead plays it back, with tests in between: the same weights and the same words."""
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 1e9)
+    got, told = trained(backend, seed, Recorder(), False)
+    assert normalises(got.net) == (seed >= NORMALISED)
+    want, said = trained(backend, seed, Watcher(), not normalises(got.net))
+    assert len(weights_of(want)) > 2
+    for label, values in weights_of(want).items():
+        assert np.isfinite(values).all()
+        np.testing.assert_array_equal(weights_of(got)[label], values, err_msg=f"{label} in\n{random_net(seed)}\n{random_settings(seed)}")
+    kinds = ("message", "display", "test", "test start")
+    assert told.named(*kinds) == said.named(*kinds)
+    assert len(said.named("test")) == 2
+
+
+@pytest.mark.parametrize("seed", range(NORMALISED, NORMALISED + 8))
+def test_fused_normalisation_changes_rounding_alone(backend: Backend, seed: int) -> None:
+    """That of gradients; on oneDNN, whose primitive scales too, also that of values."""
+    text = random_net(seed)
+    apart, tight = (Net(net_from_text(text), phase=pb.TRAIN, observe=observe, backend=backend, seed=seed) for observe in (True, False))
+    assert normalises(tight)
+    want, got = one_pass(apart, 0), one_pass(tight, 0)
+    largest = max(np.abs(values).max() for name, values in want.items() if name.endswith("diff"))
+    for name, values in want.items():
+        tolerance = 1e-5 * largest if name.endswith("diff") else 1e-5 * np.abs(values).max() if backend.name == "onednn" else 0
+        np.testing.assert_allclose(got[name], values, rtol=0, atol=tolerance, err_msg=f"{name} in\n{text}")

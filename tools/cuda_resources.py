@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from caffelite.backends import cuda
-from caffelite.backends.cuda import nvrtc
-from caffelite.backends.cuda.launch import FOLDER, Module
+from caffelite.backends.cuda import cache, nvrtc
+from caffelite.backends.cuda.launch import FOLDER, Module, digest
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "data" / "cuda-resources.csv"
 ARCHITECTURES = ("sm_80", "sm_90a")
@@ -47,11 +48,19 @@ def modules() -> Iterator[Module]:
 
 
 def measure(module: Module, architecture: str) -> list[Resources]:
-    """The kernels of a module in their own order. BackendError when it does not compile."""
+    """The kernels of a module in their own order, compiled unless the same text was before. BackendError when it does not compile."""
+    key = digest(*module.sources(), Path(__file__), Path(nvrtc.__file__), module.names, nvrtc.version())
+    kept = cache.folder("resources") / f"{module.name}-{architecture}-{key}.json"
+    cache.once(kept, lambda out: out.write_text(json.dumps(_compiled(module, architecture))))
+    return [Resources(module.name, name, architecture, *numbers) for name, numbers in json.loads(cache.content(kept) or b"{}").items()]
+
+
+def _compiled(module: Module, architecture: str) -> dict[str, tuple[int, int, int, int]]:
+    """Registers, shared memory, stack and spills of each kernel, as the compiler says now."""
     options = [f"-I{FOLDER}", "--ptxas-options=-v"]
     _, symbols, log = nvrtc.compile_cubin(module.path.read_text(), str(module.path), architecture, module.names, options)
     reports = dict(_reports(log))
-    return [Resources(module.name, name, architecture, *reports[symbols[name]]) for name in module.names]
+    return {name: reports[symbols[name]] for name in module.names}
 
 
 def _reports(log: str) -> Iterator[tuple[str, tuple[int, int, int, int]]]:

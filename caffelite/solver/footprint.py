@@ -15,6 +15,7 @@ from caffelite.net import Net
 from caffelite.schema import pb
 from caffelite.solver.config import NetChoice
 from caffelite.solver.iteration import Iteration
+from caffelite.solver.nets import make_net
 from caffelite.solver.restore import new_history
 from caffelite.solver.rules import RULES
 from caffelite.solver.scoring import Scorer
@@ -49,12 +50,12 @@ def footprint(choices: Sequence[NetChoice], *, precision: str, param: pb.SolverP
     param: the solver's; without one, the net runs forward, and backward in phase TRAIN, but is not updated. prepare: called with each layer
     before it is asked for shapes. Data layers without a size from it open their databases: DataError when one cannot be read.
     """
-    backend = backends.counting()
+    backend, observe = backends.counting(), bool(param and param.debug_info)
     nets: list[Net] = []
     tails: list[Net] = []
     try:
         for choice in choices:
-            nets.append(_net(choice, backend, precision, param, nets[0] if nets else None, prepare))
+            nets.append(make_net(choice, nets[0] if nets else None, backend=backend, precision=precision, observe=observe, prepare=prepare))
             _blank(nets[-1])
         history = new_history(nets[0].arena, RULES[param.type].states) if param else []
         trained = param and nets[0].has_backward
@@ -69,21 +70,6 @@ def footprint(choices: Sequence[NetChoice], *, precision: str, param: pb.SolverP
     finally:
         for net in (*nets, *tails):
             net.close()
-
-
-def _net(choice: NetChoice, backend: Backend, precision: str, param: pb.SolverParameter | None, first: Net | None, prepare: Prepare) -> Net:
-    return Net(
-        choice.spec,
-        phase=choice.phase,
-        level=choice.level,
-        stages=choice.stages,
-        backend=backend,
-        precision=precision,
-        observe=bool(param and param.debug_info),
-        share=first,
-        workspace=first,
-        prepare=prepare,
-    )
 
 
 class _Blank:

@@ -39,7 +39,8 @@ class Listener:
         """The gradients of the update after `iteration` are complete. They, in `solver.net`, may still be changed."""
 
     def on_iteration(self, iteration: int, loss: float) -> None:
-        """An update was applied; `iteration` updates are done. loss: smoothed over average_loss, from before the update."""
+        """An update was applied, or on a GPU asked for; `iteration` updates are done. loss: smoothed over average_loss, from before the update;
+        on a GPU from before the last one that has been looked at, at most half a second ago (the displayed loss is always the newest)."""
 
     def on_display(self, iteration: int, smoothed_loss: float, outputs: Sequence[Output], lr: float | None, seconds: float) -> None:
         """Every `display` iterations, after forward and backward and before the update of `iteration`.

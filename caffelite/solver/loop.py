@@ -13,22 +13,21 @@ import numpy as np
 
 from caffelite.backends.contract import Array, Backend
 from caffelite.errors import SpecError, TrainingError
-from caffelite.net import Net
 from caffelite.params import FlatState
 from caffelite.schema import SolverSpec, pb
-from caffelite.solver.config import NetChoice, check_best, check_solver, test_choices, train_choice
+from caffelite.solver.config import check_solver
 from caffelite.solver.debug import backward_with_debug, forward_with_debug
 from caffelite.solver.iteration import MOST_UNREAD, Iteration
-from caffelite.solver.listeners import DATA_LAYER, Listener, Output
+from caffelite.solver.listeners import Listener, Output
+from caffelite.solver.nets import SolverNets
 from caffelite.solver.rates import RatePolicy
 from caffelite.solver.restore import cursors_of_tests, make_state, new_history, restore
 from caffelite.solver.rules import RULES
-from caffelite.solver.scoring import Scorer, outputs_of
+from caffelite.solver.scoring import outputs_of
 from caffelite.solver.signals import DEFAULT_EFFECTS, SignalWatch
 from caffelite.solver.snapshot import SnapshotStore
 from caffelite.solver.state_files import write_state
 from caffelite.solver.tracking import Best, LossWindow, UpdateNotes
-from caffelite.weights import left_to_fillers
 
 LOOK_SECONDS = 0.5  # between two looks at a device that runs ahead, at the most
 
@@ -72,80 +71,28 @@ class Solver:
         self._looked = -math.inf
         self._clock = time.perf_counter()
         self._window = LossWindow(self.param.average_loss)
-        self.test_nets: list[Net] = []
-        self.scorers: list[Scorer] = []
-        self._build()
+        self._nets = self._build()
+        self.net, self.test_nets, self.scorers = self._nets.train, self._nets.tests, self._nets.scorers
         self.history: list[FlatState] = new_history(self.net.arena, RULES[self.param.type].states)
         self._states: list[Array] = [state.flat for state in self.history]
 
     # --- set-up --------------------------------------------------------------------------------------------------------
 
-    def _build(self) -> None:
-        choice = train_choice(self.spec)
-        tests = test_choices(self.spec, choice)
-        self.tell(f"Creating training net {choice.origin}", "solver.cpp")
-        self.net = self._make(choice, None)
+    def _build(self) -> SolverNets:
+        nets = SolverNets(self.spec, self.backend, precision=self.precision, observe=self.observe, seed=self.seed, tell=self.tell)
         try:
-            for i, test in enumerate(tests):
-                self.tell(f"Creating test net (#{i}) specified by {test.origin}", "solver.cpp")
-                self.test_nets.append(self._make(test, self.net))
-                self.scorers.append(self._scorer(self.test_nets[-1], test))
-            if self.best:
-                self._check_best(self.best.output)
             if self.param.snapshot > 0 or self.best:
                 self.snapshots.probe()
-            self._load_weights(self.param.weights)
+            nets.load(self.param.weights)
         except BaseException:
-            self.close()
+            nets.close()
             raise
         self.tell("Solver scaffolding done.", "solver.cpp")
-
-    def _make(self, choice: NetChoice, train: Net | None) -> Net:
-        net = Net(
-            choice.spec,
-            phase=choice.phase,
-            level=choice.level,
-            stages=choice.stages,
-            backend=self.backend,
-            precision=self.precision,
-            observe=self.observe,
-            seed=self.seed,
-            share=train,
-            workspace=train,
-        )
-        net.context.tell = lambda text: self.tell(text, DATA_LAYER)
-        return net
-
-    def _scorer(self, net: Net, choice: NetChoice) -> Scorer:
-        forward = (lambda net: forward_with_debug(net, self.tell)) if self.param.debug_info else None
-        try:
-            return Scorer(net, choice.test_iter, forward)
-        except SpecError as error:
-            error.where = error.where or self.spec.where.at("test_interval")
-            raise
-
-    def _check_best(self, name: str) -> None:
-        check_best(self.spec, {output for net in self.test_nets for output in net.outputs})
-        where = self.spec.where.at("snapshot_best")
-        net = next(net for net in self.test_nets if name in net.outputs)
-        if net.blobs[name].count != 1:
-            raise SpecError(f"snapshot_best names '{name}', which has {net.blobs[name].count} values", where=where, hint="name an output of one value")
-
-    def _load_weights(self, files: Sequence[str]) -> None:
-        for net in (self.net, *self.test_nets):
-            for path in (part.strip() for paths in files for part in paths.split(",")):
-                self.tell(f"Finetuning from {path}", "solver.cpp")
-                for layer in net.copy_from(Path(path)):
-                    self.tell(f"Ignoring source layer {layer}", "net.cpp")
-        if files and (left := left_to_fillers(self.net)):
-            self.tell(f"{', '.join(files)}: {left}", "net.cpp", "W")
+        return nets
 
     def close(self) -> None:
         """Ends the data layers' threads and closes their files."""
-        for scorer in self.scorers:
-            scorer.close()
-        for net in (*self.test_nets, self.net):
-            net.close()
+        self._nets.close()
 
     # --- events --------------------------------------------------------------------------------------------------------
 
@@ -221,6 +168,7 @@ class Solver:
     @np.errstate(all="ignore")
     def step(self, iterations: int) -> None:
         """Runs `iterations` iterations in the order of spec net-and-solver 8.2; fewer when a signal stops it."""
+        self._look()  # an exception may have ended the call before this one, with iterations on the device that nobody has looked at
         self._stopping = False
         self._window, self._clock, self._looked = LossWindow(self.param.average_loss), time.perf_counter(), -math.inf
         self._start = self._unseen = self.iter
@@ -337,6 +285,7 @@ class Solver:
 
     def apply_update(self) -> None:
         """One update from the gradients in the net (spec net-and-solver 10)."""
+        self._look()
         self._work.set_rate(self.lr, self.iter)
         self._notes.start(self.iter)
         self._update()

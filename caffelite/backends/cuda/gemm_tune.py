@@ -46,7 +46,7 @@ class Tuner:
         """The file of what was chosen on this device with these kernels."""
         facts = self._driver.facts()
         device = re.sub(r"\W+", "-", facts.name if facts else "none")
-        texts = [path for module in gemm_plan.MODULES[:1] for path in module.sources()]
+        texts = sorted({path for module in gemm_plan.MODULES for path in module.sources()})
         return cache.folder("cuda") / f"tiles-{device}-{digest(*texts, Path(gemm_plan.__file__))}.json"
 
     def _remembered(self, shape: str, cuts: Sequence[Cut]) -> Cut | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
 from itertools import product
 from pathlib import Path
 
@@ -24,10 +24,13 @@ class Module:
     def path(self) -> Path:
         return FOLDER / f"{self.stem}.cu"
 
-    def sources(self) -> Iterator[Path]:
-        """All files whose text may change what the module compiles to."""
-        yield self.path
-        yield from sorted(FOLDER.glob("*.cuh"))
+    def sources(self) -> list[Path]:
+        """Its file and the headers in FOLDER that this one includes, directly or not: what decides what the module compiles to."""
+        found = [self.path]
+        for path in found:
+            included = [FOLDER / name for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)]
+            found += [header for header in included if header.exists() and header not in found]
+        return found
 
 
 def typed(*kernels: str, arguments: int = 1) -> list[str]:

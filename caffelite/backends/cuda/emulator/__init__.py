@@ -122,7 +122,7 @@ class EmulatorDriver:
         self._traffic.upload(values, _span(x), after, done)
 
     def load(self, module: Module) -> EmulatedProgram:
-        library = build(module.path, module.names, list(module.sources()), self.mode, lambda: self.tell(module.stem))
+        library = build(module.path, module.names, module.sources(), self.mode, lambda: self.tell(module.stem))
         return EmulatedProgram(library, module, self)
 
     def synchronize(self) -> None:

@@ -292,7 +292,7 @@ def _free(runtime: Any, address: int, streams: Ints) -> None:
     spoil the record."""
     left = _LEFT.setdefault(streams, [])
     left.append(address)
-    with suppress(runtime.CUDARuntimeError):
+    with suppress(RuntimeError):  # CuPy's own, of a device that has stopped, and the plain one that it raises for a record that was spoilt
         if any(runtime.streamIsCapturing(stream) for stream in streams):
             return
         ready = [left.pop() for _ in range(len(left))]  # what comes while this waits is not ready

@@ -461,6 +461,18 @@ def test_an_error_while_recording_ends_the_capture(cupy: Stand) -> None:
     assert driver.to_host(x).tolist() == [0] * 8
 
 
+def test_a_copy_that_is_recorded_by_mistake_leaves_no_event_in_the_record(cupy: Stand) -> None:
+    backend = backends.get("cuda")
+    half = backend.view(backend.allocate(1 << 20), 0, (1 << 20,), "uint8")
+    cupy.free = 8 << 20  # for the ring
+    backend.to_host(half)  # fills a half, so that the next copy goes on with the other
+    cupy.calls.clear()
+    with pytest.raises(RuntimeError, match="copies from or to the host, or waits"):
+        backend.driver.capture(lambda: backend.to_host(half))
+    assert cupy.calls == []
+    assert not backend.to_host(half).any()
+
+
 def test_a_device_lost_while_recording_or_playing(cupy: Stand) -> None:
     driver = CupyDriver()
     record = driver.capture(lambda: None)

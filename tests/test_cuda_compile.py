@@ -79,6 +79,12 @@ def test_a_kernel_that_does_not_compile_shows_the_log() -> None:
     assert "broken.cu(1): error" in str(caught.value)
 
 
+def test_a_gpu_that_the_compiler_does_not_know() -> None:
+    major, minor = nvrtc.version()
+    with pytest.raises(BackendError, match=rf"does not compile for sm_999:\n.*\n  NVRTC {major}\.{minor} does not know that GPU: update nvidia-cuda-nvrtc"):
+        nvrtc.compile_cubin("__global__ void k() {}", "k.cu", "sm_999", ["k"])
+
+
 def test_a_library_that_is_not_nvrtc(monkeypatch) -> None:
     nvrtc._library.cache_clear()
     monkeypatch.setenv("CAFFELITE_NVRTC", ctypes.util.find_library("m"))

@@ -42,7 +42,7 @@ class Stand:
         self.capability, self.devices, self.free = (9, 0), 1, 1 << 20
         self.launches: list[dict[str, Any]] = []
         self.limits: list[tuple[int, int, int]] = []
-        self.lost = False
+        self.lost = self.capturing = False
         self.graphs: list[str] = []
         self.streams = [OPS, COPIES]
         self.calls: list[tuple[Any, ...]] = []  # what concerns events and copies
@@ -63,19 +63,20 @@ class Stand:
             deviceGetAttribute=lambda attribute, device: {16: 132, 13: 1_980_000, 36: 2_619_000, 37: 5120}[attribute],
             memGetInfo=lambda: (self.free, 4 << 20),
             streamCaptureModeRelaxed=2,
+            streamIsCapturing=lambda stream: self.capturing,
             streamBeginCapture=lambda stream, mode: self.graphs.append(f"begin {stream} {mode}"),
             streamEndCapture=self.end_capture,
             graphInstantiate=self.instantiate,
             graphLaunch=self.launch_graph,
             graphDestroy=lambda graph: self.graphs.append(f"destroy {graph}"),
-            graphExecDestroy=lambda graph: self.graphs.append(f"destroy exec {graph}"),
+            graphExecDestroy=lambda graph: (self.wait(0), self.graphs.append(f"destroy exec {graph}")),
             eventDisableTiming=2,
             eventBlockingSync=1,
             hostAllocDefault=0,
             eventCreateWithFlags=self.create_event,
             eventRecord=lambda event, stream: self.calls.append(("record", event, stream)),
             eventSynchronize=lambda event: (self.wait(0), self.calls.append(("synchronize", event))),
-            eventDestroy=lambda event: self.calls.append(("destroy", event)),
+            eventDestroy=lambda event: (self.wait(0), self.calls.append(("destroy", event))),
             streamWaitEvent=lambda stream, event: self.calls.append(("wait", stream, event)),
             hostAlloc=self.lock,
             freeHost=self.locked.pop,
@@ -124,9 +125,14 @@ class Stand:
         ctypes.memmove(to, source, size)
 
     def load(self, image: bytes) -> int:
+        self.wait_driver()
         if image == b"newer":
             raise DriverError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid")
         return 5
+
+    def wait_driver(self) -> None:
+        if self.lost:
+            raise DriverError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered")
 
     def alloc(self, nbytes: int) -> Any:
         if nbytes > self.free:
@@ -255,6 +261,17 @@ def test_page_locked_memory_goes_when_nobody_looks_into_it(cupy: Stand) -> None:
     assert not cupy.locked
 
 
+def test_page_locked_memory_that_goes_during_a_recording_goes_later(cupy: Stand) -> None:
+    driver = CupyDriver()
+    one, another = driver.pinned(64), driver.pinned(64)
+    cupy.capturing, cupy.lost = True, True  # to wait for the stream would fail
+    del one
+    assert len(cupy.locked) == 2
+    cupy.capturing = cupy.lost = False
+    del another
+    assert not cupy.locked
+
+
 def test_page_locked_memory_that_cannot_be_had(cupy: Stand) -> None:
     with pytest.raises(BackendError) as caught:
         CupyDriver().pinned(3 << 20)
@@ -359,6 +376,15 @@ def test_kernels_that_the_driver_does_not_know(cupy: Stand, monkeypatch: pytest.
         CupyDriver().load(Module("k", ["k"]))
 
 
+def test_kernels_that_are_loaded_after_one_has_failed(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver is not to blame."""
+    monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest, tell: (b"code", {"k": "_Z1k"}))
+    driver = CupyDriver()
+    cupy.lost = True
+    with pytest.raises(BackendError, match=r"GPU 0 stopped before the kernels of k were loaded: CUDA_ERROR_ILLEGAL_ADDRESS.*\n  run again from the last"):
+        driver.load(Module("k", ["k"]))
+
+
 def test_a_kernel_gets_its_arguments_by_value(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cupy_driver, "compiled", lambda module, architecture, newest, tell: (b"code", {"k": "_Z1k"}))
     driver = CupyDriver()
@@ -372,7 +398,7 @@ def test_a_kernel_gets_its_arguments_by_value(cupy: Stand, monkeypatch: pytest.M
     assert cupy.limits == [(11, 8, 50_000)], "more than 48 KB must be asked for"
     program.launch("k", (1, 1, 1), (64, 1, 1), [x, None, np.float32(0), record[()]], 40_000)
     assert len(cupy.limits) == 1
-    with pytest.raises(BackendError, match=r"kernel k does not start with grid \(1, 1, 1\), block \(64, 1, 1\) and 2000000 bytes"):
+    with pytest.raises(BackendError, match=r"kernel k does not start with grid \(1, 1, 1\), block \(64, 1, 1\) and 2000000 bytes.*\n  CUDA_LAUNCH_BLOCKING=1"):
         program.launch("k", (1, 1, 1), (64, 1, 1), [x], 2_000_000)
 
 
@@ -404,6 +430,28 @@ def test_a_record_is_a_graph_of_the_stream(cupy: Stand) -> None:
     assert cupy.graphs[-1] == "destroy exec 32"
 
 
+def test_memory_that_a_record_zeroes_is_not_given_to_others(cupy: Stand) -> None:
+    """Also where none of its kernels uses it."""
+    driver = CupyDriver()
+    before = driver.meter.used
+    record = driver.capture(lambda: driver.allocate(1024) and None)
+    assert driver.meter.used == before + 1024
+    driver.allocate(1024)
+    assert driver.meter.used == before + 1024, "what is allocated at other times is not kept"
+    del record
+    assert driver.meter.used == before
+
+
+def test_a_record_that_goes_after_the_device_says_nothing(cupy: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    driver = CupyDriver()
+    record, event = driver.capture(lambda: None), driver.event()
+    cupy.lost = True
+    del record, event
+    assert not said
+
+
 def test_an_error_while_recording_ends_the_capture(cupy: Stand) -> None:
     driver = CupyDriver()
     x = driver.allocate(8)
@@ -411,6 +459,18 @@ def test_an_error_while_recording_ends_the_capture(cupy: Stand) -> None:
         driver.capture(lambda: driver.to_host(x))
     assert cupy.graphs == ["begin 77 2", "end 77", "destroy 31"]
     assert driver.to_host(x).tolist() == [0] * 8
+
+
+def test_a_copy_that_is_recorded_by_mistake_leaves_no_event_in_the_record(cupy: Stand) -> None:
+    backend = backends.get("cuda")
+    half = backend.view(backend.allocate(1 << 20), 0, (1 << 20,), "uint8")
+    cupy.free = 8 << 20  # for the ring
+    backend.to_host(half)  # fills a half, so that the next copy goes on with the other
+    cupy.calls.clear()
+    with pytest.raises(RuntimeError, match="copies from or to the host, or waits"):
+        backend.driver.capture(lambda: backend.to_host(half))
+    assert cupy.calls == []
+    assert not backend.to_host(half).any()
 
 
 def test_a_device_lost_while_recording_or_playing(cupy: Stand) -> None:

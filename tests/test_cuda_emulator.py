@@ -55,6 +55,13 @@ __global__ void impatient(const float* x, float* y, int n) {
   cf_cp_commit();  // and no wait
   y[threadIdx.x] = part[threadIdx.x];
 }
+__global__ void askew(const float* x, float* y, int n) {
+  __shared__ __align__(16) float part[256];
+  cf_cp_async16(part + 4 * threadIdx.x, x + 2, 0);  // zeros, whatever the address
+  cf_cp_commit();
+  cf_cp_wait<0>();
+  y[threadIdx.x] = part[4 * threadIdx.x];
+}
 __global__ void patient(const float* x, float* y, int n) {
   __shared__ __align__(16) float part[64];
   cf_cp_async4(part + threadIdx.x, x + threadIdx.x, 4);
@@ -74,6 +81,7 @@ FAULTS = {
     "divergent": "BARRIER DIVERGENCE",
     "half_a_warp": "DEADLOCK",
     "impatient": "IN-FLIGHT cp.async",
+    "askew": "cp.async: address not 16-byte aligned",
 }
 
 
@@ -125,7 +133,7 @@ def test_a_planted_fault_is_found_with_its_line(checked: EmulatedProgram, name: 
     if "planted.cu:" in report:  # a deadlock has no one line; a vector access lies in common.cuh
         assert start <= int(report.split("planted.cu:")[1].split()[0].rstrip(",)")) < end
     else:
-        assert name in ("half_a_warp", "crooked")
+        assert name in ("half_a_warp", "crooked", "askew")
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -28,6 +28,9 @@ MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
 # cudaDevAttrMultiProcessorCount, -ClockRate, -MemoryClockRate (both kHz), -GlobalMemoryBusWidth (bits): CUDA 13 has them nowhere else.
 ATTRIBUTES = (16, 13, 36, 37)
+# What cuModuleLoadData says where the machine code is not for this driver, or this device; anything else is the error of a kernel before.
+REFUSED = ("CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_UNSUPPORTED")
+RESUME = "run again from the last snapshot; it is whole"
 INSTALL = "install CuPy for your driver's CUDA: pip install 'caffelite[cuda13]' (or [cuda12])"
 
 
@@ -41,6 +44,7 @@ class CupyDriver:
 
     def __init__(self, device: int = 0) -> None:
         self.capturing = False
+        self._made: list[Any] = []  # memory allocated by what is being recorded
         try:
             import cupy
         except ImportError as error:
@@ -85,7 +89,10 @@ class CupyDriver:
         with self._reported():
             memory = self._allocate(max(nbytes, 1))
             self._runtime.memsetAsync(memory.ptr, 0, max(nbytes, 1), self._stream)
-        return DeviceArray(self.meter.hold(memory, nbytes), memory.ptr, (nbytes,), (1,), np.dtype(np.uint8))
+        held = self.meter.hold(memory, nbytes)
+        if self.capturing:
+            self._made.append(held)
+        return DeviceArray(held, memory.ptr, (nbytes,), (1,), np.dtype(np.uint8))
 
     def _allocate(self, nbytes: int) -> Any:
         try:
@@ -152,6 +159,8 @@ class CupyDriver:
         try:
             return CupyProgram(self._driver, self._stream, self._select, cubin, symbols)
         except self._driver.CUDADriverError as error:
+            if not any(name in str(error) for name in REFUSED):
+                raise BackendError(f"GPU {self.device} stopped before the kernels of {module.name} were loaded: {error}", hint=RESUME) from error
             major, minor = nvrtc.version(self._cuda)
             hint = f"NVIDIA's driver may be older than CUDA {major}.{minor}, which compiled them: update it, or name an older NVRTC in CAFFELITE_NVRTC"
             raise BackendError(f"GPU {self.device} does not load the kernels of {module.name}: {error}", hint=hint) from error
@@ -160,6 +169,8 @@ class CupyDriver:
         with self._reported():
             self._runtime.streamBeginCapture(self._stream, self._runtime.streamCaptureModeRelaxed)
         self.capturing, collects = True, gc.isenabled()
+        made: list[Any] = []
+        self._made = made
         gc.disable()  # what goes away just now may wait for the stream, which would spoil the capture
         try:
             run()
@@ -167,11 +178,11 @@ class CupyDriver:
             self._abandon_capture()
             raise
         finally:
-            self.capturing = False
+            self.capturing, self._made = False, []
             if collects:
                 gc.enable()
         with self._reported():
-            return CupyRecord(self, self._runtime.streamEndCapture(self._stream))
+            return CupyRecord(self, self._runtime.streamEndCapture(self._stream), made)
 
     def _abandon_capture(self) -> None:
         with suppress(self._runtime.CUDARuntimeError):  # what went wrong before is what is to be told
@@ -212,20 +223,20 @@ class CupyDriver:
             self._select()
             yield
         except self._runtime.CUDARuntimeError as error:
-            raise BackendError(f"GPU {self.device} stopped: {error}", hint="run again from the last snapshot; it is whole") from error
+            raise BackendError(f"GPU {self.device} stopped: {error}", hint=RESUME) from error
 
 
 class CupyRecord:
-    """A CUDA graph, ready to run."""
+    """A CUDA graph, ready to run. made: the memory that it zeroes, which is its own as long as it may run, used by a kernel of it or not."""
 
-    def __init__(self, driver: CupyDriver, graph: int) -> None:
-        self._driver, self._runtime = driver, driver._runtime
+    def __init__(self, driver: CupyDriver, graph: int, made: list[Any]) -> None:
+        self._driver, self._runtime, self._made = driver, driver._runtime, made
         try:
             self._graph = self._runtime.graphInstantiate(graph)
         finally:
             self._runtime.graphDestroy(graph)
-        self._finalizer = weakref.finalize(self, self._runtime.graphExecDestroy, self._graph)
-        self._finalizer.atexit = False  # the device's context may be gone by then, and its graphs with it
+        finalizer = weakref.finalize(self, _destroy, self._runtime, self._runtime.graphExecDestroy, self._graph)
+        finalizer.atexit = False  # the device's context may be gone by then, and its graphs with it
 
     def play(self) -> None:
         with self._driver._reported():
@@ -251,16 +262,16 @@ class CupyEvent:
     def __init__(self, runtime: Any, reported: Any, *, timed: bool = False) -> None:
         self._runtime, self._reported = runtime, reported
         self.handle = runtime.eventCreateWithFlags(runtime.eventBlockingSync | (0 if timed else runtime.eventDisableTiming))
-        weakref.finalize(self, _destroy, runtime, self.handle).atexit = False
+        weakref.finalize(self, _destroy, runtime, runtime.eventDestroy, self.handle).atexit = False
 
     def synchronize(self) -> None:
         with self._reported():
             self._runtime.eventSynchronize(self.handle)
 
 
-def _destroy(runtime: Any, event: int) -> None:
-    with suppress(runtime.CUDARuntimeError):
-        runtime.eventDestroy(event)
+def _destroy(runtime: Any, destroy: Callable[[int], None], handle: int) -> None:
+    with suppress(runtime.CUDARuntimeError):  # of a device that has stopped, which whoever uses it next will hear
+        destroy(handle)
 
 
 class PinnedMemory:
@@ -273,11 +284,22 @@ class PinnedMemory:
         weakref.finalize(self, _free, runtime, address, streams).atexit = False
 
 
+_LEFT: dict[Ints, list[int]] = {}  # addresses of page-locked memory that nobody looks into any more, by the streams that may still copy
+
+
 def _free(runtime: Any, address: int, streams: Ints) -> None:
-    with suppress(runtime.CUDARuntimeError):
+    """Gives the memory back; while work is being recorded, in some other thread perhaps, it stays until the next call: to wait then would
+    spoil the record."""
+    left = _LEFT.setdefault(streams, [])
+    left.append(address)
+    with suppress(RuntimeError):  # CuPy's own, of a device that has stopped, and the plain one that it raises for a record that was spoilt
+        if any(runtime.streamIsCapturing(stream) for stream in streams):
+            return
+        ready = [left.pop() for _ in range(len(left))]  # what comes while this waits is not ready
         for stream in streams:
             runtime.streamSynchronize(stream)
-        runtime.freeHost(address)
+        for each in ready:
+            runtime.freeHost(each)
 
 
 class CupyProgram:
@@ -301,7 +323,8 @@ class CupyProgram:
             self._driver.launchKernel(function, *grid, *block, shared, self._stream, ctypes.addressof(pointers), 0)
         except self._driver.CUDADriverError as error:
             asked = f"grid {grid}, block {block} and {shared} bytes of shared memory"
-            raise BackendError(f"kernel {name} does not start with {asked}, or one before it failed: {error}") from error
+            message = f"kernel {name} does not start with {asked}, or one before it failed: {error}"
+            raise BackendError(message, hint="CUDA_LAUNCH_BLOCKING=1 in the environment shows which one") from error
 
 
 def _parameter(arg: Any) -> Any:

@@ -37,7 +37,8 @@ def compile_cubin(
         status = library.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags)))
         log = _bytes(library, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if status:
-            raise BackendError(f"{file} does not compile for {architecture}:\n{log.strip()}")
+            unknown = "--gpu-architecture" in log
+            raise BackendError(f"{file} does not compile for {architecture}:\n{log.strip()}", hint=_newer(newest) if unknown else None)
         return _bytes(library, program, "CUBIN"), {name: _symbol(library, program, name) for name in names}, log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -48,6 +49,11 @@ def version(newest: int = ANY) -> tuple[int, int]:
     library, major, minor = _library(newest), ctypes.c_int(), ctypes.c_int()
     _check(library, library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
     return major.value, minor.value
+
+
+def _newer(newest: int) -> str:
+    major, minor = version(newest)
+    return f"NVRTC {major}.{minor} does not know that GPU: update nvidia-cuda-nvrtc, or name a newer libnvrtc.so in CAFFELITE_NVRTC"
 
 
 @functools.cache

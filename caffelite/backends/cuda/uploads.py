@@ -75,7 +75,9 @@ class Ring:
         self._number = self._at = 0
 
     def take(self, nbytes: int) -> Any:
-        """`nbytes` of it (numpy.ndarray of uint8), to be filled and sent, or read, before the next call."""
+        """`nbytes` of it (numpy.ndarray of uint8), to be filled and sent, or read, before the next call. RuntimeError while ops are recorded."""
+        if self._driver.capturing:  # an event of a half's end would end up in the record, and never happen
+            raise RuntimeError("an op that is recorded copies from or to the host, or waits")
         if self._memory is None:
             self._memory = self._driver.pinned(2 * self.half)
             self._left = [self._driver.event(), self._driver.event()]

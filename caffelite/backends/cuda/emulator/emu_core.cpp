@@ -337,7 +337,7 @@ static void do_copy(const Copy& c) {
   memset(c.d + c.src, 0, c.n - c.src);
 }
 void cp_async(void* s, const void* p, unsigned n, unsigned src) {
-  if (((uintptr_t)s | (src ? (uintptr_t)p : 0)) & (n - 1)) fail("cp.async: address not %u-byte aligned", n);
+  if (((uintptr_t)s | (uintptr_t)p) & (n - 1)) fail("cp.async: address not %u-byte aligned", n);
   Copy c{(char*)s, (const char*)p, n, src, (unsigned)me()->grp_open};
   if (opt.async_eager) do_copy(c);
   else {

@@ -58,6 +58,7 @@ __device__ __forceinline__ int chunk_of(int row, int chunk) {
 
 // --- from global to shared memory --------------------------------------------------------------------------------------------
 
+// global lies on a boundary of PIECE bytes also where none are valid: PTX asks for one either way.
 template <int PIECE>
 __device__ __forceinline__ void copy_piece(unsigned char* shared, const void* global, int valid_bytes) {
   if (PIECE == 16) cf_cp_async16(shared, global, valid_bytes);
@@ -160,7 +161,7 @@ struct PixelLoader {
     for (int i = 0; i < A; ++i) {
       int v = threadIdx.x + i * Tile::THREADS, row = v / ACROSS_A, chunk = v % ACROSS_A;
       bool valid = k + row < pixels && chunk * SIZE < outputs;
-      copy_piece<16>(a + row * Tile::M * sizeof(T) + chunk_of<ACROSS_A, WORDS>(row, chunk) * 16, valid ? dy + (k + row) * pitch + chunk * SIZE : data, valid ? 16 : 0);
+      copy_piece<16>(a + row * Tile::M * sizeof(T) + chunk_of<ACROSS_A, WORDS>(row, chunk) * 16, valid ? dy + (k + row) * pitch + chunk * SIZE : dy, valid ? 16 : 0);
     }
     int piece = threadIdx.x % ACROSS_B;
 #pragma unroll

@@ -1,9 +1,10 @@
-"""The products behind convolution and inner product: cut up by shape, on every tile, in tf32, with split sums, views off a 16-byte boundary."""
+"""The products behind convolution and inner product: cut up by shape, on every tile, in tf32, with split sums, views off a 16-byte boundary, and
+the bias gradient beside the weight gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from arrays import DTYPES, assert_close, rectified
 from caffelite.backends.contract import Backend
 from caffelite.backends.cuda import gemm_plan
 from caffelite.backends.cuda.gemm_plan import DEPTH, ENOUGH_BLOCKS, FLOAT_TILE, LEAST_SLICES, SMS, TENSOR, TILES, Tile, choose, exact
+from caffelite.backends.cuda.launch import Module
 
 KINDS = {"float32": "float", "bfloat16": "bf16"}
 ONE = {"stride": (1, 1), "pad": (0, 0), "dilation": (1, 1), "group": 1}
@@ -113,8 +115,10 @@ def test_every_tile(cuda: Backend, rng: np.random.Generator, tile: Tile, kind: s
             want_w[:, :, r, s] += np.einsum("nohw,nchw->oc", dys, padded[part])
     cuda.convolution_forward(x, w, b, y, **options, relu=True, tf32=tf32)
     cuda.convolution_backward_data(dy, w, dx, **options, tf32=tf32)
-    cuda.convolution_backward_weights(x, dy, dw, None, **options, accumulate_w=True, accumulate_b=False, tf32=tf32)
+    db = put(cuda, np.full(o, 5), "float32")[0]
+    cuda.convolution_backward_weights(x, dy, dw, db, **options, accumulate_w=True, accumulate_b=True, tf32=tf32)
     np.testing.assert_array_equal(cuda.to_host(dw), want_w)
+    np.testing.assert_array_equal(cuda.to_host(db), 5 + dys.sum(axis=(0, 2, 3)))
     for got, values in ((y, np.maximum(want, 0)), (dx, want_x[:, :, 1:-1])):
         if tf32:
             np.testing.assert_array_equal(cuda.to_host(got), values)
@@ -238,5 +242,87 @@ def test_views_off_a_vector_boundary(cuda: Backend, rng: np.random.Generator, dt
 def test_a_sum_of_nothing_is_zero(cuda: Backend, dtype: str) -> None:
     x, dy, dw = cuda.empty((0, 3, 5, 5), dtype), cuda.empty((0, 4, 5, 5), dtype), put(cuda, np.ones((4, 3, 1, 1)), "float32")[0]
     cuda.convolution_forward(x, put(cuda, np.ones((4, 3, 1, 1)), dtype)[0], None, dy, **ONE)
-    cuda.convolution_backward_weights(x, dy, dw, None, **ONE, accumulate_w=False, accumulate_b=False)
-    assert not cuda.to_host(dw).any()
+    for db in (None, put(cuda, np.ones(4), "float32")[0]):
+        cuda.convolution_backward_weights(x, dy, dw, db, **ONE, accumulate_w=False, accumulate_b=False)
+        assert not cuda.to_host(dw).any()
+    assert not cuda.to_host(db).any()
+    cuda.fill(db, 3)
+    cuda.convolution_backward_weights(x, dy, dw, db, **ONE, accumulate_w=False, accumulate_b=True)
+    np.testing.assert_array_equal(cuda.to_host(db), 3)
+
+
+class Biases(NamedTuple):
+    """A convolution by its gradient of the bias; split: whether its sums over pixels are."""
+
+    batch: int
+    channels: int
+    outputs: int
+    size: tuple[int, ...]
+    kernel: int
+    group: int
+    split: bool
+
+
+BIASES = {
+    "one split": Biases(2, 6, 9, (3, 3), 1, 1, False),
+    "several tiles of columns": Biases(2, 16, 13, (5, 7), 5, 1, False),
+    "several tiles of columns, split": Biases(5, 16, 13, (23, 11), 5, 1, True),
+    "groups": Biases(2, 6, 9, (5, 5), 3, 3, False),
+    "groups, split": Biases(5, 4, 6, (17, 19), 1, 2, True),
+    "groups of whole vectors": Biases(3, 32, 32, (23, 17), 3, 2, True),
+    "more outputs than a block has": Biases(3, 3, 211, (23, 29), 1, 1, True),
+    "one axis": Biases(3, 5, 7, (401,), 3, 1, True),
+}
+
+
+@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("name", BIASES)
+def test_the_bias_gradient_is_summed_beside_the_weights(cuda: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+    c, dtype, axes = BIASES[name], "bfloat16" if kind == "bfloat16" else "float32", len(BIASES[name].size)
+    launch, launched = type(cuda).launch, []
+
+    def told(self: Backend, module: Module, kernel: str, *args: Any, **options: Any) -> None:
+        launched.append(kernel)
+        launch(self, module, kernel, *args, **options)
+
+    monkeypatch.setattr(type(cuda), "launch", told)
+    monkeypatch.setattr(type(cuda), "bias_backward", None)  # no second pass over dy
+    options = {"stride": (1,) * axes, "pad": (c.kernel // 2,) * axes, "dilation": (1,) * axes, "group": c.group, "tf32": kind == "tf32"}
+    x, dy = (put(cuda, 1 + rng.standard_normal((c.batch, channels, *c.size)), dtype)[0] for channels in (c.channels, c.outputs))
+    want = np.asarray(cuda.to_host(dy), np.float64).sum(axis=(0, *range(2, 2 + axes)))
+    shape = (c.outputs, c.channels // c.group, *(c.kernel,) * axes)
+    alone, dw, db = cuda.empty(shape, "float32"), cuda.empty(shape, "float32"), put(cuda, np.full(c.outputs, 2.0), "float32")[0]
+    cuda.convolution_backward_weights(x, dy, alone, None, **options, accumulate_w=False, accumulate_b=False)
+    for more, times in ((True, 1), (True, 2), (False, 1)):
+        cuda.convolution_backward_weights(x, dy, dw, db, **options, accumulate_w=False, accumulate_b=more)
+        assert_close(cuda.to_host(db), times * want + 2 * more)  # float32's tolerance, in tf32 too
+        np.testing.assert_array_equal(cuda.to_host(dw), cuda.to_host(alone))  # and dw is what it is without
+    cuda.convolution_backward_weights(x, dy, dw, db, **options, accumulate_w=True, accumulate_b=False)
+    assert_close(cuda.to_host(db), want)
+    assert_close(cuda.to_host(dw), 2.0 * cuda.to_host(alone))
+    assert ("gemm_weights_finish" in launched) == c.split
+
+
+@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("slices", [5, 61])
+def test_slices_and_splits_of_the_bias_gradient_are_added_in_double(cuda: Backend, kind: str, slices: int) -> None:
+    """2^30, small numbers that float would lose beside it, and -2^30."""
+    dtype, rows = "bfloat16" if kind == "bfloat16" else "float32", 32 * slices
+    values = np.ones((rows, 7)) * np.arange(1, 8)
+    values[:33] = values[-33:] = 0
+    values[0], values[-1] = 2.0**30, -(2.0**30)
+    (dy, _), (x, _) = put(cuda, values, dtype), put(cuda, np.ones((rows, 3)), dtype)
+    dw, db = cuda.empty((7, 3), "float32"), cuda.empty((7,), "float32")
+    cuda.inner_product_backward_weights(x, dy, dw, db, transpose=False, accumulate_w=False, accumulate_b=False, tf32=kind == "tf32")
+    np.testing.assert_array_equal(cuda.to_host(db), (rows - 66) * np.arange(1, 8))
+
+
+@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16"])
+def test_a_bias_gradient_that_is_not_finite_stays_in_its_place(cuda: Backend, kind: str) -> None:
+    values = np.ones((40, 5))
+    values[3, 1], values[35, 2], values[2, 3], values[36, 3] = np.inf, np.nan, np.inf, -np.inf
+    dtype = "bfloat16" if kind == "bfloat16" else "float32"
+    (dy, _), (x, _) = put(cuda, values, dtype), put(cuda, np.ones((40, 3)), dtype)
+    dw, db = cuda.empty((5, 3), "float32"), cuda.empty((5,), "float32")
+    cuda.inner_product_backward_weights(x, dy, dw, db, transpose=False, accumulate_w=False, accumulate_b=False, tf32=kind == "tf32")
+    np.testing.assert_array_equal(cuda.to_host(db), [40, np.inf, np.nan, np.nan, 40])

@@ -41,13 +41,16 @@ def made(cuda: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 
 
 def gradient(backend: Backend) -> np.ndarray:
-    """A weight gradient in bfloat16 that is added to ones."""
+    """Gradients of a weight and a bias in bfloat16 that are added to ones."""
     rng = np.random.default_rng(3)
     x, dy, dw = backend.empty((M, K), "bfloat16"), backend.empty((M, N), "bfloat16"), backend.empty((N, K), "float32")
     for array in (x, dy):
         backend.from_host(rng.integers(-3, 4, array.shape), array)
-    backend.fill(dw, 1)
-    backend.inner_product_backward_weights(x, dy, dw, None, transpose=False, accumulate_w=True, accumulate_b=False)
+    db = backend.empty((N,), "float32")
+    for array in (dw, db):
+        backend.fill(array, 1)
+    backend.inner_product_backward_weights(x, dy, dw, db, transpose=False, accumulate_w=True, accumulate_b=True)
+    np.testing.assert_array_equal(backend.to_host(db), 1 + np.asarray(backend.to_host(dy), np.float64).sum(axis=0))
     np.testing.assert_array_equal(backend.to_host(dw), 1 + backend.to_host(dy).T @ backend.to_host(x))
     return backend.to_host(dw)
 

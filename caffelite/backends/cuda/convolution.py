@@ -81,11 +81,14 @@ class Convolution(ScaleBias):  # whose sum is the bias gradient too
             for there, here in ((x, line.x), (dy, line.y)):
                 self._move(line.given(there), here)
             made = line.weights(dw)  # what it holds is added to where gradients accumulate
-            gemm.backward_weights(self, line.geometry, line.x, line.y, made, accumulate_w, tf32=tf32)
+            gemm.backward_weights(self, line.geometry, line.x, line.y, gemm.Gradients(made, db, accumulate_w, accumulate_b), tf32=tf32)
             self._move(made, line.given(dw))
-        elif dw is not None and x.ndim == 4:
-            gemm.backward_weights(self, gemm.Geometry(x.shape, dw.shape, dy.shape, stride, pad, dilation, group), x, dy, dw, accumulate_w, tf32=tf32)
-        elif dw is not None:
+            return
+        if dw is not None and x.ndim == 4:
+            g = gemm.Geometry(x.shape, dw.shape, dy.shape, stride, pad, dilation, group)
+            gemm.backward_weights(self, g, x, dy, gemm.Gradients(dw, db, accumulate_w, accumulate_b), tf32=tf32)
+            return
+        if dw is not None:
             space = _space(x.shape, dw.shape, dy.shape, stride, pad, dilation, group)
             name = f"convolution_backward_weights<{cname(x)}>"
             self.launch(CONVOLUTION, name, blocks(dw.size), THREADS, x, dy, dw, space, np.bool_(accumulate_w), np.int64(dw.size))

@@ -13,7 +13,7 @@ from caffelite.backends.cuda.common import FLOAT32, THREADS, Base, blocks, cname
 from caffelite.backends.cuda.gemm_plan import EXACT, ITEM, Cut, candidates, exact, module_of
 from caffelite.backends.cuda.launch import Module, typed
 
-GEMM = Module("gemm", ["gemm_forward", "gemm_data", "gemm_weights", *typed("gemm_finish"), *typed("gemm_pack", "gemm_pad", arguments=2)])
+GEMM = Module("gemm", ["gemm_forward", "gemm_data", "gemm_weights", "gemm_weights_finish", *typed("gemm_finish"), *typed("gemm_pack", "gemm_pad", arguments=2)])
 IMAGE_CHANNELS = 4  # at most so many channels are an image's, whose float32 products are added in Caffe's order
 VECTOR = 16  # bytes of a piece that tensor cores' operands are copied by
 ALIGN = 256
@@ -120,29 +120,54 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positi
         run(ops.tuner.pick(_shape("data", kind, g), candidates(kind, **sizes, classes=prod(g.stride)), run))
 
 
-def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, dw: Array, accumulate: bool, *, tf32: bool = False) -> None:
-    """dw (+)= the sum over all pixels of dy times what their windows hold of x; dw (float32) lies as (O, kH, kW, C/group)."""
+@dataclass(frozen=True)
+class Gradients:
+    """Where backward_weights puts its sums: dw (float32) as (O, kH, kW, C/group), and db (O; float32), or None. add_w, add_b: to what is there."""
+
+    dw: Array
+    db: Array | None
+    add_w: bool
+    add_b: bool
+
+    def split_bytes(self, cut: Cut) -> int:
+        """Of db's partial sums, doubles (O, splits)."""
+        return 8 * cut.splits * int(self.db.size) if self.db is not None and cut.splits > 1 else 0
+
+    def spare(self, ops: Base) -> Gradients:
+        """Others of these sizes, for trials."""
+        kind, size = self.dw.dtype, self.dw.size
+        scratch = ops.scratch((size + (self.db.size if self.db is not None else 0)) * kind.itemsize, "trial")
+        return Gradients(
+            ops.part(scratch, 0, (size,), kind),
+            None if self.db is None else ops.part(scratch, size * kind.itemsize, (self.db.size,), kind),
+            add_w=False,
+            add_b=False,
+        )
+
+
+def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients, *, tf32: bool = False) -> None:
+    """dw (+)= the sum over all pixels of dy times what their windows hold of x; db (+)= the sum over all pixels of dy."""
     kind = _kind(x, tf32)
     if kind == EXACT:
-        return _exact_weights(ops, g, x, dy, dw, accumulate)
+        return _exact_weights(ops, g, x, dy, to)
     fit, fit_dy = _Fit(x, g.w[1], g.group, narrow=kind == "bf16"), _Fit(dy, g.group_outputs, g.group)
 
-    def run(cut: Cut, out: Array, add: bool) -> None:
-        space = _Space(ops, partial=cut.partial_bytes, x=fit.nbytes, dy=fit_dy.nbytes)
+    def run(cut: Cut, to: Gradients) -> None:
+        space = _Space(ops, partial=cut.partial_bytes, partial_b=to.split_bytes(cut), x=fit.nbytes, dy=fit_dy.nbytes)
         right = _padded(ops, x, space.part("x", x.dtype), g.w[1], fit.channels) if fit.copy else x
         left = _padded(ops, dy, space.part("dy", dy.dtype), g.group_outputs, fit_dy.channels) if fit_dy.copy else dy
-        partial = space.part("partial", "float32")
+        partial = (space.part("partial", "float32"), space.part("partial_b", "float64"))
         name = f"mma_weights<{kind}, {cut.tile.rows}, {cut.tile.columns}, {fit.piece}>"
-        _launch(ops, name, cut, right, left, out, partial, g.struct(cut, fit.channels, fit_dy.channels), np.bool_(add and partial is None))
-        if partial is not None:
-            _finish(ops, partial, None, out, cut, columns=1, accumulate=add)
+        adds = (np.bool_(to.add_w), np.bool_(to.add_b))
+        _launch(ops, name, cut, right, left, to.dw, to.db, *partial, g.struct(cut, fit.channels, fit_dy.channels), *adds)
+        _finish_weights(ops, partial, to, cut)
 
     def trial(cut: Cut) -> None:  # not into what gradients have been added to
-        run(cut, ops.part(ops.scratch(dw.size * dw.itemsize, "trial"), 0, (dw.size,), dw.dtype), add=False)
+        run(cut, to.spare(ops))
 
-    sizes = {"rows": g.group_outputs, "columns": g.cells * fit.channels, "depth": dy.size // g.y[1], "groups": g.group, "outputs": dw.size}
+    sizes = {"rows": g.group_outputs, "columns": g.cells * fit.channels, "depth": dy.size // g.y[1], "groups": g.group, "outputs": to.dw.size}
     cuts = candidates(kind, **sizes, transposed=True, narrow=fit.piece < VECTOR)
-    run(ops.tuner.pick(_shape("weights", kind, g), cuts, trial), dw, accumulate)
+    run(ops.tuner.pick(_shape("weights", kind, g), cuts, trial), to)
     return None
 
 
@@ -163,14 +188,14 @@ def _exact_forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, 
         _finish(ops, partial, bias, y, cut, columns=g.y[1], relu=relu)
 
 
-def _exact_weights(ops: Base, g: Geometry, x: Array, dy: Array, dw: Array, accumulate: bool) -> None:
-    cut = exact(rows=g.group_outputs, columns=g.cells * g.w[1], depth=dy.size // g.y[1], groups=g.group, outputs=dw.size)
-    partial = _Space(ops, partial=cut.partial_bytes).part("partial", "float32")
+def _exact_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients) -> None:
+    cut = exact(rows=g.group_outputs, columns=g.cells * g.w[1], depth=dy.size // g.y[1], groups=g.group, outputs=to.dw.size)
+    space = _Space(ops, partial=cut.partial_bytes, partial_b=to.split_bytes(cut))
+    partial = (space.part("partial", "float32"), space.part("partial_b", "float64"))
     whole = [np.bool_(_whole_vectors(channels, operand)) for channels, operand in ((g.w[1], x), (g.group_outputs, dy))]
-    final = np.bool_(accumulate and partial is None)
-    ops.launch(GEMM, "gemm_weights", cut.blocks, cut.tile.threads, x, dy, dw, partial, g.struct(cut), *whole, final)
-    if partial is not None:
-        _finish(ops, partial, None, dw, cut, columns=1, accumulate=accumulate)
+    adds = (np.bool_(to.add_w), np.bool_(to.add_b))
+    ops.launch(GEMM, "gemm_weights", cut.blocks, cut.tile.threads, x, dy, to.dw, to.db, *partial, g.struct(cut), *whole, *adds)
+    _finish_weights(ops, partial, to, cut)
 
 
 class _Fit:
@@ -271,8 +296,15 @@ def _finish(
     *,
     columns: int,
     relu: bool = False,
-    accumulate: bool = False,
     positive: Array | None = None,
 ) -> None:
-    numbers = (np.int64(y.size), np.int32(columns), np.int32(cut.splits), np.bool_(relu), np.bool_(accumulate))
+    numbers = (np.int64(y.size), np.int32(columns), np.int32(cut.splits), np.bool_(relu))
     ops.launch(GEMM, f"gemm_finish<{cname(y)}>", blocks(y.size), THREADS, partial, bias, positive, y, *numbers)
+
+
+def _finish_weights(ops: Base, partial: tuple[Array | None, Array | None], to: Gradients, cut: Cut) -> None:
+    """Adds up the partial sums of dw and db, where there are some."""
+    if cut.splits > 1:
+        outputs = 0 if to.db is None else to.db.size
+        numbers = (np.int64(to.dw.size), np.int32(outputs), np.int32(cut.splits), np.bool_(to.add_w), np.bool_(to.add_b))
+        ops.launch(GEMM, "gemm_weights_finish", blocks(to.dw.size), THREADS, *partial, to.dw, to.db, *numbers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from caffelite.backends.contract import Array
-from caffelite.backends.cuda.gemm import Geometry, backward_data, backward_weights, forward
+from caffelite.backends.cuda.gemm import Geometry, Gradients, backward_data, backward_weights, forward
 from caffelite.backends.cuda.scale_bias import ScaleBias
 
 
@@ -17,9 +17,11 @@ class InnerProduct(ScaleBias):  # whose sum is the bias gradient too
     def inner_product_backward_weights(
         self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool, tf32: bool = False
     ) -> None:
-        if dw is not None:
-            inputs, outputs = (dy, x) if transpose else (x, dy)
-            backward_weights(self, _geometry(inputs, outputs), inputs, outputs, dw, accumulate_w, tf32=tf32)
+        if dw is not None and transpose:  # dw^T = x^T dy is the other operand's
+            backward_weights(self, _geometry(dy, x), dy, x, Gradients(dw, None, accumulate_w, False), tf32=tf32)
+        elif dw is not None:
+            backward_weights(self, _geometry(x, dy), x, dy, Gradients(dw, db, accumulate_w, accumulate_b), tf32=tf32)
+            return
         if db is not None:
             self.bias_backward(dy, db.reshape((1, -1)), accumulate=accumulate_b)
 

@@ -6,16 +6,18 @@
 // gemm_data      dx: m = pixel of x in a class, n = channel of the group, k = (cell of the class, output). B = weights packed as (channels,
 //                cells x outputs) by gemm_pack.
 // gemm_weights   dw: m = output of the group, n = (cell, channel), k = pixel of y. The last split runs past the end, where operands are 0.
+//                db: in the blocks of the first columns, warps 0 to 3 also add up each slice of dy, a thread a column: 16 loads of 4 bytes beside
+//                48 of 16, 64 clocks of the SM's shared memory for a slice of 512 or more, where a pass over dy would read 4 bytes an element.
 // With one split the result is final: bias and ReLU (gemm_data: the backward of the ReLU below), rounding or accumulating are done on the way out. With more, partial sums (split, C)
-// go to `partial` in float, and gemm_finish adds them in order. Main loop, bytes and operations: gemm_float.cuh.
+// go to `partial` in float (those of db in double), and gemm_finish or gemm_weights_finish adds them in order. Main loop, bytes and operations: gemm_float.cuh.
 // gemm_finish    reads 4 bytes a split and writes one element; gemm_pack and gemm_pad read and write each weight, or activation, once.
 #include "gemm_float.cuh"
 
-template <bool A_KMAJOR, bool B_KMAJOR, class A, class B, class Place>
-__device__ __forceinline__ void multiply_float(const A& a, const B& b, const Block& block, long long first, long long last, const Exit<float>& exit, Place place) {
-  multiply_tables<A_KMAJOR, B_KMAJOR>(a, b, block.m, block.n, first, last, [&](int i, int j, const Vec<float>& sums) {
-    exit.run<4>(block.m + i, block.n + j, &sums, place);
-  });
+template <bool A_KMAJOR, bool B_KMAJOR, class A, class B, class Place, class Watch = Unwatched>
+__device__ __forceinline__ void multiply_float(const A& a, const B& b, const Block& block, long long first, long long last, const Exit<float>& exit, Place place,
+                                               Watch watch = Watch()) {
+  auto write = [&](int i, int j, const Vec<float>& sums) { exit.run<4>(block.m + i, block.n + j, &sums, place); };
+  multiply_tables<A_KMAJOR, B_KMAJOR>(a, b, block.m, block.n, first, last, write, watch);
 }
 
 __global__ void __launch_bounds__(THREADS, 2)
@@ -43,21 +45,47 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_data(const float* dy, const f
 }
 
 __global__ void __launch_bounds__(THREADS, 2)
-    gemm_weights(const float* x, const float* dy, float* dw, float* partial, Geometry g, bool aligned_x, bool aligned_dy, bool accumulate) {
+    gemm_weights(const float* x, const float* dy, float* dw, float* db, float* partial, double* partial_b, Geometry g, bool aligned_x, bool aligned_dy, bool accumulate_w,
+                 bool accumulate_b) {
   Block block = block_of(g, BM, BN, false);
   Windows<float> b{x, forward_taps(g, block), aligned_x, false};
   long long pixels = b.t.rows(), count = b.t.columns();
   Matrix<float> a{dy + block.group * g.group_outputs, pixels, g.group_outputs, g.outputs, aligned_dy};
   long long first = block.split * g.per_split, last = min(first + g.per_split, pixels);
-  Finish<float> finish{dw, nullptr, false, accumulate, nullptr};
+  Finish<float> finish{dw, nullptr, false, accumulate_w, nullptr};
   Exit<float> exit(finish, partial, block, g.group_outputs, (int)count, count, 0, g.outputs * count);
-  multiply_float<false, false>(a, b, block, first, last, exit, [&](long long m) { return (long long)block.group * g.group_outputs + m; });
+  double sum = 0;
+  BiasGradient bias{db, partial_b, accumulate_b};
+  bool sums = bias.wanted(block) && threadIdx.x < BM;
+  auto place = [&](long long m) { return (long long)block.group * g.group_outputs + m; };
+  multiply_float<false, false>(a, b, block, first, last, exit, place, [&](const float* slice) {
+    if (sums) sum += column_sum(slice, threadIdx.x);
+  });
+  if (sums) bias.store(g, block, threadIdx.x, sum);
+}
+
+// dw (n elements) from partial sums (splits, n), as gemm_finish does; db, unless null, from partial_b (outputs, splits), a warp for each output.
+__global__ void gemm_weights_finish(const float* partial, const double* partial_b, float* dw, float* db, long long n, int outputs, int splits, bool accumulate_w,
+                                    bool accumulate_b) {
+  Finish<float> finish{dw, nullptr, false, accumulate_w, nullptr};
+  for (long long i = thread_index(); i < n; i += thread_count()) {
+    float sum = partial[i];
+    for (int s = 1; s < splits; ++s) sum += partial[s * n + i];
+    finish.store(i, 0, sum);
+  }
+  if (!db) return;
+  for (long long i = thread_index() >> 5; i < outputs; i += thread_count() >> 5) {
+    double sum = 0;
+    for (int s = threadIdx.x & 31; s < splits; s += 32) sum += partial_b[i * splits + s];
+    sum = warp_sum(sum);
+    if ((threadIdx.x & 31) == 0) db[i] = (float)(accumulate_b ? db[i] + sum : sum);
+  }
 }
 
 // y[i] = the sum of partial[s][i] in the order of s, finished; columns: outputs, for the bias.
 template <class T>
-__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, T* y, long long n, int columns, int splits, bool relu, bool accumulate) {
-  Finish<T> finish{y, bias, relu, accumulate, positive};
+__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, T* y, long long n, int columns, int splits, bool relu) {
+  Finish<T> finish{y, bias, relu, false, positive};
   for (long long i = thread_index(); i < n; i += thread_count()) {
     float sum = partial[i];
     for (int s = 1; s < splits; ++s) sum += partial[s * n + i];

@@ -141,3 +141,25 @@ struct Exit {
     for (int e = 0; e < RUN; e += 4) sums_only.store_run(at + e, 0, sums + e / 4, count - e, aligned);
   }
 };
+
+// --- the bias gradient beside the weight gradient -----------------------------------------------------------------------------
+// The blocks of the first columns (wanted()) add up dy's slices as they lie in shared memory, so that dy is not read again for db. A slice's
+// terms are added in float, slices and splits in double, each output by one thread.
+
+struct BiasGradient {
+  float* db;        // null: not wanted
+  double* partial;  // (outputs, splits); null: db is final
+  bool accumulate;
+  __device__ __forceinline__ bool wanted(const Block& block) const { return db && block.n == 0; }
+  // The sum of column m of the block's dy, padding or not.
+  __device__ __forceinline__ void store(const Geometry& g, const Block& block, int m, double sum) const {
+    if (block.m + m >= g.kept_outputs) return;
+    long long at = (long long)block.group * g.kept_outputs + block.m + m;
+    if (partial) partial[at * g.splits + block.split] = sum;
+    else db[at] = (float)(accumulate ? db[at] + sum : sum);
+  }
+};
+struct Unwatched {
+  template <class T>
+  __device__ __forceinline__ void operator()(const T*) const {}
+};

@@ -231,9 +231,18 @@ struct Core {
   }
 };
 
-// The loop over columns first..last-1 of the operands; write(m, n, sums) gets runs of 4 of the block's part of C, inside or not.
-template <bool A_KMAJOR, bool B_KMAJOR, class A, class B, class Write>
-__device__ __forceinline__ void multiply_tables(const A& a, const B& b, long long m0, long long n0, long long first, long long last, Write write) {
+// A slice of A as [k][m]: the sum of its column m. Neighbouring threads read neighbouring words.
+__device__ __forceinline__ float column_sum(const float* slice, int m) {
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < BK; ++k) sum += slice[k * (BM + 4) + m];
+  return sum;
+}
+
+// The loop over columns first..last-1 of the operands; write(m, n, sums) gets runs of 4 of the block's part of C, inside or not. watch(slice)
+// sees every slice of A, in shared memory.
+template <bool A_KMAJOR, bool B_KMAJOR, class A, class B, class Write, class Watch = Unwatched>
+__device__ __forceinline__ void multiply_tables(const A& a, const B& b, long long m0, long long n0, long long first, long long last, Write write, Watch watch = Watch()) {
   using SliceA = Slice<float, A, BM, A_KMAJOR>;
   using SliceB = Slice<float, B, BN, B_KMAJOR>;
   __shared__ __align__(16) float shared_a[2][BK * SliceA::pitch];
@@ -259,6 +268,7 @@ __device__ __forceinline__ void multiply_tables(const A& a, const B& b, long lon
     bool more = k + BK < last;
     if (more) fetch();
     core.multiply(shared_a[slot], shared_b[slot]);
+    watch(shared_a[slot]);
     if (more) put(slot ^ 1);
     __syncthreads();
   }

@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(Tile<M, N>::THREADS, Tile<M, N>::BLOCKS)
 
 template <class Kind, int M, int N, int PIECE>
 __global__ void __launch_bounds__(Tile<M, N>::THREADS, Tile<M, N>::BLOCKS)
-    mma_weights(const typename Storage<Kind>::type* x, const typename Storage<Kind>::type* dy, float* dw, float* partial, Geometry g, bool accumulate) {
+    mma_weights(const typename Storage<Kind>::type* x, const typename Storage<Kind>::type* dy, float* dw, float* db, float* partial, double* partial_b,
+                Geometry g, bool accumulate_w, bool accumulate_b) {
   using T = typename Storage<Kind>::type;
   using Shape = Tile<M, N>;
   CF_DYNAMIC_SHARED(unsigned char, shared);
@@ -66,10 +67,17 @@ __global__ void __launch_bounds__(Tile<M, N>::THREADS, Tile<M, N>::BLOCKS)
   long long pixels = t.rows(), first = block.split * g.per_split, last = min(first + g.per_split, pixels);
   PixelLoader<T, Shape, PIECE> loader(dy + block.group * g.group_outputs, x, t, block.m, block.n, g.group_outputs, g.outputs, first);
   Product<Kind, Shape, false> product;
-  multiply_slices<Shape, SLICE_BYTES / (int)sizeof(T)>(loader, product, shared, first, last);
+  __shared__ double sum[M];  // registers are short
+  BiasGradient bias{db, partial_b, accumulate_b};
+  bool sums = bias.wanted(block);
+  if (sums && threadIdx.x < M) sum[threadIdx.x] = 0;
+  multiply_slices<Shape, SLICE_BYTES / (int)sizeof(T)>(loader, product, shared, first, last, [&](const unsigned char* slice) {
+    if (sums) ColumnSums<Kind, Shape>::add(slice, sum);
+  });
+  if (sums && threadIdx.x < M) bias.store(g, block, threadIdx.x, sum[threadIdx.x]);
   int cells = g.kernel_h * g.kernel_w, columns = cells * g.kept_channels;
   long long all = (long long)g.groups * g.kept_outputs * columns, before = (long long)block.group * g.kept_outputs;
-  Finish<float> finish{dw, nullptr, false, accumulate, nullptr};
+  Finish<float> finish{dw, nullptr, false, accumulate_w, nullptr};
   if (g.kept_channels == g.group_channels) {
     Exit<float> exit(finish, partial, block, g.kept_outputs, columns, columns, 0, all);
     store_tile(product, shared, block, exit, [&](long long m) { return before + m; });

@@ -19,7 +19,7 @@
 // 128 x 96    2 x 2      96    57,344      3 / 2            27          55
 // 128 x 128   2 x 2     128    65,536      2 / 2            32          64
 // 128 x 192   2 x 4      96    81,920      1 / 1            27          77
-// Blocks: by registers (65,536) and shared memory (228 or 164 KB). Bytes: A is read ceil(N/BN) times, B ceil(M/BM) times, (BM + BN) 64 a slice,
+// (Weight gradients: 8 BM bytes more, for the bias gradient.) Blocks: by registers (65,536) and shared memory (228 or 164 KB). Bytes: A is read ceil(N/BN) times, B ceil(M/BM) times, (BM + BN) 64 a slice,
 // mostly from L2; C is written once, and for each split once more in float.
 // tf32: half the FLOP a byte. Shared memory gives 128 bytes a clock: 16 FLOP a byte are 2048 a clock, what an A100's tensor cores make; an
 // H100's make 4096, of which mma.sync reaches about two thirds. Weight gradients use the transposed blocks (192x128, ...), since their m
@@ -274,9 +274,54 @@ struct Product {
   }
 };
 
-// The loop over columns k first..last-1; afterwards all warps have left shared memory.
-template <class Tile, int BK, class Loader, class P>
-__device__ __forceinline__ void multiply_slices(Loader& loader, P& product, unsigned char* shared, long long first, long long last) {
+// Adds each column of a slice [k][m] of A to sum[m], always by the same thread: the bias gradient (gemm.cuh). Beside the block's own work
+//   bf16  the tensor cores multiply by ones, one product for each BN / 8 (128x128: 6% more), with fragments that are loaded again (16 ldmatrix
+//         beside 64), and half the lanes add a double in shared memory for 16 columns. Element by element: 32 values a thread, 2 instructions each.
+//   tf32  BM threads add 16 words each: dy itself, not rounded to tf32. A warp's 32 neighbours are 8 whole chunks, which the permutation
+//         keeps together: no bank twice, BM / 2 clocks of shared memory beside 256 (128x128). Then one double in shared memory.
+// Not measured.
+template <class Kind, class Tile>
+struct ColumnSums;
+
+template <class Tile>
+struct ColumnSums<bf16, Tile> {
+  static __device__ __forceinline__ void add(const unsigned char* slice, double* sum) {
+    using Left = Fragments<bf16, false, Tile::M>;
+    constexpr cf_u32 ONES = 0x3f803f80;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll 1
+    for (int m = 16 * warp; m < Tile::M; m += Tile::THREADS / 2) {
+      float d[4] = {};
+#pragma unroll
+      for (int k = 0; k < SLICE_BYTES / 2; k += Left::K) {
+        cf_u32 left[4];
+        Left::load(left, slice, m, k, false);
+        Left::mma(d, left, {ONES, ONES});
+      }
+      int half = lane & 3;  // all columns of d are alike: of the four lanes of a row, one adds it, and one the row 8 below
+      if (half < 2) sum[m + (lane >> 2) + 8 * half] += half ? d[2] : d[0];
+    }
+  }
+};
+
+template <class Tile>
+struct ColumnSums<tf32, Tile> {
+  static_assert(Tile::M <= Tile::THREADS, "a thread for each column");
+  static __device__ __forceinline__ void add(const unsigned char* slice, double* sum) {
+    int m = threadIdx.x;
+    if (m >= Tile::M) return;
+    float part = 0;
+#pragma unroll
+    for (int k = 0; k < SLICE_BYTES / 4; ++k)
+      part += *reinterpret_cast<const float*>(slice + k * Tile::M * 4 + chunk_of<Tile::M / 4, true>(k, m >> 2) * 16 + (m & 3) * 4);
+    sum[m] += part;
+  }
+};
+
+// The loop over columns k first..last-1; afterwards all warps have left shared memory. watch(slice) sees every slice of A, which no warp
+// overwrites meanwhile.
+template <class Tile, int BK, class Loader, class P, class Watch = Unwatched>
+__device__ __forceinline__ void multiply_slices(Loader& loader, P& product, unsigned char* shared, long long first, long long last, Watch watch = Watch()) {
   int slices = last > first ? (int)((last - first + BK - 1) / BK) : 0;
   auto fetch = [&](int slice) {
     unsigned char* slot = shared + slice % STAGES * Tile::STAGE_BYTES;
@@ -291,6 +336,7 @@ __device__ __forceinline__ void multiply_slices(Loader& loader, P& product, unsi
     fetch(slice + STAGES - 1);
     const unsigned char* slot = shared + slice % STAGES * Tile::STAGE_BYTES;
     product.multiply(slot, slot + Tile::A_BYTES);
+    watch(slot);
   }
   cf_cp_wait<0>();
   __syncthreads();

@@ -87,13 +87,15 @@ class Process:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdin=pipe, stdout=pipe, stderr=log, text=True)
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout
-        for line in self._process.stdout:
-            if line.startswith("result "):
-                self._lines.put(line.removeprefix("result "))
+        with self._process.stdout as said:
+            for line in said:
+                if line.startswith("result "):
+                    self._lines.put(line.removeprefix("result "))
         self._lines.put(None)
 
     def result(self, seconds: float) -> dict[str, Any]:
@@ -125,6 +127,7 @@ class Process:
         except (subprocess.TimeoutExpired, BrokenPipeError):
             self._process.kill()
             self._process.wait()
+        self._reader.join(ENDING_SECONDS)
 
 
 class Report:

@@ -59,6 +59,7 @@ def run(name: str, tests: Sequence[str], args: argparse.Namespace, end: float) -
     command = [*shlex.split(args.prefix), sys.executable, "-m", "pytest", "--backend", "cuda", "--tb=short", "-p", "no:cacheprovider"]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "CAFFELITE_CUDA_DRIVER": os.environ.get("CAFFELITE_CUDA_DRIVER") or "cupy"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else is installed there has no say
     started = time.perf_counter()
     status = CUT_OFF
     if end - started > 1:

@@ -35,9 +35,9 @@ def caffelite(*words: object) -> str:
     return done.stdout
 
 
-def make_database(folder: Path, images: int) -> Path:
-    """A database of raw drawn images of 20 classes, `images` in all."""
-    caffelite("dataset", "synth", folder / "images", "--train", max(images // 20, 1), "--val", 1)
+def make_database(folder: Path, images: int, val: int = 1) -> Path:
+    """A database of raw drawn images of 20 classes, `images` in all, and one beside it of `val` images a class."""
+    caffelite("dataset", "synth", folder / "images", "--train", max(images // 20, 1), "--val", val)
     caffelite("convert", "tiny-imagenet", folder / "images", folder / "synth")
     return folder / "synth" / "train_lmdb"
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--precisions", nargs="+", choices=("bfloat16", "tf32", "float32"), default=["bfloat16", "tf32"])
     parser.add_argument("--seconds", type=float, default=8, help="about so long each training (default: 8)")
-    parser.add_argument("--images", type=int, default=20000, help="in the database (default: 20000)")
+    parser.add_argument("--images", type=int, default=6000, help="in the database (default: 6000)")
     parser.add_argument("--gpu", default="0", metavar="ID")
     args = parser.parse_args()
     print("| net | batch | precision | data | images/s | x DummyData |\n|---|---:|---|---|---:|---:|")

@@ -248,12 +248,13 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def groups(args: argparse.Namespace) -> list[list[Candidate]]:
     """What runs in rounds together: the modes of each net that start at once, then each net's compiled ones beside ours.
 
-    The same row may be in two groups; its rounds add up."""
+    The same row may be in two groups; its rounds add up. Where only such rows would start at once, they wait for the compiled ones."""
     rows = {(net, batch, mode): Candidate(net, batch, mode) for net, batch in args.nets for mode in MODES if mode in args.modes}
     quick = [[row for (*found, mode), row in rows.items() if tuple(found) == net and mode not in COMPILED] for net in args.nets]
     slow = [[row for (*found, mode), row in rows.items() if tuple(found) == net and mode in COMPILED] for net in args.nets]
     beside = [[row for row in first if f"compile-{row.mode}" in args.modes] for first in quick]
-    return [group for group in quick if group] + [[*ours, *late] for ours, late in zip(beside, slow) if late]
+    alone = [first for first, again, late in zip(quick, beside, slow) if first and not (late and first == again)]
+    return alone + [[*ours, *late] for ours, late in zip(beside, slow) if late]
 
 
 def main() -> None:

@@ -109,14 +109,14 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--precision", choices=("bfloat16", "tf32", "float32"), default="bfloat16")
-    parser.add_argument("--images", type=int, default=10000, help="drawn for training (default: 10000)")
+    parser.add_argument("--images", type=int, default=6000, help="drawn for training (default: 6000)")
     parser.add_argument("--minutes", type=float, default=5, help="before the run that is to be killed is given up (default: 5)")
     parser.add_argument("--loss-may-rise", action="store_true", help="for runs of a few iterations")
     parser.add_argument("--gpu", default="0", metavar="ID")
     args = parser.parse_args()
     machine = ["--gpu", args.gpu, "--precision", args.precision]
     with tempfile.TemporaryDirectory() as name:
-        data = make_database(Path(name), args.images).parent
+        data = make_database(Path(name), args.images, -(-args.batch // 20)).parent
         folders = [Path(name) / "whole", Path(name) / "parts"]
         whole, parts = (solver_file(folder, data, args) for folder in folders)
         started = time.perf_counter()

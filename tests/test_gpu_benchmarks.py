@@ -62,6 +62,8 @@ def test_compiled_modes_run_last_beside_ours(script) -> None:
     assert [[found.name.split()[1] for found in group] for group in groups] == [["tf32", "float32", "eager-tf32"]] * 2 + [["tf32", "compile-tf32"]] * 2
     assert [group[0].net for group in groups] == ["lenet", "nin", "lenet", "nin"]
     assert groups[0][0] is groups[2][0]
+    (group,) = step.groups(step.arguments(["--nets", "lenet:2", "--modes", "tf32", "compile-tf32"]))
+    assert [found.mode for found in group] == ["tf32", "compile-tf32"]
     assert step.arguments(["--dry-run", "--nets", "nin:128"]).nets == [("lenet", 2)]
 
 

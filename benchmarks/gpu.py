@@ -58,7 +58,7 @@ def parts(out: str) -> Iterator[Part]:
     yield Part("tests", 1, 360, ("gpu_tests.py", "--minutes", "MINUTES", "--out", f"{out}/tests"))
     first = ("--nets", "nin_crop48:128", "alexnet:256", "--rounds", "3", "--modes", *quick)
     yield Part("first_steps", 1, 140, ("gpu_step.py", "--minutes", "MINUTES", "--out", f"{out}/first_steps", *first))
-    yield Part("steps", 2, 220, ("gpu_step.py", "--minutes", "MINUTES", "--out", f"{out}/steps", "--modes", *quick))
+    yield Part("steps", 2, 220, ("gpu_step.py", "--minutes", "MINUTES", "--out", f"{out}/steps", "--rounds", "4", "--modes", *quick))
     yield Part("rate", 2, 90, ("gpu_rate.py", "--seconds", "5"))
     yield Part("layers", 2, 60, ("gpu_layers.py", "--out", f"{out}/layers"))
     yield Part("tiles", 2, 40, ("gpu_tiles.py",))

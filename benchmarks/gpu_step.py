@@ -98,25 +98,20 @@ class Process:
                     self._lines.put(line.removeprefix("result "))
         self._lines.put(None)
 
-    def result(self, seconds: float) -> dict[str, Any]:
-        """What it says next, within `seconds`."""
-        try:
-            line = self._lines.get(timeout=max(seconds, 0.1))
-        except queue.Empty:
-            raise Failed(f"no answer within {seconds:.0f} s") from None
-        if line is None:
-            raise Failed(f"ended with exit status {self._process.wait()}")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def ask(self, duration: float, seconds: float) -> dict[str, Any]:
-        """The result of steps for about `duration` seconds."""
+    def ask(self, line: object, seconds: float) -> dict[str, Any]:
+        """What it answers to a line, within `seconds`."""
         assert self._process.stdin
         try:
-            print(duration, file=self._process.stdin, flush=True)
+            print(line, file=self._process.stdin, flush=True)
+            answer = self._lines.get(timeout=max(seconds, 0.1))
         except BrokenPipeError:
-            raise Failed(f"ended with exit status {self._process.wait()}") from None
-        return self.result(seconds)
+            answer = None
+        except queue.Empty:
+            raise Failed(f"no answer within {seconds:.0f} s") from None
+        if answer is None:
+            raise Failed(f"ended with exit status {self._process.wait()}")
+        found: dict[str, Any] = json.loads(answer)
+        return found
 
     def end(self) -> None:
         """Ends it, by force if it takes long."""
@@ -151,15 +146,16 @@ class Report:
 
 
 def run_group(rows: Sequence[Candidate], args: argparse.Namespace, report: Report, end: float) -> None:
-    """Starts the processes of some rows of one net, one after another, and lets them run in rounds."""
+    """Starts the processes of some rows of one net, lets them warm up one after another, and then run in rounds."""
     running: list[tuple[Candidate, Process, TextIO]] = []
     try:
         for row in rows:
             row.failed = ""
-            box = args.compile_seconds if row.mode in COMPILED else args.start_seconds
             log = (report.folder / f"{row.net}-{row.batch}-{row.mode}.log").open("a")
             running.append((row, Process(row.command(args.device), log), log))
-            _try(row, partial(running[-1][1].result, min(box, end - time.perf_counter())))
+        for row, process, _ in running:
+            box = args.compile_seconds if row.mode in COMPILED else args.start_seconds
+            _try(row, partial(process.ask, "start", min(box, end - time.perf_counter())))
         for _ in range(args.rounds):
             for row, process, _ in running:
                 box = min(args.start_seconds, end - time.perf_counter())

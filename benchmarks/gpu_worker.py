@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_worker.py --engine caffelite --net nin_crop48 --batch 128 --precision bfloat16
 
-It warms up and prints `result {...}`; then, for each line of its input, a number of seconds, it takes about as many steps as fit into them and
-prints `result {"step_ms": ..., "peak_mb": ...}`. It ends with its input. Times are those of the device between an event before the first step
-and one after the last; a step is forward, loss, backward and update, on an input that is on the device already.
+It imports what it needs. At the first line of its input it starts, warms up, and prints `result {...}`: nothing runs on the device before. Then,
+for each line, a number of seconds, it takes about as many steps as fit into them and prints `result {"step_ms": ..., "peak_mb": ...}`. It ends
+with its input. Times are those of the device between an event before the first step and one after the last; a step is forward, loss, backward and
+update, on an input that is on the device already.
 
 caffelite runs as in training: recorded iterations, played back. PyTorch is channels_last, with cudnn.benchmark and a fused SGD; tf32: in all products;
 bfloat16: autocast; --compile: torch.compile, max-autotune. peak_mb: the most memory that arrays took at once, in 2^20 bytes; PyTorch's begins with
@@ -15,6 +16,7 @@ PyTorch held for itself. Where the device is a CPU (--device cpu, or caffelite's
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import tempfile
@@ -124,6 +126,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile, max-autotune")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="PyTorch's (default: cuda)")
     args = parser.parse_args()
+    importlib.import_module("torch" if args.engine == "torch" else "caffelite.solver.loop")
+    sys.stdin.readline()
     started = time.perf_counter()
     engine = ENGINES[args.engine](args)
     engine.seconds(1)

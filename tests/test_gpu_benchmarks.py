@@ -75,7 +75,7 @@ def test_nets_that_are_none(script, word: str) -> None:
 
 WORKER = """
 import sys
-print("noise"); print('result {"first_s": 1}', flush=True)
+input(); print("noise"); print('result {"first_s": 1}', flush=True)
 for line in sys.stdin:
     if MODE == "crash": sys.exit(7)
     if MODE == "hang": import time; time.sleep(60)
@@ -95,7 +95,7 @@ def test_a_mode_that_fails_loses_no_other(script, tmp_path: Path, monkeypatch: p
     args.start_seconds = 60
     if mode == "hang":
         ask = step.Process.ask
-        monkeypatch.setattr(step.Process, "ask", lambda self, duration, seconds: ask(self, duration, 1))
+        monkeypatch.setattr(step.Process, "ask", lambda self, line, seconds: ask(self, line, seconds if line == "start" else 1))
     step.run_group(rows, args, report, time.perf_counter() + 100)
     assert [found.failed for found in rows] == [failed, ""]
     assert [len(found.rounds) for found in rows] == [0 if failed else 2, 2]

@@ -29,6 +29,7 @@ FIRST = ("test_op_inner_product", "test_op_convolution", "test_cuda_gemm")
 PATTERNS = ("test_op_*", "test_layer_*", "test_golden_*", "test_net", "test_net_random", "test_fusion", "test_solver_resume", "test_solver_footprint")
 PATTERNS += ("test_cuda_training", "test_cuda_repeat", "test_cuda_input", "test_cuda_uploads", "test_cuda_tune", "test_data_raw", "test_pycaffe*")
 ALONE = 24  # failed tests that run once more
+TOLD = 30  # failed tests that the last lines name
 CUT_OFF = -1
 
 
@@ -129,7 +130,8 @@ def main() -> int:
         alone = list(pool.map(lambda pair: run(f"alone-{pair[0]}", [pair[1]], args, end), enumerate(failed)))
         text = report(results, [result for result in alone if result.status != CUT_OFF])
         (args.out / "tests.txt").write_text(text + "\n")
-    print("\n" + text)
+    told = text.splitlines()[len(results) :]
+    print("", *told[:-1][:TOLD], *([f"... and {len(told) - 1 - TOLD} more"] if len(told) > TOLD + 1 else []), told[-1], sep="\n")
     return int(any(result.status for result in results))
 
 

@@ -1,6 +1,7 @@
 # make train   train a small NIN from scratch and draw its curves (DATA=/path/to/tiny-imagenet-200 for images of your own)
 # make test    run the test suite            make check   lint, types and tests
 # make test-kernels   run the CUDA kernels emulated, checked, in several orders      make test-gpu   test them on a GPU (needs CuPy)
+# make gpu-wheels   packages for a machine with a GPU and no network (GPU_PYTHON=3.12)
 # make lint    ruff and mypy                 make proto   compile proto/caffelite.proto again
 # make clean   remove what these made; data/ and runs/ stay
 #
@@ -10,12 +11,13 @@ PYTHON ?= python3
 DATA ?=
 TESTS ?= tests
 WORKERS ?= auto
+GPU_PYTHON ?= 3.12
 
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .cache/proto-venv
 
-.PHONY: train test test-kernels test-gpu check lint proto clean
+.PHONY: train test test-kernels test-gpu gpu-wheels check lint proto clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed-run
@@ -33,9 +35,15 @@ test-kernels: $(VENV)/installed-dev
 
 # On a machine with a GPU.
 test-gpu: $(VENV)/installed-dev
-	CAFFELITE_CUDA_DRIVER=cupy $(BIN)/python -m pytest --backend cuda $(wildcard tests/test_op_*.py tests/test_layer_*.py) \
-		tests/test_golden_layers.py tests/test_golden_training.py tests/test_net.py tests/test_net_random.py tests/test_solver_resume.py tests/test_cuda_gemm.py tests/test_cuda_training.py tests/test_cuda_repeat.py \
-		tests/test_data_raw.py tests/test_cuda_input.py tests/test_solver_footprint.py $(wildcard tests/test_pycaffe*.py)
+	CAFFELITE_CUDA_DRIVER=cupy $(BIN)/python benchmarks/gpu_tests.py
+
+# For benchmarks/gpu.py on a machine without a network, Linux on x86-64: what caffelite and its tests import, for the Python of that machine.
+gpu-wheels: $(VENV)/bin/python
+	rm -rf build/wheels
+	$(BIN)/python -m pip download --quiet --only-binary=:all: --no-deps --python-version $(GPU_PYTHON) --implementation cp \
+		$(foreach tag,2_28 2_27 2_26 2_17,--platform manylinux_$(tag)_x86_64) --platform manylinux2014_x86_64 --dest build/wheels \
+		"numpy>=1.26" "protobuf>=4.25" "pillow>=10" "lmdb>=1.4" "ml_dtypes>=0.4" "pytest>=8" pluggy iniconfig packaging pygments
+	@du -sh build/wheels
 
 check: lint test
 

@@ -1,4 +1,4 @@
-"""The benchmark's nets in plain PyTorch: the same layers as models/nin_crop48 and models/alexnet, in Caffe's arithmetic."""
+"""The benchmark's nets in plain PyTorch: the same layers as those of models/, in Caffe's arithmetic."""
 
 from __future__ import annotations
 
@@ -59,9 +59,51 @@ def alexnet(classes: int) -> nn.Module:
     )
 
 
-def optimizer(net: nn.Module, rate: float) -> torch.optim.SGD:
-    """Caffe's usual SGD: momentum 0.9, decay 0.0005; biases learn twice as fast and do not decay."""
+def nin_quick(classes: int) -> nn.Module:
+    """A narrow NIN with BatchNorm and Scale after every convolution but the last."""
+    layers = [
+        *normed(3, 96, 5, 2),
+        *normed(96, 80, 1),
+        *normed(80, 48, 1),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        *normed(48, 96, 5, 2),
+        *normed(96, 96, 1),
+        *normed(96, 96, 1),
+        nn.AvgPool2d(3, 2, ceil_mode=True),
+        *normed(96, 96, 3, 1),
+        *normed(96, 96, 1),
+        conv(96, classes, 1)[0],
+    ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def normed(inputs: int, outputs: int, kernel: int, pad: int = 0) -> list[nn.Module]:
+    """A convolution without a bias, BatchNorm with its scale and bias, and ReLU."""
+    layer = nn.Conv2d(inputs, outputs, kernel, 1, pad, bias=False)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+    return [layer, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+
+def lenet(classes: int) -> nn.Module:
+    """LeNet for grey images of 28x28."""
+    return nn.Sequential(
+        nn.Conv2d(1, 20, 5),
+        nn.MaxPool2d(2),
+        nn.Conv2d(20, 50, 5),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(800, 500),
+        nn.ReLU(inplace=True),
+        nn.Linear(500, classes),
+    )
+
+
+MAKERS = {"nin": nin, "nin_crop48": nin, "alexnet": alexnet, "nin_quick": nin_quick, "lenet": lenet}  # by folder of models/
+
+
+def optimizer(net: nn.Module, rate: float, **options: bool) -> torch.optim.SGD:
+    """Caffe's usual SGD: momentum 0.9, decay 0.0005; biases learn twice as fast and do not decay. options: PyTorch's own."""
     weights = [p for name, p in net.named_parameters() if name.endswith("weight")]
     biases = [p for name, p in net.named_parameters() if name.endswith("bias")]
     groups = [{"params": weights, "weight_decay": 0.0005}, {"params": biases, "lr": 2 * rate, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=rate, momentum=0.9)
+    return torch.optim.SGD(groups, lr=rate, momentum=0.9, **options)

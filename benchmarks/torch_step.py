@@ -1,9 +1,8 @@
-"""Times training steps of NIN or AlexNet in PyTorch, on the CPU or a GPU, and prints one JSON object; train_step.py calls it.
+"""Times training steps of NIN or AlexNet in PyTorch on the CPU, and prints one JSON object; train_step.py calls it.
 
     python benchmarks/torch_step.py --net nin --mode channels_last --batch 32 --iterations 10
 
-Modes: `contiguous` and `channels_last` are float32, `tf32` is channels_last with that format in products (GPUs alone); `bfloat16` is autocast
-on channels_last tensors and `bfloat16_contiguous` autocast on contiguous ones. --compile: torch.compile, max-autotune.
+Modes: `contiguous` and `channels_last` are float32; `bfloat16` is autocast on channels_last tensors, `bfloat16_contiguous` on contiguous ones.
 The input is random and drawn once, so that the step alone is timed:
 forward, loss, backward, update.
 """
@@ -21,31 +20,26 @@ from torch import nn
 from torch_nets import alexnet, nin, optimizer
 
 NETS = {"nin": (nin, 48, 200), "alexnet": (alexnet, 227, 1000)}  # net, image size, classes
-MODES = ("contiguous", "channels_last", "tf32", "bfloat16", "bfloat16_contiguous")
+MODES = ("contiguous", "channels_last", "bfloat16", "bfloat16_contiguous")
 
 
 def step_times(args: argparse.Namespace) -> list[float]:
     """Seconds of each timed training step."""
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.mode == "tf32"
     make, size, classes = NETS[args.net]
-    layout = torch.channels_last if args.mode in ("channels_last", "tf32", "bfloat16") else torch.contiguous_format
-    net = make(classes).to(args.device, memory_format=layout).train()
-    images = torch.randn(args.batch, 3, size, size).to(args.device, memory_format=layout)
-    labels = torch.randint(classes, (args.batch,)).to(args.device)
-    run = torch.compile(net, mode="max-autotune") if args.compile else net
+    layout = torch.channels_last if args.mode in ("channels_last", "bfloat16") else torch.contiguous_format
+    net = make(classes).to(memory_format=layout).train()
+    images = torch.randn(args.batch, 3, size, size).to(memory_format=layout)
+    labels = torch.randint(classes, (args.batch,))
     loss_of, sgd = nn.CrossEntropyLoss(), optimizer(net, 1e-6)
     seconds = []
     for _ in range(args.warm_up + args.iterations):
         started = time.perf_counter()
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.mode.startswith("bfloat16")):
-            loss = loss_of(run(images), labels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.mode.startswith("bfloat16")):
+            loss = loss_of(net(images), labels)
         sgd.zero_grad(set_to_none=True)
         loss.backward()
         sgd.step()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     return seconds[args.warm_up :]
 
@@ -54,8 +48,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--net", choices=NETS, required=True)
     parser.add_argument("--mode", choices=MODES, required=True)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=10)

@@ -1,15 +1,15 @@
-"""Times whole training steps of caffelite and of PyTorch, on the CPU or a GPU, in turn, and prints one table.
+"""Times whole training steps of caffelite and of PyTorch on the CPU, in turn, and prints one table.
 
     python benchmarks/train_step.py                                  # NIN (48x48, 200 classes) and AlexNet (227x227), batch 32
     python benchmarks/train_step.py --memory                         # NIN at batch 100: peak memory
-    python benchmarks/train_step.py --gpu 0 --batch 128              # on a GPU: PyTorch eager and compiled
     python benchmarks/train_step.py --torch-python ~/torch/bin/python
 
 Every figure comes from a process of its own that sees the same number of threads. Rounds go through all candidates one after
 another, so that whatever else the machine does falls on all alike; the table holds medians over the rounds. Both sides run
 forward, backward and update on an input that lies in memory, filled once; what the numbers are does not change the work. The
 rate of learning is tiny, so that the loss stays where it is. The nets are models/nin_crop48 and models/alexnet, read from
-there, with their data layers replaced; torch_nets.py has the same layers.
+there, with their data layers replaced; torch_nets.py has the same layers. gpu_step.py
+does this on a GPU.
 """
 
 from __future__ import annotations
@@ -27,12 +27,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from caffelite.schema import pb, read_net, to_text
+from nets import ROOT, on_constants, write_solver
 
-ROOT = Path(__file__).resolve().parent.parent
-NETS = {"nin": ("nin_crop48", 48), "alexnet": ("alexnet", 227)}  # model folder, image size
+NETS = {"nin": "nin_crop48", "alexnet": "alexnet"}  # model folders
 TORCH_MODES = ("contiguous", "channels_last", "bfloat16", "bfloat16_contiguous")
-TORCH_GPU_MODES = ("channels_last", "tf32", "bfloat16")  # each eager and compiled
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -50,45 +48,18 @@ class Candidate:
         return median(result[key] for result in self.rounds)
 
 
-def write_solver(folder: Path, net_name: str, batch: int) -> Path:
-    """The shipped training net with DummyData in place of its Data layers, and a solver for it; returns the solver's path."""
-    model, size = NETS[net_name]
-    net = read_net(ROOT / "models" / model / "train_val.prototxt").param
-    layers = [layer for layer in net.layer if layer.type != "Data"]
-    data = pb.LayerParameter(name="data", type="DummyData", top=["data", "label"])
-    for value, dims in ((0.5, (batch, 3, size, size)), (1, (batch,))):
-        data.dummy_data_param.shape.add().dim.extend(dims)
-        data.dummy_data_param.data_filler.add(type="constant", value=value)
-    del net.layer[:]
-    net.layer.extend([data, *layers])
-    net_path, solver_path = folder / f"{net_name}.prototxt", folder / f"{net_name}_solver.prototxt"
-    net_path.write_text(to_text(net))
-    solver = pb.SolverParameter(net=str(net_path), base_lr=1e-6, lr_policy="fixed", momentum=0.9, weight_decay=0.0005, max_iter=10**6)
-    solver.snapshot_prefix, solver.random_seed, solver.snapshot_after_train = str(folder / net_name), 1, False
-    solver.solver_mode = pb.SolverParameter.CPU
-    solver_path.write_text(to_text(solver))
-    return solver_path
-
-
 def candidates(args: argparse.Namespace, folder: Path) -> Iterator[Candidate]:
     """Every row, in the order in which a round runs them."""
     count = str(args.iterations)
     for net in args.nets:
-        solver = write_solver(folder, net, args.batch)
+        solver = write_solver(folder, on_constants(NETS[net], args.batch), net)
         for precision in PRECISIONS:
-            flags = ["--precision", precision, "--iterations", count, "--json", *(["--gpu", args.gpu] if args.gpu else [])]
+            flags = ["--precision", precision, "--iterations", count, "--json"]
             yield Candidate(net, "caffelite", precision, [sys.executable, "-m", "caffelite", "time", "--solver", str(solver), *flags])
         script = str(ROOT / "benchmarks" / "torch_step.py")
-        for mode, extra in torch_modes(args):
-            flags = ["--net", net, "--mode", mode, "--batch", str(args.batch), "--iterations", count, *extra]
-            yield Candidate(net, "PyTorch", " ".join([mode, *(["compiled"] if "--compile" in extra else [])]), [args.torch_python, script, *flags])
-
-
-def torch_modes(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
-    """PyTorch's modes, each with the flags that torch_step.py needs besides."""
-    if not args.gpu:
-        return [(mode, []) for mode in TORCH_MODES]
-    return [(mode, ["--device", "cuda", *extra]) for mode in TORCH_GPU_MODES for extra in ([], ["--compile"])]
+        for mode in TORCH_MODES:
+            flags = ["--net", net, "--mode", mode, "--batch", str(args.batch), "--iterations", count]
+            yield Candidate(net, "PyTorch", mode, [args.torch_python, script, *flags])
 
 
 def measure(candidate: Candidate, threads: int) -> None:
@@ -124,7 +95,7 @@ def table(rows: list[Candidate]) -> str:
     for row in rows:
         rivals = [other for other in rows if other.net == row.net and other.engine == "PyTorch"]
         best = max(other.middle("images_per_s") for other in rivals)
-        best32 = max(other.middle("images_per_s") for other in rivals if not other.mode.startswith(("bfloat16", "tf32")))
+        best32 = max(other.middle("images_per_s") for other in rivals if not other.mode.startswith("bfloat16"))
         rate = row.middle("images_per_s")
         cells = [row.net, row.engine, row.mode, f"{rate:.1f}", f"{row.middle('step_ms'):.1f}", f"{row.middle('peak_rss_mb'):.0f}"]
         lines.append(f"| {' | '.join([*cells, f'{rate / best32:.2f}', f'{rate / best:.2f}'])} |")
@@ -136,7 +107,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--batch", type=int, help="images a step (default: 32; 100 with --memory)")
     parser.add_argument("--iterations", type=int, default=10, help="timed steps a round (default: 10)")
-    parser.add_argument("--gpu", metavar="ID", help="run on this GPU; PyTorch runs on the first that it sees")
     parser.add_argument("--rounds", type=int, default=5, help="times that each candidate runs (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every process (default: 2)")
     parser.add_argument("--torch-python", default=sys.executable, metavar="PYTHON", help="an interpreter with PyTorch (default: this one)")

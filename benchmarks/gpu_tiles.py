@@ -1,0 +1,83 @@
+"""Which tile and splits win for each product of a net, timed on this GPU, against what the formula of gemm_plan.py chooses.
+
+    python benchmarks/gpu_tiles.py [--nets nin_crop48:128 alexnet:256] [--precisions bfloat16 tf32]
+
+Trains a few steps with CAFFELITE_CUDA_TUNE=1, in a table of its own, and prints it: for each product the formula's choice, the fastest of those
+tried, and how much longer the formula's takes. The formula's choice is the first that is tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from gpu_step import net_and_batch
+from nets import on_constants, write_solver
+
+from caffelite import backends
+from caffelite.backends.cuda import gemm_tune
+from caffelite.backends.cuda.gemm_plan import Cut
+from caffelite.schema import read_solver
+from caffelite.solver.loop import Solver
+
+
+class Watch(gemm_tune.Tuner):
+    """A tuner that begins with an empty table, keeps it to itself, and remembers what the formula would have chosen."""
+
+    folder: Path
+
+    def __init__(self, driver: Any) -> None:
+        super().__init__(driver)
+        self.formula: dict[str, Cut] = {}
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "tiles.json"
+
+    def pick(self, shape: str, cuts: Any, trial: Any) -> Cut:
+        self.formula.setdefault(shape, cuts[0])
+        return super().pick(shape, cuts, trial)
+
+
+def tiles(net: str, batch: int, precision: str, folder: Path) -> list[str]:
+    """The rows of a net's products."""
+    backend = backends.get("cuda")
+    watch = backend.tuner = Watch(backend.driver)  # type: ignore[attr-defined]
+    watch.folder = folder
+    watch.path.unlink(missing_ok=True)
+    solver = Solver(read_solver(write_solver(folder, on_constants(net, batch), net)), backend=backend, precision=precision)
+    try:
+        solver.step(1)
+    finally:
+        solver.close()
+    timed = json.loads(watch.path.read_text()) if watch.path.exists() else {}
+    return [_row(f"{net}:{batch}", shape, gemm_tune._name(cut), timed.get(shape)) for shape, cut in watch.formula.items()]
+
+
+def _row(net: str, shape: str, formula: str, entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return f"| {net} | {shape} | {formula} | | not timed | | |"
+    own, best = (entry["seconds"][name] * 1e6 for name in (formula, entry["chosen"]))
+    return f"| {net} | {shape} | {formula} | {own:.1f} | {entry['chosen']} | {best:.1f} | {own / best:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="+", type=net_and_batch, default=[("nin_crop48", 128), ("alexnet", 256)], metavar="NET:BATCH")
+    parser.add_argument("--precisions", nargs="+", choices=("bfloat16", "tf32"), default=["bfloat16", "tf32"])
+    args = parser.parse_args()
+    os.environ[gemm_tune.ENVIRONMENT] = "1"
+    print("| net | product | formula's | us | fastest | us | formula's / fastest |\n|---|---|---|---:|---|---:|---:|")
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in args.precisions:
+            for net, batch in args.nets:
+                print(*tiles(net, batch, precision, Path(folder)), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

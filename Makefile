@@ -34,7 +34,7 @@ test-kernels: $(VENV)/installed-dev
 # On a machine with a GPU.
 test-gpu: $(VENV)/installed-dev
 	CAFFELITE_CUDA_DRIVER=cupy $(BIN)/python -m pytest --backend cuda $(wildcard tests/test_op_*.py tests/test_layer_*.py) \
-		tests/test_golden_layers.py tests/test_golden_training.py tests/test_net.py tests/test_net_random.py tests/test_solver_resume.py tests/test_cuda_gemm.py tests/test_cuda_training.py tests/test_cuda_repeat.py \
+		tests/test_golden_layers.py tests/test_golden_training.py tests/test_net.py tests/test_net_random.py tests/test_fusion.py tests/test_solver_resume.py tests/test_cuda_gemm.py tests/test_cuda_training.py tests/test_cuda_repeat.py \
 		tests/test_data_raw.py tests/test_cuda_input.py tests/test_solver_footprint.py $(wildcard tests/test_pycaffe*.py)
 
 check: lint test

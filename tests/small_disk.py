@@ -29,7 +29,7 @@ class SmallDisk:
         """The command's result."""
         start = ["-m", "caffelite"] if self.mounted else ["-c", LIMITED, str(self.limit)]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-        return subprocess.run([sys.executable, *start, *argv], capture_output=True, text=True, timeout=120, env=environment)
+        return subprocess.run([sys.executable, *start, *argv], capture_output=True, text=True, timeout=300, env=environment)
 
     def fill(self) -> None:
         """Leaves no room at all."""

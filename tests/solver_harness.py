@@ -112,3 +112,10 @@ class Recorder(Listener):
 def value_of(outputs: tuple[Output, ...], blob: str) -> float:
     """The single value of a named output."""
     return next(output.values[0] for output in outputs if output.blob == blob)
+
+
+class Watcher(Recorder):
+    """Wants the gradients of every iteration, so that nothing is recorded."""
+
+    def on_gradients(self, iteration: int) -> None:
+        pass

@@ -325,7 +325,7 @@ def test_control_c_leaves_a_snapshot_and_status_0(folder: Path, tmp_path: Path) 
         while "iteration 3/" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
     assert "stopped at iteration " in out
     assert "with --snapshot auto goes on from here" in out

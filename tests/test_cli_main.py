@@ -154,7 +154,7 @@ def test_a_fault_of_ours_keeps_its_traceback_in_a_file(monkeypatch: pytest.Monke
 
 
 def run_cli(*argv: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, **kwargs)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=300, **kwargs)  # type: ignore[call-overload, no-any-return]
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -174,7 +174,7 @@ def test_exit_status_of_a_process(tmp_path: object) -> None:
 def test_a_reader_that_leaves_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "caffelite", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "caffelite", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 

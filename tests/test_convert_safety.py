@@ -130,7 +130,7 @@ def run_convert(source: Path, target: Path, before: str = "", progress: str = "N
     code = (
         f"{before}\nfrom caffelite.data.convert import convert_dataset\nconvert_dataset('imagefolder', {str(source)!r}, {str(target)!r}, progress={progress})"
     )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
 def test_a_killed_conversion_leaves_no_database_and_the_next_one_cleans_up(tmp_path: Path) -> None:
@@ -193,6 +193,6 @@ def test_decoding_processes_end_with_the_program(tmp_path: Path) -> None:
         "print(*[worker._process.pid for worker in decoder._started], flush=True); os.kill(os.getpid(), 9)"
     )
     # The workers inherit the error stream; it ends when the last of them has ended.
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert run.returncode == -signal.SIGKILL
     assert len(run.stdout.split()) == 2

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from solver_harness import IMAGES, RATE, Recorder, linear_solver, make_solver, weights_of
+from solver_harness import IMAGES, RATE, Recorder, Watcher, linear_solver, make_solver, weights_of
 
 from caffelite.backends.contract import Backend
 from caffelite.errors import DataError, TrainingError
@@ -25,13 +25,6 @@ OTHERS = {
     "three passes": f"{SLOW} iter_size: 3",
     "adam": f'{SLOW} type: "Adam" momentum2: 0.99',
 }
-
-
-class Watcher(Recorder):
-    """Wants the gradients of every iteration, so that nothing is recorded."""
-
-    def on_gradients(self, iteration: int) -> None:
-        pass
 
 
 @pytest.fixture

@@ -88,5 +88,5 @@ def test_a_forgotten_prefetcher_ends_its_thread() -> None:
 
 def test_a_program_that_forgets_to_close_ends_in_peace() -> None:
     code = "from caffelite.data.prefetch import Prefetcher; p = Prefetcher(print, [1, 2], 'x'); p.get()"
-    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
     assert (run.returncode, run.stderr) == (0, "")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from solver_harness import Recorder, make_solver, weights_of
+from solver_harness import Recorder, Watcher, make_solver, weights_of
 
 from caffelite.backends.contract import Backend
 from caffelite.errors import SpecError
@@ -208,13 +208,6 @@ def random_settings(seed: int) -> str:
         f"average_loss: {pick(1, 3)} display: {pick(1, 3)} max_iter: 100 test_interval: 4 test_iter: 2 random_seed: {seed} "
         f"{pick(*UPDATES)} {pick('', 'clip_gradients: 0.5', 'clip_gradients: 5')}"
     )
-
-
-class Watcher(Recorder):
-    """Wants the gradients of every iteration, so that nothing is recorded."""
-
-    def on_gradients(self, iteration: int) -> None:
-        pass
 
 
 def trained(ops: Backend, seed: int, heard: Recorder, observe: bool) -> tuple[Solver, Recorder]:

@@ -225,15 +225,16 @@ def test_results_do_not_change_from_run_to_run(onednn: Any) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(first, training_ops(onednn, x, 0)))
 
 
-def test_a_thousand_calls_take_no_more_memory_and_no_more_plans(onednn: Any) -> None:
+def test_many_calls_take_no_more_memory_and_no_more_plans(onednn: Any) -> None:
     x = random((4, 16, 9, 9))
-    list(training_ops(onednn, x, 0))
+    for i in range(20):  # until the memory allocator has what it needs
+        list(training_ops(onednn, x, i))
     plans, scratch, before = len(onednn._plans), onednn.dnnl.scratch.nbytes, resident()
-    for i in range(1000):
+    for i in range(250):
         list(training_ops(onednn, x, i))
     assert len(onednn._plans) == plans
     assert onednn.dnnl.scratch.nbytes == scratch
-    assert resident() - before < 4 << 20  # a leak of one memory object a call would be more
+    assert resident() - before < 1 << 20  # a leak of one memory object a call would be more
 
 
 def resident() -> int:

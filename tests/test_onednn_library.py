@@ -29,7 +29,7 @@ def onednn() -> Any:
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs code in a new interpreter: a process loads the library once."""
     kept = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, timeout=300)
 
 
 def test_a_named_library_that_is_missing_says_what_to_do(tmp_path: Any) -> None:

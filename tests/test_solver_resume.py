@@ -46,7 +46,7 @@ print(heard.named("start", "test"))
 def run(folder: Path, settings: str, backend: str, precision: str, kill_at: int) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, "-c", RUN, str(Path(__file__).parent), settings, backend, precision, str(kill_at)]
     environment_path = str(Path(__file__).parent.parent)
-    return subprocess.run(arguments, cwd=folder, env={**os.environ, "PYTHONPATH": environment_path}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(arguments, cwd=folder, env={**os.environ, "PYTHONPATH": environment_path}, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(("precision", "kind"), [("float32", "SGD"), ("bfloat16", "Adam")])

@@ -127,7 +127,7 @@ except Exception as error:
 
 def run_script(script: str, folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, "-c", script, str(Path(__file__).parent), str(folder)]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload,no-any-return]
 
 
 def test_a_quota_reached_in_mid_write_leaves_the_last_snapshot_whole(tmp_path: Path) -> None:

@@ -114,22 +114,14 @@ class Solver:
         SpecError when there is nothing to train; SnapshotError when a snapshot cannot be read or written; TrainingError
         when the loss or a weight is no longer finite.
         """
-        self._check_trainable()
+        self._nets.check_trainable()
+        if self.param.snapshot_after_train:
+            self.snapshots.probe()
         with SignalWatch(self.effects) as self._watch:
             try:
                 return self._solve(resume)
             finally:
                 self._watch = None
-
-    def _check_trainable(self) -> None:
-        if self.param.max_iter <= 0:
-            where = self.spec.where.at("max_iter")
-            raise SpecError("max_iter is missing or 0: there is nothing to do", where=where, hint="add max_iter: the number of updates")
-        if self.net.arena.grad is None or not any(any(step.node.learn) for step in self.net.steps if step.node.needs_backward):
-            hint = "check the loss layer, loss_weight and lr_mult"
-            raise SpecError("no parameter of the train net learns from a loss", where=self.net.spec.where.at(), hint=hint)
-        if self.param.snapshot_after_train:
-            self.snapshots.probe()
 
     def _solve(self, resume: str | Path | None) -> bool:
         p = self.param

@@ -79,6 +79,15 @@ class SolverNets:
         if files and (left := left_to_fillers(self.train)):
             self._tell(f"{', '.join(files)}: {left}", "net.cpp", "W")
 
+    def check_trainable(self) -> None:
+        """SpecError when there is nothing to train: no iterations, or no parameter that learns."""
+        if self._spec.param.max_iter <= 0:
+            where = self._spec.where.at("max_iter")
+            raise SpecError("max_iter is missing or 0: there is nothing to do", where=where, hint="add max_iter: the number of updates")
+        if self.train.arena.grad is None or not any(any(step.node.learn) for step in self.train.steps if step.node.needs_backward):
+            hint = "check the loss layer, loss_weight and lr_mult"
+            raise SpecError("no parameter of the train net learns from a loss", where=self.train.spec.where.at(), hint=hint)
+
     def close(self) -> None:
         """Ends the data layers' threads and closes their files."""
         for scorer in self.scorers:

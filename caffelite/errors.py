@@ -56,6 +56,14 @@ class DataError(CaffeliteError):
     """A database, an image or a record is missing, damaged or does not fit the net."""
 
 
+class LabelError(DataError):
+    """A label names no class. position: its place in the batch, counted over all axes of the label."""
+
+    def __init__(self, message: str, *, position: int, hint: str) -> None:
+        self.position = position
+        super().__init__(message, hint=hint)
+
+
 class SnapshotError(CaffeliteError):
     """A .caffemodel, .solverstate or .binaryproto is missing, damaged, does not fit, or cannot be written."""
 

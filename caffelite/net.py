@@ -11,7 +11,7 @@ import numpy as np
 
 from caffelite.backends.contract import Array, Backend, c_order
 from caffelite.blob import Blob, Param, Shape
-from caffelite.errors import CaffeliteError, SpecError
+from caffelite.errors import CaffeliteError, LabelError, SpecError
 from caffelite.fusion import fuse
 from caffelite.graph import Graph, Node, ParamInfo, build_graph
 from caffelite.layer import Layer, RunContext
@@ -215,7 +215,7 @@ class Net:
             self._start_positions = {layer.name: layer.source.position for layer in self.data_layers}
         self._count()
         for step in (step for step in self.steps[start:end] if step.layer.is_source):
-            with _named(step):
+            with self._named(step):
                 step.layer.feed(self.backend, step.tops)
 
     def forward_fed(self, start: int = 0, end: int | None = None) -> None:
@@ -226,7 +226,7 @@ class Net:
             for hook in self.hooks.before_forward:
                 hook(index)
             if not step.node.forward_fused:
-                with _named(step):
+                with self._named(step):
                     step.layer.forward(self.backend, step.bottoms, step.tops)
             for hook in self.hooks.after_forward:
                 hook(index)
@@ -234,9 +234,27 @@ class Net:
     def _count(self) -> None:
         self.backend.assign(self.context.pass_number, [self.context.forward_count])
 
+    @contextmanager
+    def _named(self, step: Step) -> Iterator[None]:
+        """An error gains the layer's name; one about a label gains the record's where it comes straight from a Data layer."""
+        try:
+            yield
+        except CaffeliteError as error:
+            error.layer = error.layer or step.layer.name
+            if isinstance(error, LabelError) and (record := self._record_of(step.node.bottoms[1].name, error.position)):
+                error.message += f" ({record})"
+            raise
+
+    def _record_of(self, label: str, index: int) -> str | None:
+        makers = {top.name: step for step in self.steps for top in step.node.tops}
+        maker = makers.get(label)
+        while maker is not None and maker.layer.type == "Split":
+            maker = makers.get(maker.node.bottoms[0].name)
+        return next((layer.source.record_of_batch(index) for layer in self.data_layers if maker is not None and layer is maker.layer), None)
+
     def forward_step(self, step: Step) -> None:
         """One layer of a forward pass that has been counted, fed and run at once."""
-        with _named(step):
+        with self._named(step):
             step.layer.feed(self.backend, step.tops)
             step.layer.forward(self.backend, step.bottoms, step.tops)
 
@@ -408,16 +426,6 @@ class Net:
         """Ends the data layers' threads and closes their files."""
         for layer in self.layers:
             layer.close()
-
-
-@contextmanager
-def _named(step: Step) -> Iterator[None]:
-    """An error gains the layer's name."""
-    try:
-        yield
-    except CaffeliteError as error:
-        error.layer = error.layer or step.layer.name
-        raise
 
 
 def _nothing(layer: Layer) -> None:

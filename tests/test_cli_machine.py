@@ -13,6 +13,7 @@ from cli_harness import SOLVER, TEST, TRAIN, make_run, said
 
 import caffelite
 from caffelite import backends
+from caffelite.__main__ import main
 from caffelite.cli.train import apply_flags, build_parser
 from caffelite.errors import DataError
 from caffelite.schema import solver_from_text
@@ -124,3 +125,10 @@ def test_an_empty_variable_counts_as_none(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("CAFFELITE_BACKEND", "")
     assert json.loads(said(capsys, *COMMANDS["test"], "--iterations", "1", "--json")[0])["backend"] == backends.get().name
     assert caffelite.Net("net.prototxt", caffelite.TEST).blobs["data"].shape == (6, 3, 6, 6)
+
+
+def test_device_query_says_each_thing_in_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["device-query"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "          tf32: not available: the numpy backend cannot run in tf32, which is a format of CUDA devices" in lines
+    assert "  use float32 or bfloat16" not in lines

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 import pytest
+from data_samples import numbered
 from solver_harness import GOLDEN
 
 from caffelite.backends.contract import Backend
+from caffelite.data.lmdb_source import Database
 from caffelite.errors import DataError, SpecError
 from caffelite.net import Net
 from caffelite.schema import net_from_text, pb
@@ -280,6 +284,23 @@ def test_an_error_while_running_names_its_layer(backend, x) -> None:
     values(net, x=x, t=np.array([0, 1, 3, 2]))
     with pytest.raises(DataError, match=r"^layer 'soft': label 3 at position 2 of the batch is outside 0\.\.2"):
         net.forward()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_label_out_of_range_names_its_record(backend, tmp_path, shared) -> None:
+    path, _ = numbered(tmp_path / "db", 6)
+    text = f"""
+    layer {{ name: "data" type: "Data" top: "data" top: "t" data_param {{ source: "{path}" backend: LMDB batch_size: 4 }} }}
+    layer {{ name: "ip" type: "InnerProduct" bottom: "data" top: "x" inner_product_param {{ num_output: 5 }} }}
+    layer {{ name: "soft" type: "SoftmaxWithLoss" bottom: "x" bottom: "t" top: "loss" }}
+    """
+    net = make(backend, text + ('layer { name: "quiet" type: "Silence" bottom: "t" }' if shared else ""))
+    net.forward()  # labels 0 to 3; the next are 4, 5, 0 and 1
+    with Database(path) as database, closing(database.reader()) as reader:
+        key = next(reader.read([5], ordered=True))[0].decode()
+    with pytest.raises(DataError, match=rf"^layer 'soft': label 5 at position 1 of the batch is outside 0\.\.4 \(record '{key}' of {path}\)"):
+        net.forward()
+    net.close()
 
 
 def test_the_search_for_what_is_not_finite_reads_the_same_batch_again(backend) -> None:

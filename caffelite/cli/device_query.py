@@ -75,7 +75,7 @@ def _speed(backend: Backend, precision: str) -> str:
     try:
         return backend.supports(precision) or "fast"
     except BackendError as error:
-        return f"not available: {error}"
+        return f"not available: {error.message}"
 
 
 def gpu_facts(chosen: str | None) -> dict[str, Any]:

@@ -205,6 +205,13 @@ class BatchSource:
         self._position += len(batch.labels)
         prefetcher.put_back(batch)
 
+    def record_of_batch(self, index: int) -> str:
+        """Names record `index` of the batch handed out last, for an error: its key and the database."""
+        order = Order(self.count, self.param.shuffle, self.seed, self.stream)
+        with closing(self.database.reader()) as reader:
+            key, _ = next(reader.read(order.numbers(self._position - self._batch + index, 1), ordered=False))
+        return f"record '{key.decode('utf-8', 'backslashreplace')}' of {self.param.source}"
+
     def close(self) -> None:
         """Ends the thread, lets go of all memory and closes the database; it may be used again after, from the same position."""
         self._drop()

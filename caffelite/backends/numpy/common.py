@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from caffelite.backends.contract import Array
-from caffelite.errors import BackendError, DataError
+from caffelite.errors import BackendError, LabelError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT_MAX = float(np.finfo(np.float32).max)
@@ -77,7 +77,7 @@ def per_channel(values: Array, axes: int) -> Array:
 def class_numbers(label: Array, shape: Sequence[int], classes: int, ignore_label: int | None) -> tuple[Array, Array]:
     """Labels as integers of `shape` (truncated, as C does), and which positions count. Ignored positions get class 0.
 
-    DataError for a label that is not ignored and not in 0..classes-1.
+    LabelError for a label that is not ignored and not in 0..classes-1.
     """
     values = label.astype(np.float64).reshape(shape)
     whole = np.trunc(values)
@@ -85,8 +85,9 @@ def class_numbers(label: Array, shape: Sequence[int], classes: int, ignore_label
     bad = counted & ~((whole >= 0) & (whole < classes))  # NaN is bad
     if bad.any():
         position = int(np.flatnonzero(bad)[0])
-        raise DataError(
+        raise LabelError(
             f"label {values.reshape(-1)[position]:g} at position {position} of the batch is outside 0..{classes - 1}",
+            position=position,
             hint="make the scores' channels (num_output) cover every class of the data, or set ignore_label",
         )
     return np.where(counted, whole, 0).astype(np.int64), counted

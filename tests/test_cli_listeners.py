@@ -22,6 +22,7 @@ from caffelite.cli.lines import LineFile
 from caffelite.cli.live import CLEAR, CountLine, LiveLine, duration
 from caffelite.cli.metrics import MetricsWriter
 from caffelite.cli.progress import ProgressLine, loss_text
+from caffelite.cli.train import closing_lines
 from caffelite.errors import CaffeliteError
 from caffelite.schema import pb
 from caffelite.solver.listeners import Output
@@ -376,3 +377,46 @@ def test_a_full_disk_ends_the_metrics_but_not_the_run(tmp_path: Path, monkeypatc
         file.write("two")
         monkeypatch.undo()
     assert capsys.readouterr().err == f"caffelite: warning: metrics {tmp_path}/m.jsonl ends here: No space left on device; the run goes on\n"
+
+
+def test_the_pace_of_a_device_that_runs_ahead() -> None:
+    """The host starts 99 iterations in no time and waits for them in the 100th: the mean is theirs all the same."""
+    stream, clock = io.StringIO(), Clock()
+    progress = ProgressLine(stream, clock)
+    progress.on_start(fake_solver())
+    for k in range(1000):
+        clock.now += 1.001 if k % 100 == 99 else 3.0 if k == 0 else 0.00001
+        progress.on_iteration(k + 1, 1.0)
+        if k % 7 == 0 and k > 200:
+            progress.on_display(k, 1.0, [], 0.1, 1.0)
+    rates = {int(line.split("  ")[2].split()[0].replace(",", "")) for line in stream.getvalue().splitlines()}
+    assert {4900 < rate < 5050 for rate in rates} == {True}
+
+
+def test_what_goes_before_the_first_display_does_not_slow_the_next(tmp_path: Path) -> None:
+    """The first pass compiles kernels and fills caches."""
+    clock = Clock()
+    metrics = MetricsWriter(tmp_path / "m.jsonl", {}, clock)
+    metrics.on_start(fake_solver())
+    clock.now += 60
+    for k in range(101):
+        if k % 100 == 0:
+            metrics.on_display(k, 1.0, [], 0.1, 0.0)
+        clock.now += 0.1
+        metrics.on_iteration(k + 1, 1.0)
+    metrics.close()
+    first, second = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()][1:]
+    assert "images_per_s" not in first
+    assert second["images_per_s"] == 500
+
+
+def test_the_closing_lines_name_the_best_weights_too() -> None:
+    progress = ProgressLine(io.StringIO())
+    run_events([progress], fake_solver())
+    assert closing_lines(progress, {"accuracy": 0.1}, 65.0) == [
+        "done at iteration 400 after 1:05",
+        "  accuracy  0.2000 (chance 0.1000)",
+        "  snapshot  snap_iter_400.caffemodel",
+    ]
+    progress.on_best(300, "accuracy", 0.75, Path("snap_best.caffemodel"))
+    assert closing_lines(progress, {}, 65.0)[2] == "  best      accuracy 0.7500 at iteration 300: snap_best.caffemodel"

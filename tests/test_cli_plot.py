@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,12 @@ def test_one_run_has_a_colour_a_curve(runs: Path, capsys: pytest.CaptureFixture[
 def test_several_runs_have_a_colour_each(runs: Path) -> None:
     assert main(["plot", "snaps/one", "snaps", "--out", "new/both.png", "--title", "twice"]) == 0
     assert colours(Path("new/both.png")) == set(COLOURS[:2])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("snaps", "others")
+    assert main(["plot", "snaps/one", "others/one", "--out", "both.png"]) == 0
+    assert capsys.readouterr().out == "curves of snaps/one, others/one: both.png\n"
 
 
 @pytest.mark.parametrize(

@@ -275,8 +275,8 @@ def number(value: float) -> str:
 
 
 def megabytes(count: float) -> str:
-    """Bytes as megabytes of 2^20."""
-    return f"{count / 2**20:,.1f} MB"
+    """Bytes as megabytes of 2^20, less than a tenth of one as kilobytes of 2^10."""
+    return f"{count / 2**20:,.1f} MB" if count >= 2**20 / 10 or not count else f"{count / 2**10:,.1f} KB"
 
 
 def driver_of(backend: Backend) -> str | None:

@@ -57,10 +57,8 @@ class MetricsWriter(Listener):
         self._pace.iteration()
 
     def on_display(self, iteration: int, smoothed_loss: float, outputs: Sequence[Output], lr: float | None, seconds: float) -> None:
-        pace = self._pace
-        rate = pace.iterations * self._batch / pace.seconds if pace.seconds > 0 else None
-        pace.reset()
-        self._write("train", iteration, loss=smoothed_loss, lr=lr, images_per_s=rate, outputs=_named(outputs) or None)
+        rate = self._pace.lap()
+        self._write("train", iteration, loss=smoothed_loss, lr=lr, images_per_s=rate and rate * self._batch, outputs=_named(outputs) or None)
 
     def on_test(self, iteration: int, net_index: int, outputs: Sequence[Output], loss: float | None, records: int) -> None:
         self._write("test", iteration, net=net_index, outputs=_named(outputs), loss=loss, records=records or None)

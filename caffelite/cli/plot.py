@@ -48,6 +48,9 @@ def build_parser(prog: str) -> Parser:
 def run(args: argparse.Namespace) -> int:
     files = [path for name in args.runs for path in metrics_files(name)]
     runs = [read_run(path) for path in files]
+    if len({run.name for run in runs}) < len(runs):  # runs of one prefix in different folders
+        for run, path in zip(runs, files):
+            run.name = str(path.with_name(run.name))
     out = Path(args.out) if args.out else files[0].with_name(files[0].name.replace(".jsonl", "").removesuffix("_metrics") + "_curves.png")
     draw(runs, out, args.title)
     print(f"curves of {', '.join(run.name for run in runs)}: {out}")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from caffelite.solver.loop import Solver
 
 MEMORY = 0.9  # the share of the past in the running mean of an iteration's time
+SPAN = 0.2  # seconds that iterations take together before their mean counts: a device that runs ahead is waited for now and then only
 
 
 def images_per_iteration(solver: Solver) -> int:
@@ -32,26 +33,34 @@ class Pace:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.mean: float | None = None  # running mean of an iteration's seconds
-        self.seconds, self.iterations = 0.0, 0  # since the last reset
-        self._began, self._seen = clock(), 0
+        self.seconds, self.iterations = 0.0, 0  # since the last lap
+        self._began = clock()
+        self._span, self._count, self._settled = 0.0, 0, False
 
     def iteration(self) -> None:
         """An iteration ended."""
         now = self.clock()
-        spent = now - self._began
+        spent, self._began = now - self._began, now
         self.seconds, self.iterations = self.seconds + spent, self.iterations + 1
-        self._seen += 1
-        # The first one sets things up that the others find ready.
-        self.mean = spent if self.mean is None or self._seen == 2 else MEMORY * self.mean + (1 - MEMORY) * spent
-        self._began = now
+        if self.mean is None:
+            self.mean = spent
+            return
+        self._span, self._count = self._span + spent, self._count + 1
+        if self._span >= SPAN:
+            share = MEMORY**self._count if self._settled else 0.0  # the very first one set things up that the others find ready
+            self.mean = share * self.mean + (1 - share) * self._span / self._count
+            self._span, self._count, self._settled = 0.0, 0, True
 
     def pause(self) -> None:
         """What went on since the last iteration was no training."""
         self._began = self.clock()
 
-    def reset(self) -> None:
-        """Starts a new sum."""
-        self.seconds, self.iterations = 0.0, 0
+    def lap(self) -> float | None:
+        """Iterations a second since the last lap, None for none; a new lap starts, in the middle of an iteration."""
+        begun = self.clock() - self._began
+        count, seconds = self.iterations, self.seconds + begun
+        self.seconds, self.iterations = -begun, 0
+        return count / seconds if count and seconds > 0 else None
 
 
 class ProgressLine(Listener):
@@ -63,6 +72,7 @@ class ProgressLine(Listener):
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.line, self.pace = LiveLine(stream, clock), Pace(clock)
         self.scores: dict[str, float] = {}  # the last test's outputs that are no losses, by label
+        self.best: tuple[str, float, int, Path] | None = None  # the output that snapshot_best names: its best value, when, the weights
         self.model: Path | None = None  # the last snapshot's weights
         self.state: Path | None = None  # and its state
         self.kept = -1  # and its iteration
@@ -109,6 +119,7 @@ class ProgressLine(Listener):
         self.line.print(f"snapshot: {model}")
 
     def on_best(self, iteration: int, output: str, value: float, model: Path) -> None:
+        self.best = output, value, iteration, model
         self.line.print(f"best {output} so far ({value:.4f}): {model}")
 
     def on_message(self, text: str, source: str, severity: str = "I") -> None:

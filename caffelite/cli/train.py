@@ -139,6 +139,9 @@ def closing_lines(progress: ProgressLine, chance: dict[str, float], seconds: flo
     width = max([8, *(len(label) for label in progress.scores)])
     for label, value in progress.scores.items():
         lines.append(f"  {label:{width}}  {value:.4f}" + (f" (chance {chance[label]:.4f})" if label in chance else ""))
+    if progress.best:
+        output, value, iteration, model = progress.best
+        lines.append(f"  {'best':{width}}  {output} {value:.4f} at iteration {iteration:,}: {model}")
     if progress.model:
         lines.append(f"  {'snapshot':{width}}  {progress.model}")
     return lines

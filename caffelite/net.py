@@ -71,7 +71,8 @@ class Net:
         self.spec, self.phase, self.backend, self.precision, self.observe, self.seed = spec, phase, backend, precision, observe, seed
         self.compute = "bfloat16" if precision == "bfloat16" else "float32"
         self.context = RunContext(seed, pass_number=backend.empty((1,), "float64"), tf32=precision == "tf32")
-        self._run: Callable[[], None] | None = None
+        self._run: Callable[[], None] | None = None  # forward_again's, and what it holds for good: the seed, the parameters' arrays
+        self._run_holds: tuple[int, list[Array]] = (0, [])
         self.hooks = Hooks()
         self.graph: Graph = build_graph(spec, phase=phase, level=level, stages=stages, compute=self.compute, prepare=prepare or _nothing)
         self.has_backward = self.graph.has_backward and (observe or phase == pb.TRAIN)
@@ -259,18 +260,15 @@ class Net:
             step.layer.forward(self.backend, step.bottoms, step.tops)
 
     def forward_again(self) -> None:
-        """As forward(), for a net that is run many times with the same parameter arrays: a backend may record its ops and play them back.
+        """As forward(), for a net that is run many times: a backend may record its ops and play them back.
 
         A label out of range shows itself as a NaN then; `recheck` raises the DataError."""
         self.feed()
-        if self._run is None:
-            self._run = self.repeatable(self.forward_fed)
+        holds = self.context.seed, [param.data for params in self.params.values() for param in params]
+        if self._run is None or self._run_holds[0] != holds[0] or any(a is not b for a, b in zip(self._run_holds[1], holds[1])):
+            self._run, self._run_holds = self.repeatable(self.forward_fed), holds
         self.refresh()
         self._run()
-
-    def forget_record(self) -> None:
-        """To be called when something that forward_again's record holds has changed: the seed, or the arrays of parameters."""
-        self._run = None
 
     def repeatable(self, run: Callable[[], None]) -> Callable[[], None]:
         """As Backend.repeatable, as long as nobody watches this net layer by layer."""
@@ -411,7 +409,6 @@ class Net:
             for mine, theirs in zip(node.layer.params, other.params[node.name]):
                 mine.master, mine.data, mine.dtype = theirs.master, theirs.data, theirs.dtype
         self.borrows |= bool(common)
-        self.forget_record()
         self._arenas += [arena for arena in other._arenas if arena not in self._arenas]
 
     def to_proto(self, diff: bool = False) -> pb.NetParameter:

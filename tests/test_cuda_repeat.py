@@ -275,3 +275,16 @@ def test_the_weights_in_bfloat16_follow_updates_and_changes_from_outside(cuda: A
         loss = other.net.loss()
         np.testing.assert_array_equal(cuda.to_host(other.net.arena.lowered), cuda.to_host(other.net.arena.master).astype(ml_dtypes.bfloat16).astype(np.float32))
         assert np.isfinite(loss)
+
+
+def test_a_record_follows_its_parameters_to_other_arrays(cuda: Any) -> None:
+    solver, other = (make_solver(f"{RATE} test_interval: 1000 test_iter: 2 test_initialization: false", LABELS, cuda) for _ in range(2))
+    for one in (solver, other):
+        cuda.from_host(np.arange(12.0).reshape(4, 3), one.test_nets[0].blobs["x"].data)
+    test = solver.test_nets[0]
+    for _ in range(3):
+        test.forward_again()
+    cuda.fill(other.net.params["ip"][0].master, 7.0)
+    solver.net.share_with(other.net)
+    test.forward_again()
+    np.testing.assert_array_equal(cuda.to_host(test.blobs["y"].data), np.repeat([[21], [84], [147], [210]], 3, 1))

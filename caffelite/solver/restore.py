@@ -103,7 +103,6 @@ def _take_run_state(solver: Solver, run: pb.RunState) -> None:
         solver.seed = int(run.seed)
         for net in (solver.net, *solver.test_nets):
             net.context.seed = solver.seed
-            net.forget_record()
     for cursor in run.cursor:
         nets = [solver.net] if cursor.phase == pb.TRAIN else solver.test_nets[cursor.net : cursor.net + 1]
         for layer in (layer for net in nets for layer in net.data_layers if layer.name == cursor.layer):

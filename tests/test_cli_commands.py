@@ -155,8 +155,8 @@ def test_summary_counts_parameters_and_work(folder: Path, capsys: pytest.Capture
     out, _ = said(capsys, "summary", "net.prototxt", "--phase", "TEST")
     lines = out.splitlines()
     assert lines[0] == "tiny (net.prototxt), phase TEST, float32, batch 8"
-    assert any(line.split() == ["ip", "InnerProduct", "8x7", "4,207", "33,600", "0.0", "MB"] for line in lines)
-    assert "parameters     4,375 (0.0 MB)" in lines
+    assert any(line.split() == ["ip", "InnerProduct", "8x7", "4,207", "33,600", "0.2", "KB"] for line in lines)
+    assert "parameters     4,375 (17.1 KB)" in lines
     out, _ = said(capsys, "summary", "solver.prototxt")
     assert [line for line in out.splitlines() if "phase" in line] == [f"tiny (net.prototxt), phase {p}, float32, batch 8" for p in ("TRAIN", "TEST")]
 

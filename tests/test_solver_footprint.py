@@ -138,7 +138,7 @@ def test_the_commands_say_it(cuda: Backend, capsys: pytest.CaptureFixture[str]) 
     write_solver("short", "", "")
     peak = foretold("float32").peak
     said_so = f"{peak / 2**20:,.1f} MB"
-    assert f"GPU memory     {said_so} predicted at the peak: parameters 0.0 MB" in said(capsys, "summary", "solver.prototxt", "--backend", "cuda")[0]
+    assert f"GPU memory     {said_so} predicted at the peak: parameters 1.4 KB" in said(capsys, "summary", "solver.prototxt", "--backend", "cuda")[0]
     assert "GPU memory" not in said(capsys, "summary", "solver.prototxt", "--backend", "numpy")[0]
     assert f"  memory    {said_so} of the GPU's at the peak" in said(capsys, "train", "--solver", "solver.prototxt", "--backend", "cuda")[0]
     end = json.loads(Path("out_metrics.jsonl").read_text().splitlines()[-1])

@@ -137,7 +137,7 @@ sys.exit(main(["summary", "solver.prototxt", "--backend", "cuda", "--json"]))
 def test_the_commands_say_it(cuda: Backend, capsys: pytest.CaptureFixture[str]) -> None:
     write_solver("short", "", "")
     peak = foretold("float32").peak
-    said_so = f"{peak / 2**20:,.1f} MB"
+    said_so = f"{peak / 2**10:,.1f} KB"
     assert f"GPU memory     {said_so} predicted at the peak: parameters 1.4 KB" in said(capsys, "summary", "solver.prototxt", "--backend", "cuda")[0]
     assert "GPU memory" not in said(capsys, "summary", "solver.prototxt", "--backend", "numpy")[0]
     assert f"  memory    {said_so} of the GPU's at the peak" in said(capsys, "train", "--solver", "solver.prototxt", "--backend", "cuda")[0]

@@ -32,6 +32,17 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         partial.unlink(missing_ok=True)
 
 
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
 def sync_directory(path: Path) -> None:
     """Makes a rename in `path` last through a power cut; does nothing where directories cannot be opened."""
     try:

@@ -122,13 +122,13 @@ def test_imports_run_one_way() -> None:
     assert not wrong
 
 
-def test_a_backend_knows_the_contract_the_errors_and_numpy_alone() -> None:
+def test_a_backend_knows_the_contract_errors_files_and_numpy_alone() -> None:
     wrong = []
     for i in IMPORTS:
         folder = i.file.split("/")[1] if i.file.startswith("backends/") and i.file.count("/") > 1 else None
         if folder is None or i.outside in sys.stdlib_module_names | {"numpy", "ml_dtypes"}:
             continue
-        allowed = ["caffelite.backends.contract", "caffelite.errors", f"caffelite.backends.{folder}", "caffelite.backends.numpy"]
+        allowed = ["caffelite.backends.contract", "caffelite.errors", "caffelite.files", f"caffelite.backends.{folder}", "caffelite.backends.numpy"]
         allowed += ["cupy"] if folder == "cuda" else []
         if not any(i.module == a or i.module.startswith(a + ".") for a in allowed):
             wrong.append(str(i))

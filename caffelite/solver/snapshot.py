@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from caffelite.errors import CaffeliteError, SnapshotError
+from caffelite.files import is_alive
 from caffelite.hdf5 import h5py_module
 from caffelite.schema import pb
 from caffelite.solver.state_files import read_state
@@ -57,7 +58,7 @@ class SnapshotStore:
         """Removes half-written files of processes that were killed (see files.write_atomically)."""
         for path in self.folder.glob(f".{_literal(self.stem)}_*.partial-*"):
             number = path.name.rpartition("-")[2]
-            if number.isdigit() and not _alive(int(number)):
+            if number.isdigit() and not is_alive(int(number)):
                 path.unlink(missing_ok=True)
 
     def wrote(self, iteration: int, state: Path) -> None:
@@ -154,13 +155,3 @@ def _numbered(prefix: str, suffix: str) -> list[tuple[int, Path]]:
 def _literal(text: str) -> str:
     """A name in which nothing is special to glob."""
     return re.sub(r"([*?[])", r"[\1]", text)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from caffelite.errors import BackendError
+from caffelite.files import is_alive
 
 LEFT_OVER = 600  # seconds: a folder may be shared with another machine, whose processes are not seen here
 
@@ -69,17 +70,7 @@ def _sweep(place: Path) -> None:
     """Removes what processes that were killed have left: files named after them."""
     for path in place.iterdir():
         owner = re.match(r"(\d+)-", path.name)
-        if owner and not _alive(int(owner[1])):
+        if owner and not is_alive(int(owner[1])):
             with suppress(FileNotFoundError):  # another process sweeps too
                 if time.time() - path.stat().st_mtime > LEFT_OVER:
                     path.unlink()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True

@@ -216,11 +216,11 @@ def test_values_come_and_go(cupy: Stand) -> None:
     buffer = driver.allocate(64)
     assert not driver.to_host(buffer).any(), "memory is zeroed"
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
-    x = driver.view(buffer, 8, (2, 3), (12, 4), np.float32)
+    x = buffer.at(8, (2, 3), (12, 4), np.float32)
     driver.from_host(values, x)
     np.testing.assert_array_equal(driver.to_host(x), values)
-    assert driver.is_array(x)
-    assert not driver.is_array(values)
+    assert isinstance(x, DeviceArray)
+    assert not isinstance(values, DeviceArray)
 
 
 def test_an_upload_has_a_stream_of_its_own_between_events(cupy: Stand) -> None:

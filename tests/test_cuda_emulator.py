@@ -110,7 +110,7 @@ def checked(module: Module) -> EmulatedProgram:
 
 def array(values: np.ndarray) -> Any:
     driver = EmulatorDriver("fast")
-    x = driver.view(driver.allocate(values.nbytes), 0, values.shape, values.strides, values.dtype)
+    x = driver.allocate(values.nbytes).at(0, values.shape, values.strides, values.dtype)
     driver.from_host(values, x)
     return x
 

@@ -46,6 +46,10 @@ class DeviceArray:
         after = before[items if Ellipsis in items else (*items, ...)]  # with "..." NumPy always gives a view
         return DeviceArray(self.memory, self.address + _start(after) - _start(before), after.shape, after.strides, self.dtype)
 
+    def at(self, offset: int, shape: Ints, strides: Ints, dtype: Any) -> DeviceArray:
+        """An array of NumPy type `dtype` that begins `offset` bytes after this one, in the same memory."""
+        return DeviceArray(self.memory, self.address + offset, shape, strides, np.dtype(dtype))
+
     def host(self) -> Any:
         """A numpy.ndarray of this shape, type and strides (which must leave no gaps), with undefined contents."""
         return np.ndarray(self.shape, self.dtype, np.empty(max(self.size, 1) * self.itemsize, np.uint8), 0, self.strides)

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from caffelite.backends.contract import Array, Ints, is_usual, strides_of
+from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.driver import Driver, Program
 from caffelite.backends.cuda.gemm_tune import Tuner
 from caffelite.backends.cuda.launch import Module
@@ -103,7 +104,7 @@ class Base:
         if not prod(grid):
             return
         for number, arg in enumerate(args):
-            if not (arg is None or isinstance(arg, np.generic) or self.driver.is_array(arg)):
+            if not (arg is None or isinstance(arg, (np.generic, DeviceArray))):
                 raise TypeError(f"{name}: argument {number} is a {type(arg).__name__}, expected an array, None or a NumPy scalar")
         program = self._programs.get(module.name)
         if program is None:
@@ -131,7 +132,7 @@ class Base:
     def part(self, buffer: Array, offset: int, shape: Ints, dtype: Any) -> Array:
         """An array of NumPy type `dtype`, or of that name, at byte `offset` of `buffer`, laid out by strides_of."""
         kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
-        return self.driver.view(buffer, offset, shape, strides_of(shape, kind.itemsize), kind)
+        return buffer.at(offset, shape, strides_of(shape, kind.itemsize), kind)
 
     def new(self, shape: Ints, dtype: Any) -> Array:
         """A new array, as `part` gives it."""

@@ -32,12 +32,6 @@ class CountingDriver:
     def allocate(self, nbytes: int) -> Array:
         return DeviceArray(self.meter.hold(None, nbytes), 0, (nbytes,), (1,), np.dtype(np.uint8))
 
-    def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
-        return DeviceArray(buffer.memory, buffer.address + offset, shape, strides, np.dtype(dtype))
-
-    def is_array(self, x: Any) -> bool:
-        return isinstance(x, DeviceArray)
-
     def from_host(self, values: Any, x: Array) -> None:
         """Nothing is kept."""
 

@@ -101,12 +101,6 @@ class CupyDriver:
             free, total = self._runtime.memGetInfo()
             raise OutOfMemoryError(f"GPU {self.device}", wanted=nbytes, free=free, total=total, used=self.meter.used) from error
 
-    def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
-        return DeviceArray(buffer.memory, buffer.address + offset, shape, strides, np.dtype(dtype))
-
-    def is_array(self, x: Any) -> bool:
-        return isinstance(x, DeviceArray)
-
     def from_host(self, values: Any, x: Array) -> None:
         self._not_while_capturing()
         with self._reported():

@@ -62,14 +62,6 @@ class Driver(Protocol):
         """`nbytes` zeroed bytes as an array of uint8, aligned to 64. OutOfMemoryError when there is not as much."""
         ...
 
-    def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
-        """An array of NumPy type `dtype` at byte `offset` of `buffer`."""
-        ...
-
-    def is_array(self, x: Any) -> bool:
-        """Whether x is an array of this driver."""
-        ...
-
     def from_host(self, values: Any, x: Array) -> None:
         """Copies a numpy.ndarray of x's shape, dtype and strides, without gaps, into x."""
         ...

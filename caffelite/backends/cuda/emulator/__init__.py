@@ -79,12 +79,6 @@ class EmulatorDriver:
             self.run(lambda: memory.fill(0))
         return DeviceArray(self.meter.hold(memory, nbytes), address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
 
-    def view(self, buffer: Array, offset: int, shape: Ints, strides: Ints, dtype: Any) -> Array:
-        return DeviceArray(buffer.memory, buffer.address + offset, shape, strides, np.dtype(dtype))
-
-    def is_array(self, x: Any) -> bool:
-        return isinstance(x, DeviceArray)
-
     def from_host(self, values: Any, x: Array) -> None:
         self._not_while_capturing()
         self._traffic.touch([_span(x)])

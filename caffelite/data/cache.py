@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from caffelite.backends.contract import Array, Backend
-from caffelite.data.datum import DatumDecoder, Record, placed
+from caffelite.data.datum import DatumDecoder, Record, placed, record_name
+from caffelite.data.images import size_text
 from caffelite.data.lmdb_source import Database
 from caffelite.data.transformer import Fail
 from caffelite.errors import BackendError, DataError
@@ -76,7 +77,7 @@ class _Loader:
     @property
     def size(self) -> str:
         """In words."""
-        return f"{self.nbytes / 2**20:,.1f} MB for the {self._database.count:,} images ({_times(self.image)})"
+        return f"{self.nbytes / 2**20:,.1f} MB for the {self._database.count:,} images ({size_text(self.image)})"
 
     def _allocate(self, ops: Backend) -> Array:
         try:
@@ -97,11 +98,7 @@ class _Loader:
         shape, is_bytes = record.pixels.shape, record.pixels.dtype == np.uint8
         if shape != self.image or not is_bytes:
             kind = "an 8-bit" if is_bytes else "a float"
-            found = f"record '{key.decode('utf-8', 'backslashreplace')}' of {self._database.path} is {kind} image of {_times(shape)}"
-            wanted = f"cache: DEVICE takes 8-bit images of one size, here {_times(self.image)} as the first record"
+            found = f"{record_name(key)} of {self._database.path} is {kind} image of {size_text(shape)}"
+            wanted = f"cache: DEVICE takes 8-bit images of one size, here {size_text(self.image)} as the first record"
             raise self._fail(f"{found}; {wanted}", *_FIELD, hint=f"resize all when converting, or {_WITHOUT}")
         return record
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from caffelite.data.images import Pixels, decode_image
+from caffelite.data.images import Pixels, decode_image, size_text
 from caffelite.errors import DataError, Where
 from caffelite.schema import parse_datum, pb
 
@@ -54,10 +54,10 @@ class DatumDecoder:
     def _raw(self, datum: pb.Datum, value: bytes) -> Pixels:
         shape = (datum.channels, datum.height, datum.width)
         if min(shape) <= 0:
-            raise DataError(f"its size is {_times(shape)}, expected three positive numbers", hint="is this a database of images?")
+            raise DataError(f"its size is {size_text(shape)}, expected three positive numbers", hint="is this a database of images?")
         found = len(datum.data) or len(datum.float_data)
         if found != shape[0] * shape[1] * shape[2]:
-            raise DataError(f"it says {_times(shape)} but holds {found} values", hint="the database is damaged: convert the images again")
+            raise DataError(f"it says {size_text(shape)} but holds {found} values", hint="the database is damaged: convert the images again")
         if self.channels not in (None, shape[0]):
             raise DataError(f"it holds raw pixels of {shape[0]} channel(s), which force_color and force_gray cannot change", hint="convert the images again")
         if not datum.data:
@@ -77,10 +77,14 @@ class DatumDecoder:
         self._tails[tail] = label
 
 
+def record_name(key: bytes) -> str:
+    """A record, named by its key."""
+    return f"record '{key.decode('utf-8', 'backslashreplace')}'"
+
+
 def placed(error: DataError, source: str, key: bytes) -> DataError:
     """The error of one record with its database and key."""
-    text = key.decode("utf-8", "backslashreplace")
-    return DataError(f"record '{text}': {error.message}", where=Where(source), hint=error.hint)
+    return DataError(f"{record_name(key)}: {error.message}", where=Where(source), hint=error.hint)
 
 
 def _only_label(tail: bytes) -> bool:
@@ -95,7 +99,3 @@ def _varint(number: int) -> bytes:
         number >>= 7
     out.append(number)
     return bytes(out)
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -79,3 +80,8 @@ def _resized(image: Any, size: tuple[int, int] | None) -> Any:
     from PIL import Image
 
     return image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+
+
+def size_text(shape: Sequence[int]) -> str:
+    """A shape as people write it: 3x64x64."""
+    return "x".join(map(str, shape))

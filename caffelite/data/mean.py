@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from caffelite.data.datum import DatumDecoder, placed
-from caffelite.data.images import Pixels
+from caffelite.data.images import Pixels, size_text
 from caffelite.data.lmdb_source import Database
 from caffelite.errors import DataError, Where
 from caffelite.files import write_atomically
@@ -54,7 +54,7 @@ def _mean(reader: Any, count: int, path: str, progress: Callable[[int, int], obj
             total = np.zeros(shape)
         for i, pixels in enumerate(chunk):
             if pixels.shape != shape:
-                message = f"record number {start + i} is {_times(pixels.shape)}, the first one {_times(shape)}"
+                message = f"record number {start + i} is {size_text(pixels.shape)}, the first one {size_text(shape)}"
                 raise DataError(message, where=Where(path), hint="resize all images when converting")
         _add(chunk, total)
         progress(start + len(chunk), count)
@@ -93,7 +93,3 @@ def write_mean(mean: npt.NDArray[np.float32], path: str | os.PathLike[str]) -> N
     blob.num, blob.channels, blob.height, blob.width = 1, channels, height, width
     content = message_bytes(blob)
     write_atomically(Path(path), lambda file: file.write(content))
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))

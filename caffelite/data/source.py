@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from caffelite.backends.contract import Array, Backend
 from caffelite.data.cache import DeviceCache, device_cache
-from caffelite.data.datum import DatumDecoder, placed
+from caffelite.data.datum import DatumDecoder, placed, record_name
 from caffelite.data.filling import Batch, CachedFiller, Filler
+from caffelite.data.images import size_text
 from caffelite.data.lmdb_source import Database, data_file
 from caffelite.data.order import Order
 from caffelite.data.prefetch import Prefetcher
@@ -112,11 +113,10 @@ class BatchSource:
                     raise self._at_source(placed(error, self.param.source, key)) from error
                 if len(seen) > 1:
                     (first, _), (other, _) = seen.items()
-                    sizes = " and ".join("x".join(map(str, shape[1:])) for shape in (first, other))
-                    text = key.decode("utf-8", "backslashreplace")
+                    sizes = " and ".join(size_text(shape[1:]) for shape in (first, other))
                     hint = "give the layer a crop_size, or convert the images again with --resize"
-                    message = f"record '{text}': the images are not all of one size: {sizes} are among them (height x width)"
-                    raise self._at_source(DataError(message, where=Where(self.param.source), hint=hint))
+                    found = DataError(f"the images are not all of one size: {sizes} are among them (height x width)", hint=hint)
+                    raise self._at_source(placed(found, self.param.source, key))
 
     def _first_pixels(self) -> npt.NDArray[Any]:
         with closing(self.database.reader()) as reader:
@@ -210,7 +210,7 @@ class BatchSource:
         order = Order(self.count, self.param.shuffle, self.seed, self.stream)
         with closing(self.database.reader()) as reader:
             key, _ = next(reader.read(order.numbers(self._position - self._batch + index, 1), ordered=False))
-        return f"record '{key.decode('utf-8', 'backslashreplace')}' of {self.param.source}"
+        return f"{record_name(key)} of {self.param.source}"
 
     def close(self) -> None:
         """Ends the thread, lets go of all memory and closes the database; it may be used again after, from the same position."""

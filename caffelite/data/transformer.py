@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from caffelite.data.images import Pixels
+from caffelite.data.images import Pixels, size_text
 from caffelite.errors import CaffeliteError, DataError, SpecError
 from caffelite.schema import blob_to_array, pb, read_blob
 
@@ -72,7 +72,7 @@ class Transformer:
             mean = self._read_mean()
             if mean.shape != (channels, height, width):
                 raise self._fail(
-                    f"the mean in {self.param.mean_file} is {_times(mean.shape)}, but the images are {_times((channels, height, width))}",
+                    f"the mean in {self.param.mean_file} is {size_text(mean.shape)}, but the images are {size_text((channels, height, width))}",
                     "transform_param",
                     "mean_file",
                     hint="make the mean from these images with `caffelite mean`, at their uncropped size",
@@ -170,7 +170,3 @@ class ItemError(DataError):
     def __init__(self, index: int, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.index = index
-
-
-def _times(shape: tuple[Any, ...]) -> str:
-    return "x".join(map(str, shape))

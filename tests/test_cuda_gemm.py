@@ -12,7 +12,7 @@ from arrays import DTYPES, assert_close, rectified
 
 from caffelite.backends.contract import Backend
 from caffelite.backends.cuda import gemm_plan
-from caffelite.backends.cuda.gemm_plan import DEPTH, ENOUGH_BLOCKS, FLOAT_TILE, LEAST_SLICES, SMS, TENSOR, TILES, Tile, choose, exact
+from caffelite.backends.cuda.gemm_plan import DEPTH, ENOUGH_BLOCKS, FLOAT_TILE, LEAST_SLICES, SMS, TENSOR, TILES, Tile, candidates, exact
 from caffelite.backends.cuda.launch import Module
 
 KINDS = {"float32": "float", "bfloat16": "bf16"}
@@ -66,7 +66,7 @@ def test_long_sums_of_few_results_are_split(rows: int, columns: int, depth: int,
     ],
 )
 def test_tiles_follow_the_shape(rows: int, columns: int, depth: int, tile: tuple[int, int], splits: int) -> None:
-    cut = choose("bf16", rows=rows, columns=columns, depth=depth, groups=1, outputs=rows * columns)
+    cut = candidates("bf16", rows=rows, columns=columns, depth=depth, groups=1, outputs=rows * columns)[0]
     assert (cut.tile.rows, cut.tile.columns, cut.splits) == (*tile, splits)
     assert cut.per_split % DEPTH["bf16"] == 0
     assert (cut.splits - 1) * cut.per_split < depth <= cut.splits * cut.per_split
@@ -74,7 +74,7 @@ def test_tiles_follow_the_shape(rows: int, columns: int, depth: int, tile: tuple
 
 
 def test_weight_gradients_use_transposed_tiles() -> None:
-    cut = choose("bf16", rows=192, columns=2400, depth=147456, groups=1, outputs=192 * 2400, transposed=True)
+    cut = candidates("bf16", rows=192, columns=2400, depth=147456, groups=1, outputs=192 * 2400, transposed=True)[0]
     assert (cut.tile.rows, cut.tile.columns) == (192, 128)
     assert SMS <= cut.blocks <= 2 * SMS
     assert cut.partial_bytes == 4 * cut.splits * 192 * 2400
@@ -195,7 +195,7 @@ def test_images(cuda: Backend, rng: np.random.Generator, channels: int, offset: 
 @pytest.mark.parametrize("relu", [False, True])
 def test_split_sums(cuda: Backend, rng: np.random.Generator, dtype: str, relu: bool) -> None:
     m, n, k = 5, 7, 1100
-    plan = exact if dtype == "float32" else lambda **sizes: choose("bf16", **sizes)
+    plan = exact if dtype == "float32" else lambda **sizes: candidates("bf16", **sizes)[0]
     assert plan(rows=m, columns=n, depth=k, groups=1, outputs=m * n).splits > 1
     (x, xs), (w, ws), (b, bs) = (put(cuda, rng.standard_normal(shape), t) for shape, t in (((m, k), dtype), ((n, k), dtype), ((n,), "float32")))
     y = cuda.empty((m, n), dtype)

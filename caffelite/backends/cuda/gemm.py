@@ -68,7 +68,7 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
     kind = _kind(x, tf32)
     if kind == EXACT:
         return _exact_forward(ops, g, x, w, b, y, relu=relu, transposed=transposed)
-    fit = _Fit(x, g.w[1], g.group, narrow=kind == "bf16")
+    fit = _Fit.pieces(x, g.w[1], narrow=kind == "bf16")
     repack = transposed or w.dtype != x.dtype or fit.channels != g.w[1] or w.address % VECTOR != 0
     weights = g.w[0] * g.cells * fit.channels * x.itemsize if repack else 0
 
@@ -93,7 +93,7 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
 def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positive: Array | None, *, packed: bool = False, tf32: bool = False) -> None:
     """dx = the transpose of w, applied to dy; positive as in the contract. packed: w lies as (group, C/group, kH, kW, O/group) already."""
     kind = _kind(dx, tf32)
-    fit = _Fit(dy, g.group_outputs, g.group) if kind != EXACT else _Fit.none(g.group_outputs)
+    fit = _Fit.pieces(dy, g.group_outputs) if kind != EXACT else _Fit(g.group_outputs)
     ready = packed and w.dtype == dx.dtype and fit.channels == g.group_outputs and (kind == EXACT or w.address % VECTOR == 0)
     weights = 0 if ready else g.w[1] * g.group * g.cells * fit.channels * dx.itemsize
     # Packing what is packed already is a copy with another type and zeros: rows of outputs, each a group of one cell and one channel.
@@ -150,7 +150,7 @@ def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients,
     kind = _kind(x, tf32)
     if kind == EXACT:
         return _exact_weights(ops, g, x, dy, to)
-    fit, fit_dy = _Fit(x, g.w[1], g.group, narrow=kind == "bf16"), _Fit(dy, g.group_outputs, g.group)
+    fit, fit_dy = _Fit.pieces(x, g.w[1], narrow=kind == "bf16"), _Fit.pieces(dy, g.group_outputs)
 
     def run(cut: Cut, to: Gradients) -> None:
         space = _Space(ops, partial=cut.partial_bytes, partial_b=to.split_bytes(cut), x=fit.nbytes, dy=fit_dy.nbytes)
@@ -198,25 +198,29 @@ def _exact_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients) -
     _finish_weights(ops, partial, to, cut)
 
 
+@dataclass(frozen=True)
 class _Fit:
-    """How an operand of tensor cores lies: the channels of a group, made whole pieces, and whether that, or its address, asks for a copy.
+    """How an operand lies: the channels of a group as they lie, the bytes of a piece (0 where nothing is copied in pieces), and the bytes of
+    the copy that this takes, 0 for none."""
 
-    narrow: pieces may be of 8 bytes, for an image's few channels of bfloat16.
-    """
-
-    def __init__(self, x: Array, channels: int, groups: int, *, narrow: bool = False) -> None:
-        self.piece = VECTOR // 2 if narrow and channels <= IMAGE_CHANNELS else VECTOR
-        size = self.piece // x.itemsize
-        self.channels = -(-channels // size) * size
-        self.copy = bool(self.channels != channels or x.address % self.piece)
-        self.nbytes = max(x.size // max(channels, 1) * self.channels * x.itemsize, VECTOR) if self.copy else 0  # one vector of nothing: an address
+    channels: int
+    piece: int = 0
+    nbytes: int = 0
 
     @classmethod
-    def none(cls, channels: int) -> _Fit:
-        """Of an operand that is taken as it is."""
-        fit = cls.__new__(cls)
-        fit.piece, fit.channels, fit.copy, fit.nbytes = 0, channels, False, 0
-        return fit
+    def pieces(cls, x: Array, channels: int, *, narrow: bool = False) -> _Fit:
+        """For tensor cores: whole pieces, at addresses of whole pieces. narrow: pieces may be of 8 bytes, for an image's few channels of bfloat16."""
+        piece = VECTOR // 2 if narrow and channels <= IMAGE_CHANNELS else VECTOR
+        size = piece // x.itemsize
+        padded = -(-channels // size) * size
+        if padded == channels and x.address % piece == 0:
+            return cls(channels, piece)
+        return cls(padded, piece, max(x.size // max(channels, 1) * padded * x.itemsize, VECTOR))  # one vector of nothing: an address
+
+    @property
+    def copy(self) -> bool:
+        """Whether the operand has to be copied."""
+        return self.nbytes > 0
 
 
 class _Space:

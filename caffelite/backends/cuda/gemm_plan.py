@@ -1,7 +1,7 @@
 """How a product is cut into blocks and splits, and the modules that hold a kernel for each choice; kernels/gemm.cu, gemm_mma.cu.
 
 The choice is a plain function of the product's sizes, not of the machine at hand or of a measurement (gemm_tune.py offers that too), so that a
-run repeats bit for bit anywhere: sums depend on the splits. `choose` compares, for each tile and a few numbers of splits, an estimate of
+run repeats bit for bit anywhere: sums depend on the splits. `candidates` compares, for each tile and a few numbers of splits, an estimate of
 clock cycles on a GPU of SMS multiprocessors: blocks that each must make, times the clocks of a block, and the bytes of partial sums. Its
 constants are estimates from arithmetic (kernels/gemm_mma.cuh), not measured.
 """
@@ -76,13 +76,6 @@ def exact(*, rows: int, columns: int, depth: int, groups: int, outputs: int, cla
     slices, tiles = -(-depth // DEPTH[EXACT]), -(-rows // FLOAT_TILE.rows) * -(-columns // FLOAT_TILE.columns) * groups * classes
     wanted = 1 if one_split else max(1, min(ENOUGH_BLOCKS // max(tiles, 1), slices // LEAST_SLICES))
     return _cut(EXACT, FLOAT_TILE, wanted, rows, columns, depth, groups * classes, outputs)
-
-
-def choose(
-    kind: str, *, rows: int, columns: int, depth: int, groups: int, outputs: int, classes: int = 1, transposed: bool = False, narrow: bool = False
-) -> Cut:
-    """The cheapest cut of a product on tensor cores."""
-    return candidates(kind, rows=rows, columns=columns, depth=depth, groups=groups, outputs=outputs, classes=classes, transposed=transposed, narrow=narrow)[0]
 
 
 @functools.cache

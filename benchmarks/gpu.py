@@ -25,7 +25,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gpu_tests import CUT_OFF, FIRST, ROOT, bounded
+from gpu_tests import CUT_OFF, FIRST, bounded
+from surroundings import ROOT, environment, gpu_driver
 
 WHEELS, SITE = ROOT / "build" / "wheels", ROOT / "build" / "site"
 IMPORTS = {  # what has to be imported, and the package that has it
@@ -101,12 +102,11 @@ def run(part: Part, out: Path, seconds: float) -> str:
     """Runs a part with its output in a file; how it ended, in a few words."""
     words = [f"{max(seconds - LEAST_SECONDS, LEAST_SECONDS) / 60:.3f}" if word == "MINUTES" else word for word in part.command]
     command = [sys.executable, str(ROOT / "benchmarks" / words[0]), *words[1:]]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]), str(SITE)])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "CAFFELITE_CUDA_DRIVER": os.environ.get("CAFFELITE_CUDA_DRIVER") or "cupy"}
+    around = environment(SITE, PYTHONUNBUFFERED="1", CAFFELITE_CUDA_DRIVER=gpu_driver())
     started = time.perf_counter()
     with (out / f"{part.name}.log").open("w") as log:
         print("$", *command, file=log, flush=True)
-        status = bounded(command, environment, log, seconds)
+        status = bounded(command, around, log, seconds)
     took = time.perf_counter() - started
     return f"cut off after {took:.0f} s" if status == CUT_OFF else f"exit status {status} after {took:.0f} s"
 

@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import metadata
 
-from nets import ROOT
+from surroundings import ROOT
 
 from caffelite import backends
 from caffelite.backends.cuda.cupy_driver import compiled

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
-from nets import NETS, ROOT, on_constants, on_database, write_solver
+from nets import NETS, on_constants, on_database, write_solver
+from surroundings import environment
 
 from caffelite.schema import pb
 
@@ -27,9 +27,8 @@ SOURCES = ("DummyData", "database", "database, cache: DEVICE")
 
 def caffelite(*words: object) -> str:
     """Runs a command of caffelite; what it prints. Ends this program where it fails."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "caffelite", *map(str, words)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"caffelite {' '.join(map(str, words))} failed (exit status {done.returncode})\n{done.stdout[-2000:]}")
     return done.stdout

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -28,7 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
 
-from nets import NETS, ROOT
+from nets import NETS
+from surroundings import ROOT, environment
 
 DEFAULT_NETS = ("nin_crop48:128", "alexnet:256", "nin_crop48:512", "nin:128", "nin:512", "nin_quick:128", "lenet:64")
 OURS = ("bfloat16", "tf32", "float32")
@@ -83,9 +83,8 @@ class Process:
     """A worker that runs; its error stream goes to `log`."""
 
     def __init__(self, command: Sequence[str], log: TextIO) -> None:
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdin=pipe, stdout=pipe, stderr=log, text=True)
+        self._process = subprocess.Popen(command, env=environment(), stdin=pipe, stdout=pipe, stderr=log, text=True)
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

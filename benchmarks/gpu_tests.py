@@ -24,7 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from surroundings import ROOT, environment, gpu_driver
+
 FIRST = ("test_op_inner_product", "test_op_convolution", "test_cuda_gemm")
 PATTERNS = ("test_op_*", "test_layer_*", "test_golden_*", "test_net", "test_net_random", "test_fusion", "test_solver_resume", "test_solver_footprint")
 PATTERNS += ("test_cuda_training", "test_cuda_repeat", "test_cuda_input", "test_cuda_uploads", "test_cuda_tune", "test_data_raw", "test_pycaffe*")
@@ -58,20 +59,19 @@ def run(name: str, tests: Sequence[str], args: argparse.Namespace, end: float) -
     """Runs tests in a process of its own."""
     log, junit = args.out / f"{name}.log", args.out / f"{name}.xml"
     command = [*shlex.split(args.prefix), sys.executable, "-m", "pytest", "--backend", "cuda", "--tb=short", "-p", "no:cacheprovider"]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "CAFFELITE_CUDA_DRIVER": os.environ.get("CAFFELITE_CUDA_DRIVER") or "cupy"}
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else is installed there has no say
+    # Whatever plugins are installed there have no say.
+    around = environment(CAFFELITE_CUDA_DRIVER=gpu_driver(), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     started = time.perf_counter()
     status = CUT_OFF
     if end - started > 1:
         with log.open("w") as out:
-            status = bounded([*command, f"--junitxml={junit}", *tests], environment, out, end - started)
+            status = bounded([*command, f"--junitxml={junit}", *tests], around, out, end - started)
     return Result(name, status, time.perf_counter() - started, *_outcome(junit))
 
 
-def bounded(command: Sequence[str], environment: dict[str, str], out: object, seconds: float) -> int:
+def bounded(command: Sequence[str], around: dict[str, str], out: object, seconds: float) -> int:
     """The exit status of a command, or CUT_OFF: then it has been killed with all that it started."""
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)  # type: ignore[call-overload]
+    process = subprocess.Popen(command, cwd=ROOT, env=around, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)  # type: ignore[call-overload]
     try:
         return int(process.wait(seconds))
     except subprocess.TimeoutExpired:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_rate import caffelite, make_database
-from nets import ROOT
+from surroundings import ROOT, environment
 
 from caffelite.schema import read_net, read_solver, to_text
 
@@ -55,9 +54,8 @@ def solver_file(folder: Path, data: Path, args: argparse.Namespace) -> Path:
 def train_and_kill(solver: Path, machine: list[str], seconds: float) -> int:
     """Starts a training and kills it after its second snapshot, or as soon after as it has gone on; the last iteration in its metrics."""
     command = [sys.executable, "-m", "caffelite", "train", "--solver", str(solver), *machine]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     metrics, end = solver.parent / "run_metrics.jsonl", time.perf_counter() + seconds
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
     try:
         while process.poll() is None and time.perf_counter() < end:
             found = records(metrics)

@@ -1,6 +1,6 @@
 """What the host does for an iteration that a GPU plays back: Python's processor time, on a driver that launches nothing. Needs no GPU.
 
-python benchmarks/host_overhead.py [--nets nin alexnet] [--iterations 1000] [--rounds 5]
+python benchmarks/host_overhead.py [--nets nin_crop48 alexnet] [--iterations 1000] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from train_step import write_solver
+from nets import NETS, on_constants, write_solver
 
 from caffelite import backends
 from caffelite.schema import read_solver
@@ -21,7 +21,7 @@ from caffelite.solver.loop import Solver
 def microseconds(net: str, iterations: int, rounds: int) -> float:
     """Median over the rounds of the processor time of one iteration."""
     with tempfile.TemporaryDirectory() as folder:
-        solver = Solver(read_solver(write_solver(Path(folder), net, 128)), backend=backends.counting(), precision="bfloat16")
+        solver = Solver(read_solver(write_solver(Path(folder), on_constants(net, 128), net)), backend=backends.counting(), precision="bfloat16")
         solver.step(3)  # which records it
         seconds = []
         for _ in range(rounds):
@@ -33,12 +33,12 @@ def microseconds(net: str, iterations: int, rounds: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nets", nargs="+", default=["nin", "alexnet"])
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=["nin_crop48", "alexnet"])
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     for net in args.nets:
-        print(f"{net:8} {microseconds(net, args.iterations, args.rounds):6.1f} us an iteration")
+        print(f"{net:10} {microseconds(net, args.iterations, args.rounds):6.1f} us an iteration")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from caffelite.schema import pb, read_net, to_text
+from surroundings import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+from caffelite.schema import pb, read_net, to_text
 
 
 class Images(NamedTuple):

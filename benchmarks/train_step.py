@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -27,7 +26,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nets import ROOT, on_constants, write_solver
+from nets import on_constants, write_solver
+from surroundings import ROOT, environment
 
 NETS = {"nin": "nin_crop48", "alexnet": "alexnet"}  # model folders
 TORCH_MODES = ("contiguous", "channels_last", "bfloat16", "bfloat16_contiguous")
@@ -64,9 +64,8 @@ def candidates(args: argparse.Namespace, folder: Path) -> Iterator[Candidate]:
 
 def measure(candidate: Candidate, threads: int) -> None:
     """Runs a candidate once in a process of its own and keeps its figures."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
-    done = subprocess.run(candidate.command, env=environment, stdout=subprocess.PIPE, check=False)
+    around = environment(OMP_NUM_THREADS=str(threads))
+    done = subprocess.run(candidate.command, env=around, stdout=subprocess.PIPE, check=False)
     if done.returncode:
         sys.exit(f"train_step: {candidate.engine} {candidate.mode} failed (exit status {done.returncode}): {' '.join(candidate.command)}")
     candidate.rounds.append(json.loads(done.stdout))

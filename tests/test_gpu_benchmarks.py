@@ -254,3 +254,7 @@ def test_runs_that_differ_are_told(script, tmp_path: Path) -> None:
         (folder / "run_metrics.jsonl").write_text('{"event": "train", "iteration": 0, "loss": 3.0}\n{"event": "train", "iteration": 1, "loss": 3.5}\n')
     assert training.check(folders, 2)[0] == "whole: the loss did not fall: 3.0 at first, [3.0, 3.5] at last"
     assert training.check(folders, 2, falls=False) == []
+
+
+def test_what_the_host_does_is_measured_without_a_gpu(script) -> None:
+    assert script("host_overhead").microseconds("lenet", 1, 1) >= 0

@@ -16,6 +16,32 @@ __device__ __forceinline__ Floats<N> load_as(const T* p) {
   return PACK ? load<N>(p) : load_singles<N>(p);
 }
 
+template <int N, bool PACK, class T>
+__device__ __forceinline__ void store_as(T* p, const Floats<N>& values) {
+  if (PACK) {
+    store<N>(p, values);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) p[k] = from_float<T>(values[k]);
+  }
+}
+
+// What a thread of a matrix kernel works on.
+template <int N>
+struct Place {
+  int rows, channel;
+  long long pixel, end;
+  bool any;
+  __device__ __forceinline__ Place(long long pixels, int channels, int columns, long long slab) {
+    rows = 256 / columns;
+    int row = threadIdx.x / columns;
+    channel = (blockIdx.x * columns + threadIdx.x % columns) * N;
+    pixel = blockIdx.y * slab + row;
+    end = min(pixels, (blockIdx.y + 1) * slab);
+    any = row < rows && channel < channels;
+  }
+};
+
 // --- moments: mean and sum of squared distances ----------------------------------------------------------------------------------
 // A thread's values of a channel, as distances from the first of them, so that squares keep their digits whatever the mean.
 struct Moments {
@@ -158,13 +184,13 @@ __device__ __forceinline__ void leave_sums(const double (&a)[N], const double (&
 template <class T, int N>
 __global__ void __launch_bounds__(256, 3)
     matrix_sums(const T* x, const T* y, double* partial, long long pixels, int channels, int columns, long long slab) {
-  int rows = 256 / columns, column = threadIdx.x % columns, row = threadIdx.x / columns;
-  int channel = (blockIdx.x * columns + column) * N;
+  Place<N> place(pixels, channels, columns, slab);
   double a[N] = {}, b[N] = {};
-  if (row < rows && channel < channels) {
-    long long pixel = blockIdx.y * slab + row, end = min(pixels, (blockIdx.y + 1) * slab);
-    if (packed<N>(x) && packed<N>(y)) add_pixels<N, true>(x + channel, y + channel, pixel, end, rows, channels, a, b);
-    else add_pixels<N, false>(x + channel, y + channel, pixel, end, rows, channels, a, b);
+  if (place.any) {
+    x += place.channel;
+    y += place.channel;
+    if (packed<N>(x) && packed<N>(y)) add_pixels<N, true>(x, y, place.pixel, place.end, place.rows, channels, a, b);
+    else add_pixels<N, false>(x, y, place.pixel, place.end, place.rows, channels, a, b);
   }
   leave_sums<N>(a, b, partial, channels, columns);
 }
@@ -196,21 +222,27 @@ __global__ void __launch_bounds__(256, 4)
   }
 }
 
+// Both sums of a channel over the slabs, in all lanes of the warp that asks.
+__device__ __forceinline__ void slab_sums(const double* partial, int slabs, int channel, double& a, double& b) {
+  const double* mine = partial + 2LL * channel * slabs;
+  a = b = 0;
+  for (int i = threadIdx.x % 32; i < slabs; i += 32) {
+    a += mine[i];
+    b += mine[slabs + i];
+  }
+  a = warp_sum(a);
+  b = warp_sum(b);
+}
+
 // first, second: the means of both sums.
 __global__ void __launch_bounds__(256, 4) channel_means(const double* partial, int slabs, int channels, double count, float* first, float* second) {
   int channel = thread_index() / 32, lane = threadIdx.x % 32;
   if (channel >= channels) return;  // a whole warp
-  const double* mine = partial + 2LL * channel * slabs;
-  double a = 0, b = 0;
-  for (int i = lane; i < slabs; i += 32) {
-    a += mine[i];
-    b += mine[slabs + i];
-  }
-  a = warp_sum(a) / count;
-  b = warp_sum(b) / count;
+  double a, b;
+  slab_sums(partial, slabs, channel, a, b);
   if (lane == 0) {
-    first[channel] = (float)a;
-    second[channel] = (float)b;
+    first[channel] = (float)(a / count);
+    second[channel] = (float)(b / count);
   }
 }
 
@@ -260,12 +292,7 @@ __device__ __forceinline__ void pass_pixels(const T* x, const T* y, T* out, cons
     if (RULE == BACKWARD) w = load_as<N, PACK>(y + at);
 #pragma unroll
     for (int k = 0; k < N; ++k) v[k] = own[k].of(v[k], w[k]);
-    if (PACK) {
-      store<N>(out + at, v);
-    } else {
-#pragma unroll
-      for (int k = 0; k < N; ++k) out[at + k] = from_float<T>(v[k]);
-    }
+    store_as<N, PACK>(out + at, v);
   }
 }
 
@@ -273,18 +300,16 @@ __device__ __forceinline__ void pass_pixels(const T* x, const T* y, T* out, cons
 template <class T, int N, Rule RULE>
 __global__ void __launch_bounds__(256, 4) matrix_pass(const T* x, const T* y, const float* means, const float* products, const float* variance, float eps,
                                                       T* out, long long pixels, int channels, int columns, long long slab) {
-  int rows = 256 / columns, column = threadIdx.x % columns, row = threadIdx.x / columns;
-  int channel = (blockIdx.x * columns + column) * N;
-  if (row >= rows || channel >= channels) return;
+  Place<N> place(pixels, channels, columns, slab);
+  if (!place.any) return;
   Channel<RULE> own[N];
 #pragma unroll
-  for (int k = 0; k < N; ++k) own[k].set(means, products, variance, eps, channel + k);
-  long long pixel = blockIdx.y * slab + row, end = min(pixels, (blockIdx.y + 1) * slab);
-  x += channel;
-  y += channel;
-  out += channel;
-  if (packed<N>(x) && packed<N>(y) && packed<N>(out)) pass_pixels<N, true>(x, y, out, own, pixel, end, rows, channels);
-  else pass_pixels<N, false>(x, y, out, own, pixel, end, rows, channels);
+  for (int k = 0; k < N; ++k) own[k].set(means, products, variance, eps, place.channel + k);
+  x += place.channel;
+  y += place.channel;
+  out += place.channel;
+  if (packed<N>(x) && packed<N>(y) && packed<N>(out)) pass_pixels<N, true>(x, y, out, own, place.pixel, place.end, place.rows, channels);
+  else pass_pixels<N, false>(x, y, out, own, place.pixel, place.end, place.rows, channels);
 }
 
 template <class T, Rule RULE>
@@ -327,32 +352,6 @@ __device__ __forceinline__ void each_pixel(const T* x, const T* dy, long long pi
     body(v, d, at);
   }
 }
-template <int N, bool PACK, class T>
-__device__ __forceinline__ void store_as(T* p, const Floats<N>& values) {
-  if (PACK) {
-    store<N>(p, values);
-  } else {
-#pragma unroll
-    for (int k = 0; k < N; ++k) p[k] = from_float<T>(values[k]);
-  }
-}
-
-// What a thread of a matrix kernel works on.
-template <int N>
-struct Place {
-  int rows, channel;
-  long long pixel, end;
-  bool any;
-  __device__ __forceinline__ Place(long long pixels, int channels, int columns, long long slab) {
-    rows = 256 / columns;
-    int row = threadIdx.x / columns;
-    channel = (blockIdx.x * columns + threadIdx.x % columns) * N;
-    pixel = blockIdx.y * slab + row;
-    end = min(pixels, (blockIdx.y + 1) * slab);
-    any = row < rows && channel < channels;
-  }
-};
-
 template <class T, int N>
 __global__ void __launch_bounds__(256, 2) matrix_scale(const T* x, const float* means, const float* variance, const float* s, const float* b, float eps, bool relu,
                                                        T* y, long long pixels, int channels, int columns, long long slab) {
@@ -414,14 +413,8 @@ __global__ void __launch_bounds__(256, 4) channel_scale_sums(const double* parti
                                                              bool accumulate_b, float* mean_g, float* mean_gh) {
   int channel = thread_index() / 32, lane = threadIdx.x % 32;
   if (channel >= channels) return;  // a whole warp
-  const double* mine = partial + 2LL * channel * slabs;
-  double g = 0, gh = 0;
-  for (int i = lane; i < slabs; i += 32) {
-    g += mine[i];
-    gh += mine[slabs + i];
-  }
-  g = warp_sum(g);
-  gh = warp_sum(gh);
+  double g, gh;
+  slab_sums(partial, slabs, channel, g, gh);
   if (lane) return;
   if (ds) ds[channel] = (float)(accumulate_s ? ds[channel] + gh : gh);
   if (db) db[channel] = (float)(accumulate_b ? db[channel] + g : g);

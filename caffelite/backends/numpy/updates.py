@@ -1,4 +1,4 @@
-"""Reductions and update rules over the parameter arena: one pass in pieces that stay in a core's cache."""
+"""Reductions and update rules over the parameter arena: one pass in pieces that stay in the cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from caffelite.backends.contract import JOURNAL_HEAD, Array, Segment, Update
 from caffelite.backends.numpy.common import Base, chunks, flat, store, widen
 
-# rule(rate, step, scratch, states...): on entry `step` holds g', on return D; `scratch` is free memory.
-Rule = Callable[..., None]
+# rule(rate, step, scratch, states...) -> D, in `step`, in a state or in `scratch`. On entry `step` holds g'; `scratch` is free memory.
+Rule = Callable[..., Array]
 
 
 class Updates(Base):
@@ -44,41 +44,42 @@ class Updates(Base):
         grad_scale[0] = (limit / norm[0] if norm[0] > limit else 1.0) / divisor
 
     def sgd_update(self, w: Array, g: Array, h: Array, how: Update, *, momentum: float) -> None:
-        def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
+        def rule(rate: float, step: Array, scratch: Array, h: Array) -> Array:
             h *= momentum
             step *= rate
             h += step
-            step[...] = h
+            return h
 
         self._update(rule, w, g, (h,), how)
 
     def nesterov_update(self, w: Array, g: Array, h: Array, how: Update, *, momentum: float) -> None:
-        def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
+        def rule(rate: float, step: Array, scratch: Array, h: Array) -> Array:
             np.multiply(h, momentum, out=scratch)
             step *= rate
             np.add(scratch, step, out=h)
             np.multiply(h, 1 + momentum, out=step)
             step -= scratch
+            return step
 
         self._update(rule, w, g, (h,), how)
 
     def adagrad_update(self, w: Array, g: Array, h: Array, how: Update, *, delta: float) -> None:
-        def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
+        def rule(rate: float, step: Array, scratch: Array, h: Array) -> Array:
             np.multiply(step, step, out=scratch)
             h += scratch
-            _divide_by_root(step, h, delta, rate, scratch)
+            return _divide_by_root(step, h, delta, rate, scratch)
 
         self._update(rule, w, g, (h,), how)
 
     def rmsprop_update(self, w: Array, g: Array, h: Array, how: Update, *, rms_decay: float, delta: float) -> None:
-        def rule(rate: float, step: Array, scratch: Array, h: Array) -> None:
+        def rule(rate: float, step: Array, scratch: Array, h: Array) -> Array:
             _average_square(h, step, rms_decay, scratch)
-            _divide_by_root(step, h, delta, rate, scratch)
+            return _divide_by_root(step, h, delta, rate, scratch)
 
         self._update(rule, w, g, (h,), how)
 
     def adadelta_update(self, w: Array, g: Array, h: Array, v: Array, how: Update, *, momentum: float, delta: float) -> None:
-        def rule(rate: float, step: Array, scratch: Array, h: Array, v: Array) -> None:
+        def rule(rate: float, step: Array, scratch: Array, h: Array, v: Array) -> Array:
             _average_square(h, step, momentum, scratch)
             np.add(v, delta, out=scratch)
             scratch /= h + h.dtype.type(delta)
@@ -86,22 +87,23 @@ class Updates(Base):
             step *= scratch
             _average_square(v, step, momentum, scratch)
             step *= rate
+            return step
 
         self._update(rule, w, g, (h, v), how)
 
     def adam_update(self, w: Array, g: Array, h: Array, v: Array, how: Update, *, momentum: float, momentum2: float, delta: float) -> None:
-        def rule(rate: float, step: Array, scratch: Array, h: Array, v: Array) -> None:
+        def rule(rate: float, step: Array, scratch: Array, h: Array, v: Array) -> Array:
             _average_square(v, step, momentum2, scratch)
             h *= momentum
             step *= 1 - momentum
             h += step
             step[...] = h
-            _divide_by_root(step, v, delta, rate, scratch)
+            return _divide_by_root(step, v, delta, rate, scratch)
 
         self._update(rule, w, g, (h, v), how)
 
     def _update(self, rule: Rule, w: Array, g: Array, states: Sequence[Array], how: Update) -> None:
-        """Runs a rule over all segments. D is computed in g where it is asked for, else in the cache, which spares g's way back to memory."""
+        """Runs a rule over all segments. Every pass over a piece counts, so factors of 1 are left out and terms added where they first arise."""
         rate, grad_scale, skip = (float(cell[0]) for cell in how.dials)  # plain numbers, which leave float32 arrays float32
         if skip:
             return
@@ -110,14 +112,18 @@ class Updates(Base):
         def run(piece: tuple[Segment, int, int]) -> None:
             segment, start, stop = piece
             weights, gradient = w[start:stop], g[start:stop]
-            scratch = np.empty_like(weights)
-            step = gradient if how.write_step else np.empty_like(weights)
-            np.multiply(gradient, grad_scale, out=step)
+            scratch, step = np.empty_like(weights), np.empty_like(weights)
+            if grad_scale != 1:
+                gradient = np.multiply(gradient, grad_scale, out=scratch)
             if segment.decay:
-                np.multiply(np.sign(weights) if how.l1 else weights, segment.decay, out=scratch)
-                step += scratch
-            rule(rate * segment.lr_mult, step, scratch, *(state[start:stop] for state in states))
-            weights -= step
+                np.multiply(np.sign(weights) if how.l1 else weights, segment.decay, out=step)
+                step += gradient
+            else:
+                step[...] = gradient
+            done = rule(rate * segment.lr_mult, step, scratch, *(state[start:stop] for state in states))
+            weights -= done
+            if how.write_step:
+                g[start:stop] = done
 
         self._each(run, pieces, w.size)
         if how.lowered is not None:
@@ -137,9 +143,10 @@ def _average_square(state: Array, value: Array, keep: float, scratch: Array) -> 
     state += scratch
 
 
-def _divide_by_root(step: Array, state: Array, delta: float, rate: float, scratch: Array) -> None:
-    """step <- rate step / (sqrt(state) + delta)."""
+def _divide_by_root(step: Array, state: Array, delta: float, rate: float, scratch: Array) -> Array:
+    """step <- rate step / (sqrt(state) + delta), which is returned."""
     np.sqrt(state, out=scratch)
     scratch += delta
     step /= scratch
     step *= rate
+    return step

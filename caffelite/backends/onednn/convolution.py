@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from caffelite.backends.contract import Array, Ints
+from caffelite.backends.contract import Array, Ints, is_usual
 from caffelite.backends.onednn.activations import ActivationOps
 from caffelite.backends.onednn.convolution_geometry import Geometry
 from caffelite.backends.onednn.convolution_weights import plan_backward_weights
@@ -12,11 +12,13 @@ from caffelite.backends.onednn.dnnl import (
     DIFF_DST,
     DIFF_SRC,
     DST,
+    F32,
     RELU_SLOPE,
     SRC,
     WEIGHTS,
     Primitive,
 )
+from caffelite.backends.onednn.matmul import prepared
 from caffelite.backends.onednn.plan import Drain, Feed, Run, address, describe, signature, type_of
 
 IMAGE_CHANNELS = 4  # at most so many channels are an image's: see PlanningBackend.small_products
@@ -35,6 +37,22 @@ def plan_forward(g: Geometry, x: Array, w: Array, b: Array | None, y: Array, rel
         bias = () if feed_b is None else (feed_b(b),)
         run(feed_x(x), feed_w(w), drain.target(y), *bias)
         drain.finish(y)
+
+    return forward
+
+
+def plan_pointwise(g: Geometry, x: Array, w: Array, b: Array | None, y: Array, relu: bool) -> Run:
+    """1x1 in float32: y = x w^T over all positions. 73728 x 192 by 192 x 160 took 23 ms, the convolution primitive 29 (2 Zen 4 cores)."""
+    dnnl, inputs, outputs = g.dnnl, x.shape[1], y.shape[1]
+    rows = x.size // inputs
+    left, made = dnnl.strided((rows, inputs), (inputs, 1), F32), dnnl.strided((rows, outputs), (outputs, 1), F32)
+    row = None if b is None else dnnl.strided((1, outputs), (outputs, 1), F32)
+    multiply, right = prepared(dnnl, left, dnnl.any((inputs, outputs), F32), row, made, relu=relu)
+    feed_w = Feed(dnnl, dnnl.strided((inputs, outputs), (1, inputs), F32), right, "weights")
+
+    def forward(x: int, w: int, b: int, y: int) -> None:
+        bias = () if row is None else (b,)
+        multiply(x, feed_w(w), *bias, y)
 
     return forward
 
@@ -68,7 +86,9 @@ class ConvolutionOps(ActivationOps):
         def build() -> Run:
             if group == 1 and w.shape[1] <= IMAGE_CHANNELS:
                 self.leave_small(y.size * w[0].size, x, w, y)
-            return plan_forward(Geometry(self.dnnl, x, w, y, stride, pad, dilation, group), x, w, b, y, relu)
+            g = Geometry(self.dnnl, x, w, y, stride, pad, dilation, group)
+            pointwise = g.type == F32 and g.pointwise and all(is_usual(z) for z in (x, w, y))
+            return (plan_pointwise if pointwise else plan_forward)(g, x, w, b, y, relu)
 
         plan = self.plan(key, build)
         if plan is None:

@@ -11,7 +11,7 @@ from caffelite.backends.onednn.dnnl import ATTR_SCALES, BINARY_MUL, DST, SRC, SR
 from caffelite.backends.onednn.plan import Run, describe_flat, signature
 
 WORDS = 1 << 14  # 64-bit words drawn at once; they stay in a core's own cache
-PIECE = 1 << 18  # elements drawn by one task
+LEAST_PIECE = 1 << 18  # elements drawn by one task: one task for each thread, unless they are few
 
 
 def draw_piece(target: Array, start: int, stop: int, threshold: int, key: DropoutKey) -> None:
@@ -41,7 +41,8 @@ class DropoutOps(ActivationOps):
         threshold, size = round(ratio * 65536), mask.size
         if is_usual(mask):
             target = (np.moveaxis(mask, 1, -1) if mask.ndim == 4 else mask).reshape(-1)
-            pieces = [(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
+            step = max(LEAST_PIECE, -(-size // self.threads // 16) * 16)
+            pieces = [(start, min(start + step, size)) for start in range(0, size, step)]
             self._each(lambda piece: draw_piece(target, *piece, threshold, key), pieces, size)
         else:
             draw_mask(mask, ratio, key)

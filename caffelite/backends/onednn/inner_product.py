@@ -1,11 +1,11 @@
-"""InnerProduct as matrix products on the arrays as they lie: float32 weights are never copied."""
+"""InnerProduct as matrix products: float32 weights are never copied, nor are their gradients."""
 
 from __future__ import annotations
 
 from caffelite.backends.contract import Array
 from caffelite.backends.onednn.activations import ActivationOps
 from caffelite.backends.onednn.dnnl import BF16, F32, Descriptor, Dnnl, Unsupported
-from caffelite.backends.onednn.matmul import column_sums, product
+from caffelite.backends.onednn.matmul import column_sums, prepared, product
 from caffelite.backends.onednn.plan import Drain, Feed, Run, address, compute_type, element_strides, signature, type_of
 
 
@@ -53,16 +53,17 @@ def plan_backward_data(dnnl: Dnnl, dy: Array, w: Array, dx: Array, transpose: bo
 
 
 def plan_backward_weights(dnnl: Dnnl, x: Array, dy: Array, dw: Array, transpose: bool, add: bool) -> Run:
-    """dw = dy^T x, or x^T dy with transpose: the operands are read through transposed descriptors."""
+    """dw = dy^T x, or x^T dy with transpose. The operands are small beside dw, so they are brought into the order that is quickest to multiply."""
     dtype = compute_type(x, dy)
     first, second = (x, dy) if transpose else (dy, x)
-    feed_first, left = operand(dnnl, first, dtype, "input", transpose=True)
-    feed_second, right = operand(dnnl, second, dtype, "second input")
-    target = matrix(dnnl, dw)
+    rows, target = len(x), matrix(dnnl, dw)
+    left = dnnl.strided((dw.shape[0], rows), (rows, 1), dtype)
     made = dnnl.strided(dw.shape, (dw.shape[1], 1), F32)
     # Adding inside the product needs a target of the product's own layout.
     inside = add and dnnl.equal(made, target)
-    multiply = product(dnnl, left, right, None, made, add=inside)
+    multiply, right = prepared(dnnl, left, dnnl.any((rows, dw.shape[1]), dtype), None, made, add=inside)
+    feed_first = Feed(dnnl, matrix(dnnl, first, transpose=True), left, "input")
+    feed_second = Feed(dnnl, matrix(dnnl, second), right, "second input")
     drain = Drain(dnnl, made, target, "output", add=add and not inside)
 
     def backward_weights(x: int, dy: int, dw: int) -> None:

@@ -14,8 +14,8 @@ import caffelite
 import caffelite.__main__ as entry
 from caffelite.__main__ import main
 from caffelite.cli import COMMANDS, load_command
-from caffelite.cli.common import Parser, comma_list, nearest, normalise, one_of, table, whole_number
-from caffelite.errors import DataError, SpecError, Where
+from caffelite.cli.common import Parser, comma_list, normalise, one_of, table, whole_number
+from caffelite.errors import DataError, SpecError, Where, nearest
 
 FLAGS = {
     "train": "--solver --weights --snapshot --gpu --iterations --level --stage --backend --precision --threads --log --metrics --sigint-effect --sighup-effect",

@@ -105,9 +105,3 @@ def test_in_the_middle_of_a_run_the_last_snapshot_stays_whole(cuda: Backend, mon
     monkeypatch.delenv("CAFFELITE_EMULATOR_MEMORY")
     out, _ = said(capsys, *TRAIN, "--snapshot", "auto", "--iterations", "3")
     assert "done at iteration 3" in out
-
-
-def test_the_limit_is_a_number(cuda: Backend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    write_solver("short", "", "")
-    monkeypatch.setenv("CAFFELITE_EMULATOR_MEMORY", "lots")
-    assert "CAFFELITE_EMULATOR_MEMORY is 'lots'\n  give a number of megabytes" in said(capsys, *TRAIN, status=1)[1]

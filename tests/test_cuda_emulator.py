@@ -172,13 +172,6 @@ def test_what_does_not_compile_is_shown(module: Module, tmp_path: Path) -> None:
         EmulatorDriver("fast").load(broken)
 
 
-def test_modes_and_orders_are_named() -> None:
-    with pytest.raises(BackendError, match="CAFFELITE_EMULATOR is 'slow'\n  known ones: fast, check"):
-        EmulatorDriver("slow")
-    with pytest.raises(BackendError, match="CAFFELITE_EMULATOR_ORDER is 'sideways'"):
-        EmulatorDriver("fast", "sideways")
-
-
 def test_there_is_one_emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAFFELITE_CUDA_DRIVER", "emulator")
     with pytest.raises(BackendError, match="there is no GPU 1: the emulator is GPU 0"):

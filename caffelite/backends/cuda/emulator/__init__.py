@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from caffelite import environment
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.emulator.build import MODES, build
@@ -40,12 +41,9 @@ class EmulatorDriver:
 
     def __init__(self, mode: str | None = None, order: str | None = None) -> None:
         self._tape: list[Callable[[], None]] | None = None
-        self.mode = mode or os.environ.get("CAFFELITE_EMULATOR") or "fast"
-        self.order = order or os.environ.get("CAFFELITE_EMULATOR_ORDER") or "up"
-        for name, value, known in (("CAFFELITE_EMULATOR", self.mode, tuple(MODES)), ("CAFFELITE_EMULATOR_ORDER", self.order, ORDERS)):
-            if value not in known:
-                raise BackendError(f"{name} is '{value}'", hint=f"known ones: {', '.join(known)}")
-        self._traffic, self.meter, self.limit = Traffic(), Meter(), _limit()
+        self.mode = mode or environment.choice(environment.EMULATOR, tuple(MODES))
+        self.order = order or environment.choice(environment.EMULATOR_ORDER, ORDERS)
+        self._traffic, self.meter, self.limit = Traffic(), Meter(), environment.megabytes(environment.EMULATOR_MEMORY)
         self.tell: Callable[[str], object] = lambda stem: None
 
     @property
@@ -147,16 +145,6 @@ class EmulatedRecord:
     def play(self) -> None:
         for action in self._actions:
             action()
-
-
-def _limit() -> int | None:
-    """Bytes of memory that CAFFELITE_EMULATOR_MEMORY allows; None where it is not set."""
-    text = os.environ.get("CAFFELITE_EMULATOR_MEMORY")
-    if not text:
-        return None
-    if not re.fullmatch(r"\d+(\.\d+)?", text):
-        raise BackendError(f"CAFFELITE_EMULATOR_MEMORY is '{text}'", hint="give a number of megabytes")
-    return int(float(text) * 2**20)
 
 
 class _Kernel(ctypes.Structure):

@@ -283,7 +283,18 @@ class Net:
     def recheck(self) -> None:
         """Repeats the last forward pass, op by op. DataError where its data is bad."""
         self.rewind()
-        self.forward()
+        with self._statistics_kept():
+            self.forward()
+
+    @contextmanager
+    def _statistics_kept(self) -> Iterator[None]:
+        """For passes that look for a fault, and are not to count as passes."""
+        held = [(param, self.backend.to_host(param.master)) for layer in self.layers for param in layer.statistics()]
+        try:
+            yield
+        finally:
+            for param, values in held:
+                self.backend.from_host(values, param.master)
 
     def backward(self, start: int | None = None, end: int = 0) -> None:
         """Runs backward from layer `start` (the last by default) down to layer `end`, both included, skipping layers that need none.
@@ -367,11 +378,16 @@ class Net:
         return 1
 
     def first_nonfinite(self) -> str | None:
-        """Runs forward layer by layer; says which layer first had a parameter or a top with NaN or infinity."""
+        """Runs forward layer by layer; says which layer first had a parameter or a top with NaN or infinity. Changes no statistics."""
+        with self._statistics_kept():
+            return self._first_nonfinite()
+
+    def _first_nonfinite(self) -> str | None:
         self._count()
         for step in self.steps:
+            written = step.layer.statistics()  # by earlier passes: what is wrong in them is wrong elsewhere in this one too, or does not matter
             for index, param in enumerate(step.layer.params):
-                if not self.backend.all_finite(param.master):
+                if all(param is not other for other in written) and not self.backend.all_finite(param.master):
                     return f"layer '{step.layer.name}' ({step.layer.type}): its parameter {index} is not finite"
             if not step.node.forward_fused:
                 self.forward_step(step)

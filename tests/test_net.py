@@ -16,6 +16,7 @@ from caffelite.net import Net
 from caffelite.schema import net_from_text, pb
 
 INPUT = 'layer { name: "in" type: "Input" top: "x" top: "t" input_param { shape { dim: 4 dim: 3 } } }\n'
+BN = 'layer { name: "bn" type: "BatchNorm" bottom: "x" top: "bn" }\n'
 
 
 def make(backend: Backend, text: str, phase: int = pb.TRAIN, **options) -> Net:
@@ -217,9 +218,32 @@ def test_a_frozen_parameter_gets_no_gradient(backend, x, t) -> None:
     assert host(net, net.learnable[1].diff).any()
 
 
-# --- nets that share -----------------------------------------------------------------------------------------------------
+def test_looking_for_a_fault_leaves_statistics_alone(backend, x, t) -> None:
+    net = make(backend, INPUT + BN + inner("y", "bn") + distance("y", "t"))
+    values(net, x=x, t=t)
+    net.forward()
+    before = [host(net, param.master) for param in net.params["bn"]]
+    close(before[0], x.mean(0))
+    assert before[2] == [1]
+    net.recheck()
+    assert net.first_nonfinite() is None
+    values(net, x=np.where(np.arange(3) == 1, np.inf, x))
+    assert net.first_nonfinite() == "layer 'in' (Input): its top 'x' is not finite"
+    for param, want in zip(net.params["bn"], before):
+        np.testing.assert_array_equal(host(net, param.master), want)
 
-BN = 'layer { name: "bn" type: "BatchNorm" bottom: "x" top: "bn" }\n'
+
+@pytest.mark.parametrize("read", [False, True])
+def test_statistics_are_to_blame_only_where_they_are_read(backend, x, t, read: bool) -> None:
+    """Passes after the bad one may have spoilt those that are only written."""
+    extra = " batch_norm_param { use_global_stats: true } }" if read else " }"
+    net = make(backend, INPUT + BN.replace(" }", extra) + inner("y", "bn") + distance("y", "t"))
+    values(net, x=x, t=t)
+    backend.fill(net.params["bn"][1].master, float("nan"))
+    assert net.first_nonfinite() == ("layer 'bn' (BatchNorm): its parameter 1 is not finite" if read else None)
+
+
+# --- nets that share -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("observe", [False, True])

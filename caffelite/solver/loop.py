@@ -294,11 +294,18 @@ class Solver:
         """Goes back to the iteration that has not been seen yet, whose weights are still there, and says what is wrong with it."""
         self.iter = self._unseen
         self._work.reset()
-        for layer in self.net.data_layers:
-            layer.source.seek(self._starts[0][layer.name])
+        positions = self._starts[0]
         self._starts.clear()
-        first = self._first_nonfinite() or "no layer shows it when the pass is repeated"
+        self._seek(positions)
+        try:
+            first = self._first_nonfinite() or "no layer shows it when the pass is repeated"
+        finally:
+            self._seek(positions)
         return TrainingError(f"the loss is {loss:g} in iteration {self.iter}: {first}", hint=self._advice())
+
+    def _seek(self, positions: Mapping[str, int]) -> None:
+        for layer in self.net.data_layers:
+            layer.source.seek(positions[layer.name])
 
     def _first_nonfinite(self) -> str | None:
         for part in range(self.param.iter_size):

@@ -18,6 +18,7 @@ from caffelite.data import importers
 from caffelite.data.decoding import Decoder, Failure, Record, Settings, raw_datum
 from caffelite.data.importers import Part, Plan
 from caffelite.data.lmdb_source import LONGEST_KEY, Database, Writer
+from caffelite.data.order import class_by_class
 from caffelite.errors import DataError, SpecError, Where
 from caffelite.files import sync_directory, write_atomically
 from caffelite.machine import processors
@@ -32,11 +33,15 @@ Progress = Callable[[int, int], object]
 
 @dataclass
 class DatabaseReport:
-    """One database: its folder, how many records, and the SHA-256 over all keys and values, as read back from disk."""
+    """One database: its folder, how many records, and the SHA-256 over all keys and values, as read back from disk.
+
+    class_by_class: all records of a class follow each other, and there are several classes of several.
+    """
 
     path: str
     count: int
     checksum: str
+    class_by_class: bool = False
 
 
 @dataclass
@@ -168,6 +173,11 @@ def _size(part: Part) -> int:
     return len(part.files) if part.pixels is None else len(part.pixels)
 
 
+def _class_by_class(part: Part) -> bool:
+    labels = [image.label for image in part.files] if part.labels is None else part.labels.tolist()
+    return len(labels) > len(set(labels)) and class_by_class(labels)
+
+
 def _write_names(destination: Path, plan: Plan, beside: bool) -> None:
     """labels.txt and words.txt; for a single database beside it, named after it."""
     for what, lines in (("labels.txt", plan.classes), ("words.txt", plan.words)):
@@ -206,7 +216,7 @@ class _Job:
             if count == 0:
                 raise DataError("there is no image to write", where=Where(str(target)))
             _verify(partial, count, digest.hexdigest(), target)
-        self.report.databases.append(DatabaseReport(str(target), count, digest.hexdigest()))
+        self.report.databases.append(DatabaseReport(str(target), count, digest.hexdigest(), self.rng is None and _class_by_class(part)))
 
     def _fill(self, writer: Writer, part: Part, digest: hashlib._Hash) -> int:
         batch: list[tuple[bytes, bytes]] = []

@@ -16,12 +16,12 @@ from caffelite.data.datum import DatumDecoder, placed, record_name
 from caffelite.data.filling import Batch, CachedFiller, Filler
 from caffelite.data.images import size_text
 from caffelite.data.lmdb_source import Database, data_file
-from caffelite.data.order import Order
+from caffelite.data.order import Order, class_by_class
 from caffelite.data.prefetch import Prefetcher
 from caffelite.data.raw import RawFeed, RawLayout
 from caffelite.data.transformer import Fail, Transformer
 from caffelite.errors import DataError, Where
-from caffelite.schema import pb
+from caffelite.schema import parse_datum, pb
 
 MOST_PREFETCH = 1000  # batches; each has memory of its own
 
@@ -117,6 +117,24 @@ class BatchSource:
                     hint = "give the layer a crop_size, or convert the images again with --resize"
                     found = DataError(f"the images are not all of one size: {sizes} are among them (height x width)", hint=hint)
                     raise self._at_source(placed(found, self.param.source, key))
+
+    def order_note(self, most: int = 64) -> str | None:
+        """What to say where batches would be of one class: the first one is, and among `most` records from all over the database the classes follow
+        each other. None where `shuffle` mixes them. Errors as for `database`; DataError for a record that is not a Datum."""
+        if self.param.shuffle:
+            return None
+        first, step = min(self.count, max(self.param.batch_size, 2)), max(1, self.count // most)
+        with closing(self.database.reader()) as reader:
+
+            def labels(numbers: range, ordered: bool) -> list[int]:
+                return [parse_datum(bytes(value)).label for _, value in reader.read(numbers, ordered)]
+
+            if len(set(labels(range(first), True))) > 1 or not class_by_class(labels(range(0, self.count, step), False)):
+                return None
+        return (
+            f"the records of {self.param.source} lie class by class, and so every batch is of one class or two: "
+            "add shuffle: true to data_param, or convert the images again with --shuffle"
+        )
 
     def _first_pixels(self) -> npt.NDArray[Any]:
         with closing(self.database.reader()) as reader:

@@ -120,6 +120,12 @@ class Driver(Protocol):
         ...
 
 
+def refuse_while_capturing(driver: Driver) -> None:
+    """For what a record cannot hold."""
+    if driver.capturing:
+        raise RuntimeError("an op that is recorded copies from or to the host, or waits")
+
+
 def choose(device: int = 0) -> Driver:
     """The driver that the environment names, on GPU number `device`. BackendError when it does not load, SpecError where there is none of that name."""
     if environment.choice(environment.CUDA_DRIVER, DRIVERS) == "emulator":

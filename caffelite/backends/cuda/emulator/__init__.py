@@ -22,6 +22,7 @@ import numpy as np
 from caffelite import environment
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.array import DeviceArray
+from caffelite.backends.cuda.driver import refuse_while_capturing
 from caffelite.backends.cuda.emulator.build import MODES, build
 from caffelite.backends.cuda.emulator.traffic import EmulatedEvent, Traffic
 from caffelite.backends.cuda.launch import Module
@@ -78,12 +79,12 @@ class EmulatorDriver:
         return DeviceArray(self.meter.hold(memory, nbytes), address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
 
     def from_host(self, values: Any, x: Array) -> None:
-        self._not_while_capturing()
+        refuse_while_capturing(self)
         self._traffic.touch([_span(x)])
         ctypes.memmove(x.address, values.ctypes.data, x.size * x.itemsize)
 
     def to_host(self, x: Array, into: Any = None) -> Any:
-        self._not_while_capturing()
+        refuse_while_capturing(self)
         self._traffic.touch([_span(x)])
         held = x.host() if into is None else into
         ctypes.memmove(held.ctypes.data, x.address, x.size * x.itemsize)
@@ -98,7 +99,7 @@ class EmulatorDriver:
         self._traffic.touch(spans)
 
     def send(self, values: Any, x: Array) -> None:
-        self._not_while_capturing()
+        refuse_while_capturing(self)
         self._traffic.send(values, _span(x))
 
     def event(self) -> EmulatedEvent:
@@ -119,7 +120,7 @@ class EmulatorDriver:
 
     def synchronize(self) -> None:
         """Every kernel has finished when its launch returns."""
-        self._not_while_capturing()
+        refuse_while_capturing(self)
         self._traffic.finish()
 
     def mark(self) -> Any:
@@ -130,10 +131,6 @@ class EmulatorDriver:
 
     def facts(self) -> Facts | None:
         return None
-
-    def _not_while_capturing(self) -> None:
-        if self.capturing:
-            raise RuntimeError("an op that is recorded copies from or to the host, or waits")
 
 
 class EmulatedRecord:

@@ -121,7 +121,7 @@ def test_a_gpu_that_is_not_there_is_never_replaced(
     monkeypatch.delenv("CAFFELITE_CUDA_DRIVER", raising=False)
     for flags in (["--gpu", "0"], ["-gpu=3"], ["--backend", "cuda"]):
         out, err = said(capsys, *command, *flags, status=1)
-        assert (out, "the cuda backend needs CuPy" in err, "pip install 'caffelite[cuda13]'" in err) == ("", True, True)
+        assert (out, "the cuda backend needs CuPy" in err, "in a clone of caffelite: pip install '.[cuda13]'" in err) == ("", True, True)
 
 
 def test_level_and_stages_are_the_training_nets() -> None:

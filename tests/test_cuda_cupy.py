@@ -183,7 +183,7 @@ def test_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CAFFELITE_CUDA_DRIVER", raising=False)
     message = refusal()
     assert message.startswith("the cuda backend needs CuPy, which does not load: ")
-    assert message.endswith("\n  install CuPy for your driver's CUDA: pip install 'caffelite[cuda13]' (or [cuda12])")
+    assert message.endswith("\n  install CuPy for your driver's CUDA, in a clone of caffelite: pip install '.[cuda13]' (or [cuda12])")
 
 
 def test_without_a_driver(cupy: Stand) -> None:

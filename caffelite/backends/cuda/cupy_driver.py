@@ -32,7 +32,7 @@ ATTRIBUTES = (16, 13, 36, 37)
 # What cuModuleLoadData says where the machine code is not for this driver, or this device; anything else is the error of a kernel before.
 REFUSED = ("CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_UNSUPPORTED")
 RESUME = "run again from the last snapshot; it is whole"
-INSTALL = "install CuPy for your driver's CUDA: pip install 'caffelite[cuda13]' (or [cuda12])"
+INSTALL = "install CuPy for your driver's CUDA, in a clone of caffelite: pip install '.[cuda13]' (or [cuda12])"
 
 
 class CupyDriver:

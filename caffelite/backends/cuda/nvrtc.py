@@ -17,7 +17,7 @@ from typing import Any
 from caffelite import environment
 from caffelite.errors import BackendError
 
-HINT = "pip install 'caffelite[cuda13]' (or [cuda12], for a driver of CUDA 12) brings it; or name libnvrtc.so in CAFFELITE_NVRTC"
+HINT = "in a clone of caffelite: pip install '.[cuda13]' (or [cuda12], for a driver of CUDA 12); or name libnvrtc.so in CAFFELITE_NVRTC"
 ANY = 1 << 30
 
 

@@ -82,7 +82,7 @@ def test_check_finds_images_of_several_sizes(tmp_path: Path, monkeypatch: pytest
 
 def test_records_class_by_class_are_told_when_converted_checked_and_trained_on(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = said(capsys, "convert", "imagefolder", "src", "db")
-    assert "\ndb: class by class; to train on it, say shuffle: true in data_param, or convert with --shuffle\n" in out
+    assert "\ndb: class by class; where it is to train a net, say shuffle: true in data_param, or convert with --shuffle\n" in out
     assert "class by class" not in said(capsys, "convert", "imagefolder", "src", "mixed", "--shuffle")[0]
     Path("one").mkdir()
     Path("src/a").rename("one/a")

@@ -273,7 +273,9 @@ def number(value: float) -> str:
 
 
 def megabytes(count: float) -> str:
-    """Bytes as megabytes of 2^20, less than a tenth of one as kilobytes of 2^10."""
+    """Bytes as megabytes of 2^20, less than a tenth of one as kilobytes of 2^10, and less than a tenth of those as they are."""
+    if 0 < count < 2**10 / 10:
+        return f"{count:,.0f} bytes"
     return f"{count / 2**20:,.1f} MB" if count >= 2**20 / 10 or not count else f"{count / 2**10:,.1f} KB"
 
 

@@ -139,7 +139,7 @@ def _plan(kind: str, source: Path, root: Path | None, split: str | None) -> Plan
     if kind not in KINDS:
         raise SpecError(f"unknown kind of data set '{kind}'", hint=f"choose one of {', '.join(KINDS)}")
     if not source.exists():
-        raise DataError("no such file or folder", where=Where(str(source)))
+        raise DataError("no such file or folder", where=Where(str(source)), hint=f"is the path right, seen from {os.getcwd()}?")
     if kind == "list":
         plan = importers.image_list(source, root)
     else:

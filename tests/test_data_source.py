@@ -221,3 +221,12 @@ def test_batches_of_one_class_are_noted(tmp_path: Path, labels: list[int], batch
             f"the records of {path} lie class by class, and so every batch is of one class or two: "
             "add shuffle: true to data_param, or convert the images again with --shuffle"
         )
+
+
+def test_a_record_that_cannot_be_read_is_not_noted_but_told_in_its_turn(tmp_path: Path) -> None:
+    good = raw(np.zeros((1, 2, 2), np.uint8))
+    source = source_of(write_lmdb(tmp_path / "db", [good, good, b"no Datum", good]), 4)
+    assert source.order_note() is None
+    with pytest.raises(DataError, match="record '00000002'"):
+        batches(source, 1)
+    source.close()

@@ -120,21 +120,21 @@ class BatchSource:
 
     def order_note(self, most: int = 64) -> str | None:
         """What to say where batches would be of one class: the first one is, and among `most` records from all over the database the classes follow
-        each other. None where `shuffle` mixes them. Errors as for `database`; DataError for a record that is not a Datum."""
-        if self.param.shuffle:
-            return None
-        first, step = min(self.count, max(self.param.batch_size, 2)), max(1, self.count // most)
-        with closing(self.database.reader()) as reader:
-
-            def labels(numbers: range, ordered: bool) -> list[int]:
-                return [parse_datum(bytes(value)).label for _, value in reader.read(numbers, ordered)]
-
-            if len(set(labels(range(first), True))) > 1 or not class_by_class(labels(range(0, self.count, step), False)):
+        each other. None where `shuffle` mixes them, and for a record that cannot be read, which is told when its turn comes. Errors as for `database`."""
+        first, step = range(min(self.count, max(self.param.batch_size, 2))), max(1, self.count // most)
+        try:
+            if self.param.shuffle or len(set(self._labels(first))) > 1 or not class_by_class(self._labels(range(0, self.count, step))):
                 return None
+        except DataError:
+            return None
         return (
             f"the records of {self.param.source} lie class by class, and so every batch is of one class or two: "
             "add shuffle: true to data_param, or convert the images again with --shuffle"
         )
+
+    def _labels(self, numbers: range) -> list[int]:
+        with closing(self.database.reader()) as reader:
+            return [parse_datum(bytes(value)).label for _, value in reader.read(numbers, ordered=numbers.step == 1)]
 
     def _first_pixels(self) -> npt.NDArray[Any]:
         with closing(self.database.reader()) as reader:

@@ -28,12 +28,17 @@ def text(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
-def choice(name: str, known: Sequence[str]) -> str:
-    """One of the known words, the first where the variable is not set."""
-    value = text(name) or known[0]
-    if value not in known:
+def one_of(name: str, known: Sequence[str]) -> str | None:
+    """One of the known words; None where the variable is not set."""
+    value = text(name)
+    if value is not None and value not in known:
         raise SpecError(f"{name} is '{value}' in the environment", hint=did_you_mean(value, known))
     return value
+
+
+def choice(name: str, known: Sequence[str]) -> str:
+    """One of the known words, the first where the variable is not set."""
+    return one_of(name, known) or known[0]
 
 
 def switch(name: str) -> bool:

@@ -186,7 +186,7 @@ def _named_backend(args: argparse.Namespace) -> str | None:
     known = ("auto", *backends.NAMES)
     if args.backend and args.backend not in known:
         raise SpecError(f"unknown backend '{args.backend}'", hint=did_you_mean(args.backend, known))
-    return args.backend or (environment.choice(environment.BACKEND, known) if environment.text(environment.BACKEND) else None)
+    return args.backend or environment.one_of(environment.BACKEND, known)
 
 
 def _gpu_number(args: argparse.Namespace) -> int:

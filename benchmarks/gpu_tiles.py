@@ -19,7 +19,7 @@ from typing import Any
 from gpu_step import net_and_batch
 from nets import on_constants, write_solver
 
-from caffelite import backends
+from caffelite import backends, environment
 from caffelite.backends.cuda import gemm_tune
 from caffelite.backends.cuda.gemm_plan import Cut
 from caffelite.schema import read_solver
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", type=net_and_batch, default=[("nin_crop48", 128), ("alexnet", 256)], metavar="NET:BATCH")
     parser.add_argument("--precisions", nargs="+", choices=("bfloat16", "tf32"), default=["bfloat16", "tf32"])
     args = parser.parse_args()
-    os.environ[gemm_tune.ENVIRONMENT] = "1"
+    os.environ[environment.CUDA_TUNE] = "1"
     print("| net | product | formula's | us | fastest | us | formula's / fastest |\n|---|---|---|---:|---|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         for precision in args.precisions:

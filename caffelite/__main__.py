@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from caffelite import __version__
 from caffelite.cli import COMMANDS, load_command
-from caffelite.cli.common import nearest, normalise, report
-from caffelite.errors import SpecError
+from caffelite.cli.common import normalise, report
+from caffelite.errors import SpecError, nearest
 
 USAGE = """usage: caffelite COMMAND [flags]
 

@@ -25,7 +25,7 @@ def h5py_module() -> Any:
         import h5py
     except ImportError as error:
         raise SnapshotError(
-            "HDF5 files need h5py, which is not installed", hint="pip install 'caffelite[hdf5]', or use snapshot_format: BINARYPROTO"
+            "HDF5 files need h5py, which is not installed", hint="in a clone of caffelite: pip install '.[hdf5]', or use snapshot_format: BINARYPROTO"
         ) from error
     return h5py
 

@@ -118,6 +118,10 @@ class Layer:
         it has to: their gradients are then 0 where they are not above 0. What that needs of their data, `backward_reads` says."""
         return False
 
+    def statistics(self) -> Sequence[Param]:
+        """The parameters that forward changes, without reading them otherwise (BatchNorm's sums)."""
+        return ()
+
     def multiply_adds(self, bottoms: Sequence[Shape]) -> int:
         """Multiply-adds of one forward pass, for summary and time; 0 where they do not matter."""
         return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Backend, c_order
+from caffelite.backends.contract import Array, Backend, same_order
 from caffelite.blob import Blob, Param, Shape
 from caffelite.errors import CaffeliteError, LabelError, SpecError
 from caffelite.fusion import fuse
@@ -283,7 +283,18 @@ class Net:
     def recheck(self) -> None:
         """Repeats the last forward pass, op by op. DataError where its data is bad."""
         self.rewind()
-        self.forward()
+        with self._statistics_kept():
+            self.forward()
+
+    @contextmanager
+    def _statistics_kept(self) -> Iterator[None]:
+        """For passes that look for a fault, and are not to count as passes."""
+        held = [(param, self.backend.to_host(param.master)) for layer in self.layers for param in layer.statistics()]
+        try:
+            yield
+        finally:
+            for param, values in held:
+                self.backend.from_host(values, param.master)
 
     def backward(self, start: int | None = None, end: int = 0) -> None:
         """Runs backward from layer `start` (the last by default) down to layer `end`, both included, skipping layers that need none.
@@ -367,11 +378,16 @@ class Net:
         return 1
 
     def first_nonfinite(self) -> str | None:
-        """Runs forward layer by layer; says which layer first had a parameter or a top with NaN or infinity."""
+        """Runs forward layer by layer; says which layer first had a parameter or a top with NaN or infinity. Changes no statistics."""
+        with self._statistics_kept():
+            return self._first_nonfinite()
+
+    def _first_nonfinite(self) -> str | None:
         self._count()
         for step in self.steps:
+            written = step.layer.statistics()  # by earlier passes: what is wrong in them is wrong elsewhere in this one too, or does not matter
             for index, param in enumerate(step.layer.params):
-                if not self.backend.all_finite(param.master):
+                if all(param is not other for other in written) and not self.backend.all_finite(param.master):
                     return f"layer '{step.layer.name}' ({step.layer.type}): its parameter {index} is not finite"
             if not step.node.forward_fused:
                 self.forward_step(step)
@@ -439,10 +455,18 @@ def _check_borrowed(node: Node, params: Sequence[Param]) -> None:
 
 
 def _other_shape(param: Param, info: ParamInfo) -> Param:
-    """A view of a shared parameter in another shape of the same count (share_mode: PERMISSIVE)."""
-    if not (c_order(param.shape) and c_order(info.spec.shape)):
+    """A view of a shared parameter in another shape of the same count (share_mode: PERMISSIVE), element by element in C order as in Caffe.
+
+    SpecError where one of the shapes lies channels last in memory, and the other not or with other channels: no view puts elements in another order.
+    """
+    shape = info.spec.shape
+    if not same_order(param.shape, shape):
         raise info.node.layer.fail(
-            f"cannot use parameter '{param.name}' of shape {param.shape} as {info.spec.shape}", "param", info.index, hint="give both layers one shape"
+            f"parameter '{info.share_name}' has the shape {param.shape} in layer '{info.owner.node.name}' and {shape} here, which share_mode: PERMISSIVE "
+            "allows here for weights of 1x1 or one channel, or where kernel_h and kernel_w alone differ: others lie channels last in memory",
+            "param",
+            info.index,
+            hint="give both layers one shape, or each a parameter of its own",
         )
-    data, diff, master = (a if a is None else a.reshape(info.spec.shape) for a in (param.data, param.diff, param.master))
-    return Param(param.name, info.spec.shape, param.dtype, data, diff, param.lr_mult, param.decay_mult, master=master, owner=param)
+    data, diff, master = (a if a is None else a.reshape(shape) for a in (param.data, param.diff, param.master))
+    return Param(param.name, shape, param.dtype, data, diff, param.lr_mult, param.decay_mult, master=master, owner=param)

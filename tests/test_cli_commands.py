@@ -311,7 +311,7 @@ def test_solver_mode_gpu_needs_a_decision(folder: Path, tmp_path: Path, capsys: 
     said(capsys, "train", "--solver", str(solver), "--iterations", "1", "--backend", "numpy")
     monkeypatch.setenv("CAFFELITE_BACKEND", "nmpy")
     _, err = said(capsys, "train", "--solver", str(solver), status=2)
-    assert "unknown backend 'nmpy' (asked for by the environment: CAFFELITE_BACKEND=nmpy)" in err
+    assert "CAFFELITE_BACKEND is 'nmpy' in the environment\n  did you mean 'numpy'? known ones: auto, numpy, onednn, cuda\n" in err
 
 
 def test_control_c_leaves_a_snapshot_and_status_0(folder: Path, tmp_path: Path) -> None:

@@ -78,3 +78,21 @@ def test_check_finds_images_of_several_sizes(tmp_path: Path, monkeypatch: pytest
     _, err = said(capsys, "check", "net.prototxt", status=2)
     assert "layer 'data': mixed: record '00000132': the images are not all of one size: 8x8 and 11x11 are among them (height x width)" in err
     assert "  give the layer a crop_size, or convert the images again with --resize" in err
+
+
+def test_records_class_by_class_are_told_when_converted_checked_and_trained_on(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = said(capsys, "convert", "imagefolder", "src", "db")
+    assert "\ndb: class by class; where it is to train a net, say shuffle: true in data_param, or convert with --shuffle\n" in out
+    assert "class by class" not in said(capsys, "convert", "imagefolder", "src", "mixed", "--shuffle")[0]
+    Path("one").mkdir()
+    Path("src/a").rename("one/a")
+    assert "class by class" not in said(capsys, "convert", "imagefolder", "one", "alone")[0]
+    text = """name: "n" layer { name: "data" type: "Data" top: "data" top: "label" data_param { source: "db" backend: LMDB batch_size: 2 } }
+    layer { name: "ip" type: "InnerProduct" bottom: "data" top: "ip" inner_product_param { num_output: 7 weight_filler { type: "xavier" } } }
+    layer { name: "loss" type: "SoftmaxWithLoss" bottom: "ip" bottom: "label" top: "loss" }"""
+    Path("solver.prototxt").write_text('net: "net.prototxt" base_lr: 1e-9 lr_policy: "fixed" max_iter: 1 snapshot_prefix: "out"')
+    for net, told in ((text, 1), (text.replace("batch_size: 2", "batch_size: 2 shuffle: true"), 0), (text.replace('"db"', '"alone"'), 0)):
+        Path("net.prototxt").write_text(net)
+        for command in (("check", "net.prototxt"), ("train", "--solver", "solver.prototxt", "--backend", "numpy")):
+            out, _ = said(capsys, *command)
+            assert out.count("warning: layer 'data': the records of db lie class by class") == told

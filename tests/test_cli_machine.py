@@ -15,7 +15,8 @@ import caffelite
 from caffelite import backends
 from caffelite.__main__ import main
 from caffelite.cli.train import apply_flags, build_parser
-from caffelite.errors import DataError
+from caffelite.errors import DataError, SpecError
+from caffelite.pycaffe.settings import new_backend, settings
 from caffelite.schema import solver_from_text
 from caffelite.solver.config import test_choices as choices_of_tests
 from caffelite.solver.config import train_choice
@@ -47,6 +48,38 @@ def test_the_backend_is_chosen_by_flag_or_environment(
         assert json.loads(said(capsys, *command, *flags, "--iterations", "1", "--json")[0])["backend"] == backend.name
     said(capsys, *_train(tmp_path), *flags)
     assert _start(tmp_path)["backend"] == backend.name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("CAFFELITE_BACKEND", "onednm", "did you mean 'onednn'? known ones: auto, numpy, onednn, cuda"),
+        ("CAFFELITE_CUDA_DRIVER", "Emulater", "did you mean 'emulator'? known ones: cupy, emulator"),
+        ("CAFFELITE_CUDA_DRIVER", "opencl", "known ones: cupy, emulator"),
+        ("CAFFELITE_CUDA_TUNE", "yes", "known ones: 0, 1"),
+        ("CAFFELITE_EMULATOR", "chek", "did you mean 'check'? known ones: fast, check"),
+        ("CAFFELITE_EMULATOR_ORDER", "rand", "did you mean 'random'? known ones: up, down, random, lifo"),
+        ("CAFFELITE_EMULATOR_MEMORY", "lots", "give a number of megabytes, such as 512"),
+        ("CAFFELITE_EMULATOR_MEMORY", "-1", "give a number of megabytes, such as 512"),
+    ],
+)
+def test_a_wrong_value_in_the_environment_is_a_wrong_command(
+    folder: Path, name: str, value: str, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name != "CAFFELITE_BACKEND":
+        monkeypatch.setenv("CAFFELITE_BACKEND", "cuda")
+        monkeypatch.setenv("CAFFELITE_CUDA_DRIVER", "emulator")
+    monkeypatch.setenv(name, value)
+    for command in COMMANDS.values():
+        out, err = said(capsys, *command, status=2)
+        assert (out, err) == ("", f"caffelite: error: {name} is '{value}' in the environment\n  {advice}\n")
+
+
+def test_pycaffe_tells_a_wrong_backend_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "gpu", None)
+    monkeypatch.setenv("CAFFELITE_BACKEND", "gpu")
+    with pytest.raises(SpecError, match="CAFFELITE_BACKEND is 'gpu' in the environment\n  known ones: auto, numpy, onednn, cuda"):
+        new_backend()
 
 
 def _train(folder: Path) -> tuple[str, ...]:
@@ -88,7 +121,7 @@ def test_a_gpu_that_is_not_there_is_never_replaced(
     monkeypatch.delenv("CAFFELITE_CUDA_DRIVER", raising=False)
     for flags in (["--gpu", "0"], ["-gpu=3"], ["--backend", "cuda"]):
         out, err = said(capsys, *command, *flags, status=1)
-        assert (out, "the cuda backend needs CuPy" in err, "pip install 'caffelite[cuda13]'" in err) == ("", True, True)
+        assert (out, "the cuda backend needs CuPy" in err, "in a clone of caffelite: pip install '.[cuda13]'" in err) == ("", True, True)
 
 
 def test_level_and_stages_are_the_training_nets() -> None:

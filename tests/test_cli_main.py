@@ -14,8 +14,8 @@ import caffelite
 import caffelite.__main__ as entry
 from caffelite.__main__ import main
 from caffelite.cli import COMMANDS, load_command
-from caffelite.cli.common import Parser, comma_list, nearest, normalise, one_of, table, whole_number
-from caffelite.errors import DataError, SpecError, Where
+from caffelite.cli.common import Parser, comma_list, megabytes, normalise, one_of, table, whole_number
+from caffelite.errors import DataError, SpecError, Where, nearest
 
 FLAGS = {
     "train": "--solver --weights --snapshot --gpu --iterations --level --stage --backend --precision --threads --log --metrics --sigint-effect --sighup-effect",
@@ -199,3 +199,11 @@ def test_a_required_flag_that_was_left_out_before_its_value(capsys: pytest.Captu
     ):
         assert main(argv) == 2
         assert capsys.readouterr().err.splitlines()[-1].strip() == hint
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0.0 MB"), (4, "4 bytes"), (102, "102 bytes"), (103, "0.1 KB"), (104_857, "102.4 KB"), (104_858, "0.1 MB"), (3 * 2**30, "3,072.0 MB")],
+)
+def test_sizes_for_people(count: int, text: str) -> None:
+    assert megabytes(count) == text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_harness import said, values
@@ -11,7 +12,10 @@ from data_samples import write_lmdb
 from test_solver_footprint import choices, write_solver
 
 from caffelite.backends.contract import Backend
+from caffelite.cli import out_of_memory
+from caffelite.cli.common import megabytes
 from caffelite.cli.out_of_memory import batches, cut, fitting_batch
+from caffelite.errors import OutOfMemoryError
 from caffelite.schema import net_from_text
 from caffelite.solver.footprint import footprint
 from caffelite.solver.snapshot import find_newest
@@ -47,9 +51,9 @@ def test_the_largest_batch_that_fits_is_found() -> None:
     assert needs[1] < needs[3] < needs[7]
     for batch in range(1, 7):
         last = max(b for b in range(8) if needs[b] <= needs[batch])
-        assert fitting_batch(nets, "float32", param, needs[batch]) == min(last, 6)
-        assert needs[fitting_batch(nets, "float32", param, needs[batch] - 1)] < needs[batch]
-    assert fitting_batch(nets, "float32", param, needs[1] - 1) == 0
+        assert fitting_batch(nets, "float32", param, needs[batch], needs[7]) == min(last, 6)
+        assert needs[fitting_batch(nets, "float32", param, needs[batch] - 1, needs[7])] < needs[batch]
+    assert fitting_batch(nets, "float32", param, needs[1] - 1, needs[7]) == 0
 
 
 def test_batches_are_cut_wherever_a_net_starts() -> None:
@@ -71,18 +75,36 @@ def test_it_says_what_is_needed_and_what_would_fit(cuda: Backend, monkeypatch: p
     assert room < whole
     limit(monkeypatch, room)
     param, nets = choices()
-    batch = fitting_batch(nets, "float32", param, room)
+    batch = fitting_batch(nets, "float32", param, room, whole)
     _, err = said(capsys, *TRAIN, status=1)
-    mb = [f"{count / 2**20:.1f} MB" for count in (whole, room)]
+    mb = [megabytes(count) for count in (whole, room)]
     error = err[err.index("caffelite: error") :]
     assert re.search(rf"out of memory on the emulated GPU: this run needs {mb[0]} in all; {mb[1]} of {mb[1]} are available\n", error)
     assert f"  batch_size {batch} fits" in error
     assert batch >= 2
     limit(monkeypatch, peak(precision="bfloat16"))
-    assert f"--precision bfloat16 needs {peak(precision='bfloat16') / 2**20:.1f} MB" in said(capsys, *TRAIN, status=1)[1]
+    assert f"--precision bfloat16 needs {megabytes(peak(precision='bfloat16'))}" in said(capsys, *TRAIN, status=1)[1]
     said(capsys, *TRAIN, "--precision", "bfloat16")
     limit(monkeypatch, 4096)
     assert "not even batch_size 1 fits" in said(capsys, *TRAIN, status=1)[1]
+
+
+def test_the_whole_run_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_solver("short", "", "")
+    param, nets = choices()
+    planned: list[int] = []
+
+    def counted(choices: Any, **options: Any) -> Any:
+        planned.append(batches(choices[0].spec))
+        return footprint(choices, **options)
+
+    room, total = peak(2), peak()
+    monkeypatch.setattr(out_of_memory, "footprint", counted)
+    error = OutOfMemoryError("the GPU", wanted=1, free=room, total=total, used=0)
+    with pytest.raises(OutOfMemoryError), out_of_memory.explained(lambda: nets, "bfloat16", param):
+        raise error
+    assert "batch_size" in str(error)
+    assert planned.count(7) == 1
 
 
 def test_time_and_test_say_it_too(cuda: Backend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +114,8 @@ def test_time_and_test_say_it_too(cuda: Backend, monkeypatch: pytest.MonkeyPatch
     test = ("test", "--model", "net.prototxt", "--weights", "out_iter_2.caffemodel")
     for command in (("time", "--solver", "solver.prototxt"), ("time", "--model", "net.prototxt"), test):
         _, err = said(capsys, *command, "--gpu", "0", status=1)
-        assert "out of memory on the emulated GPU: this run needs 0.1 MB in all; 0.0 MB of 0.0 MB are available" in err
+        assert "out of memory on the emulated GPU: this run needs " in err
+        assert "in all; 48.8 KB of 48.8 KB are available\n" in err
 
 
 def test_in_the_middle_of_a_run_the_last_snapshot_stays_whole(cuda: Backend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,9 +128,3 @@ def test_in_the_middle_of_a_run_the_last_snapshot_stays_whole(cuda: Backend, mon
     monkeypatch.delenv("CAFFELITE_EMULATOR_MEMORY")
     out, _ = said(capsys, *TRAIN, "--snapshot", "auto", "--iterations", "3")
     assert "done at iteration 3" in out
-
-
-def test_the_limit_is_a_number(cuda: Backend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    write_solver("short", "", "")
-    monkeypatch.setenv("CAFFELITE_EMULATOR_MEMORY", "lots")
-    assert "CAFFELITE_EMULATOR_MEMORY is 'lots'\n  give a number of megabytes" in said(capsys, *TRAIN, status=1)[1]

@@ -90,4 +90,4 @@ def test_runs_without_curves(runs: Path, name: str, status: int, message: str, c
 def test_without_matplotlib(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plot", "snaps"]) == 1
-    assert "plot needs matplotlib, which is not installed\n  pip install 'caffelite[plot]'" in capsys.readouterr().err
+    assert "plot needs matplotlib, which is not installed\n  in a clone of caffelite: pip install '.[plot]'" in capsys.readouterr().err

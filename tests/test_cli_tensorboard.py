@@ -72,4 +72,4 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.chdir(make_run(tmp_path))
     _, err = said(capsys, *TRAIN, "--backend", "numpy", "--tensorboard", "curves", status=1)
-    assert err == "caffelite: error: --tensorboard needs tensorboardX, which is not installed\n  pip install 'caffelite[tensorboard]'\n"
+    assert err == "caffelite: error: --tensorboard needs tensorboardX, which is not installed\n  in a clone of caffelite: pip install '.[tensorboard]'\n"

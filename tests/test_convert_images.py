@@ -184,7 +184,7 @@ def test_wrong_layouts_say_what_is_expected(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="found no images"):
         convert_dataset("imagefolder", tmp_path / "empty", tmp_path / "db")
-    with pytest.raises(DataError, match="no such file or folder"):
+    with pytest.raises(DataError, match=r"no such file or folder\n  is the path right, seen from /"):
         convert_dataset("imagefolder", tmp_path / "none", tmp_path / "db")
     with pytest.raises(SpecError, match="unknown kind"):
         convert_dataset("folder", tmp_path, tmp_path / "db")

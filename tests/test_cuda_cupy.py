@@ -17,8 +17,9 @@ from caffelite.backends.contract import Peaks
 from caffelite.backends.cuda import cupy_driver
 from caffelite.backends.cuda.array import DeviceArray
 from caffelite.backends.cuda.cupy_driver import CupyDriver
+from caffelite.backends.cuda.driver import choose
 from caffelite.backends.cuda.launch import Module
-from caffelite.errors import BackendError
+from caffelite.errors import BackendError, SpecError
 
 OPS, COPIES = 77, 78  # streams
 
@@ -182,7 +183,7 @@ def test_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CAFFELITE_CUDA_DRIVER", raising=False)
     message = refusal()
     assert message.startswith("the cuda backend needs CuPy, which does not load: ")
-    assert message.endswith("\n  install CuPy for your driver's CUDA: pip install 'caffelite[cuda13]' (or [cuda12])")
+    assert message.endswith("\n  install CuPy for your driver's CUDA, in a clone of caffelite: pip install '.[cuda13]' (or [cuda12])")
 
 
 def test_without_a_driver(cupy: Stand) -> None:
@@ -208,7 +209,9 @@ def test_the_architecture_is_the_devices_own(cupy: Stand, capability: tuple[int,
 
 def test_an_unknown_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAFFELITE_CUDA_DRIVER", "opencl")
-    assert refusal() == "CAFFELITE_CUDA_DRIVER is 'opencl'\n  known ones: cupy, emulator"
+    with pytest.raises(SpecError) as caught:
+        choose()
+    assert str(caught.value) == "CAFFELITE_CUDA_DRIVER is 'opencl' in the environment\n  known ones: cupy, emulator"
 
 
 def test_values_come_and_go(cupy: Stand) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +175,6 @@ def test_what_does_not_compile_is_shown(module: Module, tmp_path: Path) -> None:
         EmulatorDriver("fast").load(broken)
 
 
-def test_modes_and_orders_are_named() -> None:
-    with pytest.raises(BackendError, match="CAFFELITE_EMULATOR is 'slow'\n  known ones: fast, check"):
-        EmulatorDriver("slow")
-    with pytest.raises(BackendError, match="CAFFELITE_EMULATOR_ORDER is 'sideways'"):
-        EmulatorDriver("fast", "sideways")
-
-
 def test_there_is_one_emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAFFELITE_CUDA_DRIVER", "emulator")
     with pytest.raises(BackendError, match="there is no GPU 1: the emulator is GPU 0"):
@@ -202,6 +198,42 @@ def test_a_compiler_that_does_not_serve(compiler: str, message: str, module: Mod
             EmulatorDriver("fast").load(module)
     finally:
         _compiler.cache_clear()
+
+
+CLONE = """from pathlib import Path
+import caffelite
+from caffelite import backends
+assert Path(caffelite.__file__).is_relative_to(Path.cwd()), caffelite.__file__
+backend = backends.get("cuda")
+x, y = backend.empty((5,), "float32"), backend.empty((5,), "float32")
+backend.fill(x, -1.0)
+backend.tanh_forward(x, y)
+print(backend.to_host(y)[0])
+"""
+
+
+def test_clones_share_what_is_compiled(tmp_path: Path) -> None:
+    """And a clone whose kernels differ compiles them: its compiler here knows its name and nothing else."""
+    for clone in ("one", "two"):
+        shutil.copytree(Path(backends.__file__).parent.parent, tmp_path / clone / "caffelite", ignore=shutil.ignore_patterns("__pycache__"))
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\necho "must compile" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+
+    def run_clone(clone: str, compiler: str) -> subprocess.CompletedProcess[str]:
+        around = {"CXX": compiler, "CAFFELITE_CUDA_DRIVER": "emulator", "CAFFELITE_CACHE": str(tmp_path / "cache")}
+        around |= {"PYTHONPATH": str(tmp_path / clone), "CAFFELITE_DEBUG": ""}
+        return subprocess.run([sys.executable, "-c", CLONE], cwd=tmp_path / clone, env={**os.environ, **around}, capture_output=True, text=True, check=False)
+
+    assert "must compile" in run_clone("one", str(compiler)).stderr
+    want = run_clone("one", "g++").stdout
+    assert float(want) == pytest.approx(np.tanh(-1), abs=1e-6)
+    second = run_clone("two", str(compiler))
+    assert (second.returncode, second.stdout) == (0, want), second.stderr
+    kernel = tmp_path / "two" / "caffelite" / "backends" / "cuda" / "kernels" / "activations.cu"
+    kernel.write_text(kernel.read_text() + "// another text\n")
+    assert "must compile" in run_clone("two", str(compiler)).stderr
+    assert run_clone("one", str(compiler)).stdout == want
 
 
 def test_ctrl_c_is_not_for_the_compiler(module: Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

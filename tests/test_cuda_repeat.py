@@ -185,6 +185,31 @@ def test_a_label_out_of_range_is_told_by_its_layer(cuda: Any, seldom: None) -> N
     assert solver.iter == 6
 
 
+ROOTS = """
+  layer { name: "x" type: "Input" top: "x" top: "t" input_param { shape { dim: 7 dim: 5 } shape { dim: 7 dim: 5 } } }
+  layer { name: "bn" type: "BatchNorm" bottom: "x" top: "y" }
+  layer { name: "root" type: "Power" bottom: "y" top: "root" power_param { power: 0.5 } }
+  layer { name: "ip" type: "InnerProduct" bottom: "y" top: "z" inner_product_param { num_output: 5 weight_filler { type: "gaussian" std: 0.5 } } }
+  layer { name: "loss" type: "EuclideanLoss" bottom: "z" bottom: "t" top: "loss" }
+"""
+
+
+def test_a_display_of_a_nan_is_no_pass(cuda: Any, rng: np.random.Generator, seldom: None) -> None:
+    """The pass that is repeated to see whether a label is to blame leaves the sums of BatchNorm as they were."""
+    x, found = rng.normal(size=(7, 5)), {}
+    for display in (0, 1):
+        heard = Recorder()
+        solver = make_solver(f"{RATE} display: {display}", ROOTS, cuda, listeners=[heard])
+        cuda.from_host(x, solver.net.blobs["x"].data)
+        solver.step(3)
+        assert all(np.isnan(outputs[1].values).any() for _, _, _, outputs, _ in heard.named("display")), "root"
+        assert len(heard.named("display")) == 3 * display
+        found[display] = weights_of(solver)
+    assert found[1]["bn/2"] == pytest.approx(1 + 0.999 + 0.999**2)
+    for label, want in found[0].items():
+        np.testing.assert_array_equal(found[1][label], want, label)
+
+
 def test_a_label_out_of_range_in_a_test(cuda: Any) -> None:
     solver = make_solver(f"{RATE} test_interval: 1000 test_iter: 2 test_initialization: false", LABELS, cuda)
     for _ in range(3):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from caffelite.data.order import Order, permutation, words_at
+from caffelite.data.order import Order, class_by_class, permutation, words_at
 
 
 def test_words_do_not_depend_on_where_reading_began() -> None:
@@ -49,3 +49,20 @@ def test_any_batch_anywhere_is_a_part_of_the_whole() -> None:
 
 def test_without_shuffle_keys_follow_each_other() -> None:
     assert Order(5, False, 1, 2).numbers(3, 9) == [3, 4, 0, 1, 2, 3, 4, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "want"),
+    [
+        ([], False),
+        ([3], False),
+        ([3, 3, 3], False),
+        ([0, 0, 1, 1], True),
+        ([2, 0, 0, 1], True),
+        ([0, 1, 0], False),
+        ([0, 1, 2], True),
+        ([0, 0, 1, 2, 1], False),
+    ],
+)
+def test_records_that_lie_class_by_class(labels: list[int], want: bool) -> None:
+    assert class_by_class(labels) is want

@@ -193,3 +193,40 @@ def test_backend_left_out_reads_an_lmdb_but_leveldb_is_refused(tmp_path: Path) -
     with pytest.raises(SpecError, match=r"data_param\.backend: LevelDB") as caught:
         _ = source_of(path, backend=pb.DataParameter.LEVELDB).count
     assert "set backend: LMDB" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "batch", "shuffle", "noted"),
+    [
+        ([0] * 10 + [1] * 10, 4, False, True),
+        ([0] * 10 + [1] * 10, 4, True, False),
+        ([0] * 10 + [1] * 10, 11, False, False),  # the first batch has both
+        ([0] * 10 + [1] * 10 + [0] * 5, 4, False, False),
+        ([0, 1] * 10, 4, False, False),
+        ([7] * 20, 4, False, False),
+        ([number // 3 for number in range(600)], 3, False, True),  # so many classes that each record looked at has one of its own
+        (list(range(20)), 1, False, False),
+        ([0] * 5 + [1], 8, False, False),
+    ],
+)
+def test_batches_of_one_class_are_noted(tmp_path: Path, labels: list[int], batch: int, shuffle: bool, noted: bool) -> None:
+    image = np.zeros((1, 2, 2), np.uint8)
+    path = write_lmdb(tmp_path / "db", [raw(image, label) for label in labels])
+    source = source_of(path, batch, shuffle=shuffle)
+    note = source.order_note()
+    source.close()
+    assert (note is not None) == noted
+    if noted:
+        assert note == (
+            f"the records of {path} lie class by class, and so every batch is of one class or two: "
+            "add shuffle: true to data_param, or convert the images again with --shuffle"
+        )
+
+
+def test_a_record_that_cannot_be_read_is_not_noted_but_told_in_its_turn(tmp_path: Path) -> None:
+    good = raw(np.zeros((1, 2, 2), np.uint8))
+    source = source_of(write_lmdb(tmp_path / "db", [good, good, b"no Datum", good]), 4)
+    assert source.order_note() is None
+    with pytest.raises(DataError, match="record '00000002'"):
+        batches(source, 1)
+    source.close()

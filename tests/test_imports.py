@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "caffelite"
 # From the bottom up. A part may import parts of lower levels, and itself. Parts of one level do not know each other.
 LEVELS = [
     {"errors", "blob", "caffelite_pb2"},
-    {"files", "machine", "schema", "backends.contract"},
+    {"environment", "files", "machine", "schema", "backends.contract"},
     {"fillers", "splits", "data", "hdf5"},
     {"layer"},
     {"layers", "legality"},
@@ -122,13 +122,20 @@ def test_imports_run_one_way() -> None:
     assert not wrong
 
 
-def test_a_backend_knows_the_contract_errors_files_and_numpy_alone() -> None:
+def test_a_backend_knows_the_contract_environment_errors_files_and_numpy_alone() -> None:
     wrong = []
     for i in IMPORTS:
         folder = i.file.split("/")[1] if i.file.startswith("backends/") and i.file.count("/") > 1 else None
         if folder is None or i.outside in sys.stdlib_module_names | {"numpy", "ml_dtypes"}:
             continue
-        allowed = ["caffelite.backends.contract", "caffelite.errors", "caffelite.files", f"caffelite.backends.{folder}", "caffelite.backends.numpy"]
+        allowed = [
+            "caffelite.backends.contract",
+            "caffelite.environment",
+            "caffelite.errors",
+            "caffelite.files",
+            f"caffelite.backends.{folder}",
+            "caffelite.backends.numpy",
+        ]
         allowed += ["cupy"] if folder == "cuda" else []
         if not any(i.module == a or i.module.startswith(a + ".") for a in allowed):
             wrong.append(str(i))

@@ -16,6 +16,7 @@ from caffelite.net import Net
 from caffelite.schema import net_from_text, pb
 
 INPUT = 'layer { name: "in" type: "Input" top: "x" top: "t" input_param { shape { dim: 4 dim: 3 } } }\n'
+BN = 'layer { name: "bn" type: "BatchNorm" bottom: "x" top: "bn" }\n'
 
 
 def make(backend: Backend, text: str, phase: int = pb.TRAIN, **options) -> Net:
@@ -164,6 +165,48 @@ def test_a_permissive_use_in_another_shape(backend, x, t) -> None:
         close(host(net, net.learnable[0].diff), ((x * w - t) / 4 * x).sum(0, keepdims=True))
 
 
+SPATIAL = """layer { name: "in" type: "Input" top: "x" top: "t" input_param { shape { dim: 2 dim: 3 dim: 5 dim: 7 } shape { dim: 2 dim: 4 dim: 5 dim: 7 } } }
+layer { name: "a" type: "Convolution" bottom: "x" top: "a" param { %s } convolution_param { num_output: 4 kernel_size: 3 pad: 1 bias_term: false } }
+layer { name: "b" type: "Convolution" bottom: "x" top: "b" param { %s share_mode: PERMISSIVE }
+        convolution_param { num_output: 4 kernel_h: 1 kernel_w: 9 pad_w: 4 bias_term: false } }
+layer { name: "y" type: "Eltwise" bottom: "a" bottom: "b" top: "y" }
+"""
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_permissive_use_of_spatial_weights_keeps_the_order_of_caffe(backend, rng, precision: str) -> None:
+    x, t, w = rng.normal(size=(2, 3, 5, 7)), rng.normal(size=(2, 4, 5, 7)), rng.normal(size=(4, 3, 3, 3)).astype(np.float32)
+    shared, apart = (make(backend, SPATIAL % names + distance("y", "t"), precision=precision) for names in (("name: 'w'", "name: 'w'"), ("", "")))
+    backend.from_host(w, shared.learnable[0].master)
+    backend.from_host(w, apart.learnable[0].master)
+    backend.from_host(w.reshape(4, 3, 1, 9), apart.learnable[1].master)
+    for net in (shared, apart):
+        net.parameters_changed()
+        values(net, x=x, t=t)
+        step(net)
+    assert shared.params["b"][0].shape == (4, 3, 1, 9)
+    assert shared.loss() == pytest.approx(apart.loss(), rel=1e-6)
+    first, second = (host(apart, param.diff) for param in apart.learnable)
+    np.testing.assert_allclose(host(shared, shared.learnable[0].diff), first + second.reshape(w.shape), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["(2, 6, 3, 3)", "(4, 27)"])
+def test_a_permissive_use_that_would_reorder_is_refused(backend, shape: str) -> None:
+    first = "".join(SPATIAL.splitlines(keepends=True)[:2]) % "name: 'w'"
+    second = {
+        "(2, 6, 3, 3)": 'layer { name: "xx" type: "Concat" bottom: "x" bottom: "x" top: "xx" }\n'
+        'layer { name: "b" type: "Convolution" bottom: "xx" top: "b" param { name: "w" share_mode: PERMISSIVE } '
+        "convolution_param { num_output: 2 kernel_size: 3 bias_term: false } }\n",
+        "(4, 27)": 'layer { name: "m" type: "Input" top: "m" input_param { shape { dim: 2 dim: 27 } } }\n'
+        + inner("b", "m", 'param { name: "w" share_mode: PERMISSIVE }', outputs=4),
+    }[shape]
+    with pytest.raises(SpecError) as caught:
+        make(backend, first + second)
+    assert "net.prototxt:" in str(caught.value)
+    assert f"parameter 'w' has the shape (4, 3, 3, 3) in layer 'a' and {shape} here" in str(caught.value)
+    assert "one shape, or each a parameter of its own" in str(caught.value)
+
+
 def test_a_frozen_parameter_gets_no_gradient(backend, x, t) -> None:
     text = INPUT + inner("a", "x", 'param { name: "w" lr_mult: 0 }') + inner("b", "a") + inner("c", "b", 'param { name: "w" }') + distance("c", "t")
     net = make(backend, text)
@@ -175,9 +218,32 @@ def test_a_frozen_parameter_gets_no_gradient(backend, x, t) -> None:
     assert host(net, net.learnable[1].diff).any()
 
 
-# --- nets that share -----------------------------------------------------------------------------------------------------
+def test_looking_for_a_fault_leaves_statistics_alone(backend, x, t) -> None:
+    net = make(backend, INPUT + BN + inner("y", "bn") + distance("y", "t"))
+    values(net, x=x, t=t)
+    net.forward()
+    before = [host(net, param.master) for param in net.params["bn"]]
+    close(before[0], x.mean(0))
+    assert before[2] == [1]
+    net.recheck()
+    assert net.first_nonfinite() is None
+    values(net, x=np.where(np.arange(3) == 1, np.inf, x))
+    assert net.first_nonfinite() == "layer 'in' (Input): its top 'x' is not finite"
+    for param, want in zip(net.params["bn"], before):
+        np.testing.assert_array_equal(host(net, param.master), want)
 
-BN = 'layer { name: "bn" type: "BatchNorm" bottom: "x" top: "bn" }\n'
+
+@pytest.mark.parametrize("read", [False, True])
+def test_statistics_are_to_blame_only_where_they_are_read(backend, x, t, read: bool) -> None:
+    """Passes after the bad one may have spoilt those that are only written."""
+    extra = " batch_norm_param { use_global_stats: true } }" if read else " }"
+    net = make(backend, INPUT + BN.replace(" }", extra) + inner("y", "bn") + distance("y", "t"))
+    values(net, x=x, t=t)
+    backend.fill(net.params["bn"][1].master, float("nan"))
+    assert net.first_nonfinite() == ("layer 'bn' (BatchNorm): its parameter 1 is not finite" if read else None)
+
+
+# --- nets that share -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("observe", [False, True])

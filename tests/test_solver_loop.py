@@ -279,6 +279,15 @@ def test_the_first_layer_with_nan_is_named() -> None:
         solver.step(1)
 
 
+def test_after_a_bad_loss_the_data_stands_where_its_iteration_began() -> None:
+    solver = make_solver(f"{RATE} iter_size: 2", IMAGES)
+    solver.step(3)
+    solver.backend.fill(solver.net.params["ip"][1].master, float("nan"))
+    with pytest.raises(TrainingError, match="in iteration 3: layer 'ip'"):
+        solver.step(1)
+    assert (solver.iter, solver.net.data_layers[0].source.position) == (3, 3 * 2 * 16)
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     solver = linear_solver(f'{RATE} snapshot_prefix: "{tmp_path}/s"')
     solver.backend.fill(solver.net.params["ip"][1].master, float("inf"))

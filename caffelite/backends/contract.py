@@ -87,6 +87,14 @@ def c_order(shape: Ints) -> bool:
     return len(shape) != 4 or shape[1] == 1 or shape[2] * shape[3] == 1
 
 
+def same_order(shape: Ints, other: Ints) -> bool:
+    """Whether blobs of two shapes and one count put each element, counted in C order, at one place in memory.
+
+    Two spatial shapes do where just the last two axes are divided otherwise: both lie as (N, H W, C) in memory.
+    """
+    return (c_order(shape) and c_order(other)) or (len(shape) == len(other) == 4 and tuple(shape[:2]) == tuple(other[:2]))
+
+
 def is_usual(x: Array) -> bool:
     """x lies as strides_of says: channels last for 4 axes, C order otherwise."""
     return all(size == 1 or have == want for size, have, want in zip(x.shape, x.strides, strides_of(x.shape, x.itemsize)))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import os
 import re
 import sys
 import tempfile
@@ -12,7 +10,8 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from caffelite.errors import BackendError, CaffeliteError, SpecError, Where
+from caffelite import environment
+from caffelite.errors import BackendError, CaffeliteError, SpecError, Where, did_you_mean, nearest
 
 if TYPE_CHECKING:
     from caffelite.backends.contract import Backend
@@ -28,12 +27,6 @@ def normalise(argv: Iterable[str]) -> list[str]:
         match = FLAG.fullmatch(word)
         result.append(f"--{match[1].replace('_', '-')}{match[2] or ''}" if match else word)
     return result
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that a mistyped one is most like, or None."""
-    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
-    return near[0] if near else None
 
 
 class Parser(argparse.ArgumentParser):
@@ -167,7 +160,7 @@ def asks_for_gpu(args: argparse.Namespace) -> bool:
     """Whether the flags or CAFFELITE_BACKEND ask for the cuda backend. SpecError as for open_backend."""
     if args.gpu is not None:
         return _gpu_number(args) >= 0
-    return (args.backend or os.environ.get("CAFFELITE_BACKEND")) == "cuda"
+    return _named_backend(args) == "cuda"
 
 
 def _chosen_backend(args: argparse.Namespace, gpu_mode: Where | None, device: int) -> Backend:
@@ -175,20 +168,25 @@ def _chosen_backend(args: argparse.Namespace, gpu_mode: Where | None, device: in
 
     if args.gpu is not None:
         return backends.get("cuda", device=_gpu_number(args))
-    variable = os.environ.get("CAFFELITE_BACKEND")
-    name = args.backend or variable
+    name = _named_backend(args)
     if gpu_mode and not name:
         return _gpu_of_solver(gpu_mode, device)
     try:
-        if name and name not in ("auto", *backends.NAMES):
-            near = nearest(name, backends.NAMES)
-            known = f"known ones: auto, {', '.join(backends.NAMES)}"
-            raise SpecError(f"unknown backend '{name}'", hint=f"did you mean '{near}'? {known}" if near else known)
         return backends.get(name or "auto", threads=args.threads)
-    except CaffeliteError as error:
-        if not args.backend and variable:
-            error.message += f" (asked for by the environment: CAFFELITE_BACKEND={variable})"
+    except BackendError as error:
+        if name and not args.backend:
+            error.message += f" (asked for by the environment: {environment.BACKEND}={name})"
         raise
+
+
+def _named_backend(args: argparse.Namespace) -> str | None:
+    """The backend that --backend names, or else the environment. SpecError for one that does not exist."""
+    from caffelite import backends
+
+    known = ("auto", *backends.NAMES)
+    if args.backend and args.backend not in known:
+        raise SpecError(f"unknown backend '{args.backend}'", hint=did_you_mean(args.backend, known))
+    return args.backend or environment.one_of(environment.BACKEND, known)
 
 
 def _gpu_number(args: argparse.Namespace) -> int:
@@ -219,7 +217,7 @@ def report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("caffelite: interrupted", file=sys.stderr)
         return 130
-    if os.environ.get("CAFFELITE_DEBUG"):
+    if environment.text(environment.DEBUG):
         traceback.print_exception(type(error), error, error.__traceback__)
     known = _known(error)
     if known:
@@ -275,7 +273,9 @@ def number(value: float) -> str:
 
 
 def megabytes(count: float) -> str:
-    """Bytes as megabytes of 2^20, less than a tenth of one as kilobytes of 2^10."""
+    """Bytes as megabytes of 2^20, less than a tenth of one as kilobytes of 2^10, and less than a tenth of those as they are."""
+    if 0 < count < 2**10 / 10:
+        return f"{count:,.0f} bytes"
     return f"{count / 2**20:,.1f} MB" if count >= 2**20 / 10 or not count else f"{count / 2**10:,.1f} KB"
 
 

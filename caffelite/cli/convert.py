@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{database.path}: {database.count:,} records, sha256 {database.checksum}")
     if report.classes:
         print(f"{len(report.classes):,} classes: {listed(report.classes)}")
+    if sorted_ones := [database.path for database in report.databases if database.class_by_class]:
+        print(f"{' and '.join(sorted_ones)}: class by class; where it is to train a net, say shuffle: true in data_param, or convert with --shuffle")
     if len(report.sizes) > 1:
         print(f"caffelite: warning: {size_warning(report.sizes)}", file=sys.stderr)
     left_out = f", {len(report.bad):,} left out" if report.bad else ""

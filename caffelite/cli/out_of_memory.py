@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from caffelite.cli.common import megabytes
 from caffelite.errors import CaffeliteError, OutOfMemoryError
 from caffelite.schema import NetSpec, SolverSpec, pb
 from caffelite.solver.config import NetChoice, test_choices, train_choice
@@ -38,26 +39,23 @@ def with_snapshot(error: OutOfMemoryError, last: Path | None) -> None:
 
 def _explain(error: OutOfMemoryError, choices: Sequence[NetChoice], precision: str, param: pb.SolverParameter | None) -> None:
     room, needs = error.free + error.used, footprint(choices, precision=precision, param=param).peak
-    error.message = f"out of memory on {error.device}: this run needs {_mb(needs)} in all; {_mb(room)} of {_mb(error.total)} are available"
+    error.message = f"out of memory on {error.device}: this run needs {megabytes(needs)} in all; {megabytes(room)} of {megabytes(error.total)} are available"
     if needs <= room:
         error.hint = "other programs, or pieces in between, take up the rest: nvidia-smi shows who; or lower batch_size"
         return
     advice = []
-    if batch := fitting_batch(choices, precision, param, room):
+    if batch := fitting_batch(choices, precision, param, room, needs):
         advice.append(f"batch_size {batch} fits")
     if precision == "float32" and (smaller := footprint(choices, precision="bfloat16", param=param).peak) <= room:
-        advice.append(f"--precision bfloat16 needs {_mb(smaller)}")
+        advice.append(f"--precision bfloat16 needs {megabytes(smaller)}")
     error.hint = "; ".join(advice) or "not even batch_size 1 fits: use a smaller net, or a GPU with more memory"
 
 
-def _mb(count: int) -> str:
-    return f"{count / 2**20:,.1f} MB" if count < 100 * 2**20 else f"{count / 2**20:,.0f} MB"
-
-
-def fitting_batch(choices: Sequence[NetChoice], precision: str, param: pb.SolverParameter | None, room: int) -> int:
+def fitting_batch(choices: Sequence[NetChoice], precision: str, param: pb.SolverParameter | None, room: int, most: int) -> int:
     """The largest number that batch sizes may be cut down to so that `room` bytes do; 0 if there is none, or the net has no batch size to change.
 
-    Memory is nearly affine in it, so one guess is nearly right; what is returned has been planned and found to fit, and one more not to.
+    most: what the whole batches need, which is more than `room`. Memory is nearly affine in the batch, so one guess is nearly right; what is returned
+    has been planned and found to fit, and one more not to.
     """
 
     def needs(batch: int) -> int:
@@ -66,7 +64,7 @@ def fitting_batch(choices: Sequence[NetChoice], precision: str, param: pb.Solver
     fits, fails = 0, max(batches(choice.spec) for choice in choices)
     if fails <= 1:
         return 0
-    least, most = needs(1), needs(fails)
+    least = needs(1)
     guess = 1 + (room - least) * (fails - 1) // max(most - least, 1)
     while fails - fits > 1:
         guess = min(max(guess, fits + 1), fails - 1)

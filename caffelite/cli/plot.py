@@ -126,7 +126,7 @@ def draw(runs: Sequence[Run], out: Path, title: str | None = None) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise CaffeliteError("plot needs matplotlib, which is not installed", hint="pip install 'caffelite[plot]'") from error
+        raise CaffeliteError("plot needs matplotlib, which is not installed", hint="in a clone of caffelite: pip install '.[plot]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -24,7 +24,9 @@ class TensorBoardWriter(Listener):
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise CaffeliteError("--tensorboard needs tensorboardX, which is not installed", hint="pip install 'caffelite[tensorboard]'") from error
+            raise CaffeliteError(
+                "--tensorboard needs tensorboardX, which is not installed", hint="in a clone of caffelite: pip install '.[tensorboard]'"
+            ) from error
         self._open: Any = SummaryWriter
         self._folder = folder
         self._writer: Any = None

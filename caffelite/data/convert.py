@@ -18,6 +18,7 @@ from caffelite.data import importers
 from caffelite.data.decoding import Decoder, Failure, Record, Settings, raw_datum
 from caffelite.data.importers import Part, Plan
 from caffelite.data.lmdb_source import LONGEST_KEY, Database, Writer
+from caffelite.data.order import class_by_class
 from caffelite.errors import DataError, SpecError, Where
 from caffelite.files import sync_directory, write_atomically
 from caffelite.machine import processors
@@ -32,11 +33,15 @@ Progress = Callable[[int, int], object]
 
 @dataclass
 class DatabaseReport:
-    """One database: its folder, how many records, and the SHA-256 over all keys and values, as read back from disk."""
+    """One database: its folder, how many records, and the SHA-256 over all keys and values, as read back from disk.
+
+    class_by_class: all records of a class follow each other, and there are several classes of several.
+    """
 
     path: str
     count: int
     checksum: str
+    class_by_class: bool = False
 
 
 @dataclass
@@ -134,7 +139,7 @@ def _plan(kind: str, source: Path, root: Path | None, split: str | None) -> Plan
     if kind not in KINDS:
         raise SpecError(f"unknown kind of data set '{kind}'", hint=f"choose one of {', '.join(KINDS)}")
     if not source.exists():
-        raise DataError("no such file or folder", where=Where(str(source)))
+        raise DataError("no such file or folder", where=Where(str(source)), hint=f"is the path right, seen from {os.getcwd()}?")
     if kind == "list":
         plan = importers.image_list(source, root)
     else:
@@ -166,6 +171,11 @@ def _is_database(target: Path) -> bool:
 
 def _size(part: Part) -> int:
     return len(part.files) if part.pixels is None else len(part.pixels)
+
+
+def _class_by_class(part: Part) -> bool:
+    labels = [image.label for image in part.files] if part.labels is None else part.labels.tolist()
+    return len(labels) > len(set(labels)) and class_by_class(labels)
 
 
 def _write_names(destination: Path, plan: Plan, beside: bool) -> None:
@@ -206,7 +216,7 @@ class _Job:
             if count == 0:
                 raise DataError("there is no image to write", where=Where(str(target)))
             _verify(partial, count, digest.hexdigest(), target)
-        self.report.databases.append(DatabaseReport(str(target), count, digest.hexdigest()))
+        self.report.databases.append(DatabaseReport(str(target), count, digest.hexdigest(), self.rng is None and _class_by_class(part)))
 
     def _fill(self, writer: Writer, part: Part, digest: hashlib._Hash) -> int:
         batch: list[tuple[bytes, bytes]] = []

@@ -6,6 +6,8 @@ of NumPy's Philox 4x64-10 keyed with (seed, stream); the last counter word separ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,11 @@ def permutation(seed: int, stream: int, epoch: int, count: int) -> npt.NDArray[n
 
 def _philox(seed: int, stream: int, counter: list[int]) -> Any:
     return np.random.Philox(key=np.array([seed & _MASK, stream & _MASK], np.uint64), counter=np.array(counter, np.uint64))
+
+
+def class_by_class(labels: Sequence[int]) -> bool:
+    """Whether there are several classes and all records of each follow each other."""
+    return 1 < len(set(labels)) == sum(1 for _ in groupby(labels))
 
 
 class Order:

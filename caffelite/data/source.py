@@ -16,12 +16,12 @@ from caffelite.data.datum import DatumDecoder, placed, record_name
 from caffelite.data.filling import Batch, CachedFiller, Filler
 from caffelite.data.images import size_text
 from caffelite.data.lmdb_source import Database, data_file
-from caffelite.data.order import Order
+from caffelite.data.order import Order, class_by_class
 from caffelite.data.prefetch import Prefetcher
 from caffelite.data.raw import RawFeed, RawLayout
 from caffelite.data.transformer import Fail, Transformer
 from caffelite.errors import DataError, Where
-from caffelite.schema import pb
+from caffelite.schema import parse_datum, pb
 
 MOST_PREFETCH = 1000  # batches; each has memory of its own
 
@@ -117,6 +117,24 @@ class BatchSource:
                     hint = "give the layer a crop_size, or convert the images again with --resize"
                     found = DataError(f"the images are not all of one size: {sizes} are among them (height x width)", hint=hint)
                     raise self._at_source(placed(found, self.param.source, key))
+
+    def order_note(self, most: int = 64) -> str | None:
+        """What to say where batches would be of one class: the first one is, and among `most` records from all over the database the classes follow
+        each other. None where `shuffle` mixes them, and for a record that cannot be read, which is told when its turn comes. Errors as for `database`."""
+        first, step = range(min(self.count, max(self.param.batch_size, 2))), max(1, self.count // most)
+        try:
+            if self.param.shuffle or len(set(self._labels(first))) > 1 or not class_by_class(self._labels(range(0, self.count, step))):
+                return None
+        except DataError:
+            return None
+        return (
+            f"the records of {self.param.source} lie class by class, and so every batch is of one class or two: "
+            "add shuffle: true to data_param, or convert the images again with --shuffle"
+        )
+
+    def _labels(self, numbers: range) -> list[int]:
+        with closing(self.database.reader()) as reader:
+            return [parse_datum(bytes(value)).label for _, value in reader.read(numbers, ordered=numbers.step == 1)]
 
     def _first_pixels(self) -> npt.NDArray[Any]:
         with closing(self.database.reader()) as reader:

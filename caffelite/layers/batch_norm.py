@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from caffelite.backends.contract import Backend
-from caffelite.blob import Blob, Shape
+from caffelite.blob import Blob, Param, Shape
 from caffelite.layer import BOTTOM, SIGN, BufferSpec, ParamSpec, register
 from caffelite.layers.elementwise import Elementwise
 from caffelite.layers.scale import Scale
@@ -66,6 +66,9 @@ class BatchNorm(Elementwise):
         if not self.global_stats and self.scale is None:
             specs["normalised"] = BufferSpec(bottoms[0], dtypes[0])
         return specs
+
+    def statistics(self) -> Sequence[Param]:
+        return () if self.global_stats else self.params
 
     def backward_reads(self) -> frozenset[str]:
         if self.scale is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from caffelite import backends
+from caffelite import backends, environment
 from caffelite.backends.contract import Backend
 from caffelite.layer import known_types
 
@@ -57,9 +57,11 @@ def layer_type_list() -> list[str]:
 
 
 def new_backend() -> Backend:
-    """The backend of the next net. BackendError when it does not load."""
-    name = os.environ.get("CAFFELITE_BACKEND") or "auto"
-    if settings.gpu or (settings.gpu is None and name == "cuda"):
+    """The backend of the next net. BackendError when it does not load, SpecError where CAFFELITE_BACKEND names none."""
+    if settings.gpu:
+        return _gpu(settings.device)
+    name = environment.choice(environment.BACKEND, ("auto", *backends.NAMES))
+    if settings.gpu is None and name == "cuda":
         return _gpu(settings.device)
     return backends.get("auto" if name == "cuda" else name)
 

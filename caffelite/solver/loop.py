@@ -18,7 +18,7 @@ from caffelite.schema import SolverSpec, pb
 from caffelite.solver.config import check_solver
 from caffelite.solver.debug import backward_with_debug, forward_with_debug
 from caffelite.solver.iteration import MOST_UNREAD, Iteration
-from caffelite.solver.listeners import Listener, Output
+from caffelite.solver.listeners import DATA_LAYER, Listener, Output
 from caffelite.solver.nets import SolverNets
 from caffelite.solver.rates import RatePolicy
 from caffelite.solver.restore import cursors_of_tests, make_state, new_history, restore
@@ -130,6 +130,9 @@ class Solver:
             self.restore(resume)
         elif (p.snapshot or p.snapshot_after_train) and (other := self.snapshots.another_run()):
             self.tell(other, "solver.cpp", "W")
+        for layer in self.net.data_layers:
+            if len(layer.param.top) > 1 and (note := layer.source.order_note()):
+                self.tell(f"layer '{layer.name}': {note}", DATA_LAYER, "W")
         self._event("on_start", self)
         self.tell("Starting Optimization", "caffe.cpp")
         self.tell(f"Solving {self.net.name}", "solver.cpp")
@@ -294,11 +297,18 @@ class Solver:
         """Goes back to the iteration that has not been seen yet, whose weights are still there, and says what is wrong with it."""
         self.iter = self._unseen
         self._work.reset()
-        for layer in self.net.data_layers:
-            layer.source.seek(self._starts[0][layer.name])
+        positions = self._starts[0]
         self._starts.clear()
-        first = self._first_nonfinite() or "no layer shows it when the pass is repeated"
+        self._seek(positions)
+        try:
+            first = self._first_nonfinite() or "no layer shows it when the pass is repeated"
+        finally:
+            self._seek(positions)
         return TrainingError(f"the loss is {loss:g} in iteration {self.iter}: {first}", hint=self._advice())
+
+    def _seek(self, positions: Mapping[str, int]) -> None:
+        for layer in self.net.data_layers:
+            layer.source.seek(positions[layer.name])
 
     def _first_nonfinite(self) -> str | None:
         for part in range(self.param.iter_size):

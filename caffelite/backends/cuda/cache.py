@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from caffelite import environment
 from caffelite.errors import BackendError
 from caffelite.files import is_alive
 
@@ -22,7 +23,7 @@ LEFT_OVER = 600  # seconds: a folder may be shared with another machine, whose p
 
 def folder(kind: str) -> Path:
     """The folder for compiled programs of a kind, made at need. BackendError when it cannot be made."""
-    given = os.environ.get("CAFFELITE_CACHE")
+    given = environment.text(environment.CACHE)
     root = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caffelite"
     try:
         (root / kind).mkdir(parents=True, exist_ok=True)

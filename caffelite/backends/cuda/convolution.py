@@ -10,10 +10,10 @@ from caffelite.backends.cuda.activations import rectify
 from caffelite.backends.cuda.common import THREADS, blocks, cname
 from caffelite.backends.cuda.launch import Module, typed
 from caffelite.backends.cuda.scale_bias import ScaleBias
+from caffelite.backends.cuda.space import Space
 from caffelite.errors import BackendError
 
 MOST_AXES = 6
-ALIGN = 256
 SPACE = np.dtype(
     [
         *((name, np.int32) for name in ("axes", "images", "channels", "outputs", "group_channels", "group_outputs", "cells", "inside", "out_inside")),
@@ -102,10 +102,9 @@ class _Line:
     def __init__(self, ops: Convolution, x: Array, w: Array, y: Array, stride: Ints, pad: Ints, dilation: Ints, group: int) -> None:
         shapes = [_flat(array) for array in (x, w, y)]
         self.geometry = gemm.Geometry(shapes[0], shapes[1], shapes[2], (1, *stride), (0, *pad), (1, *dilation), group)
-        sizes = [-(-array.size * array.itemsize // ALIGN) * ALIGN for array in (x, w, y)]
-        buffer = ops.scratch(sum(sizes), "line")
-        starts = (0, sizes[0], sizes[0] + sizes[1])
-        self.x, self._w, self.y = (ops.part(buffer, start, shape, array.dtype) for start, shape, array in zip(starts, shapes, (x, w, y)))
+        arrays = dict(zip("xwy", (x, w, y)))
+        space = Space(ops, "line", **{name: array.size * array.itemsize for name, array in arrays.items()})
+        self.x, self._w, self.y = (space.part(name, array.dtype, shape) for (name, array), shape in zip(arrays.items(), shapes))
         self._ops = ops
 
     def given(self, array: Array) -> Array:

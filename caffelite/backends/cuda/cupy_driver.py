@@ -17,6 +17,7 @@ import numpy as np
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda import cache, nvrtc
 from caffelite.backends.cuda.array import DeviceArray
+from caffelite.backends.cuda.driver import refuse_while_capturing
 from caffelite.backends.cuda.launch import FOLDER, Module, digest
 from caffelite.backends.cuda.meter import Meter
 from caffelite.backends.cuda.peaks import Facts
@@ -31,7 +32,7 @@ ATTRIBUTES = (16, 13, 36, 37)
 # What cuModuleLoadData says where the machine code is not for this driver, or this device; anything else is the error of a kernel before.
 REFUSED = ("CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_NO_BINARY_FOR_GPU", "CUDA_ERROR_UNSUPPORTED")
 RESUME = "run again from the last snapshot; it is whole"
-INSTALL = "install CuPy for your driver's CUDA: pip install 'caffelite[cuda13]' (or [cuda12])"
+INSTALL = "install CuPy for your driver's CUDA, in a clone of caffelite: pip install '.[cuda13]' (or [cuda12])"
 
 
 class CupyDriver:
@@ -102,13 +103,13 @@ class CupyDriver:
             raise OutOfMemoryError(f"GPU {self.device}", wanted=nbytes, free=free, total=total, used=self.meter.used) from error
 
     def from_host(self, values: Any, x: Array) -> None:
-        self._not_while_capturing()
+        refuse_while_capturing(self)
         with self._reported():
             self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._stream)
         self.synchronize()  # `values` may go as soon as this returns
 
     def to_host(self, x: Array, into: Any = None) -> Any:
-        self._not_while_capturing()
+        refuse_while_capturing(self)
         held = x.host() if into is None else into
         with self._reported():
             self._runtime.memcpyAsync(held.ctypes.data, x.address, x.size * x.itemsize, TO_HOST, self._stream)
@@ -125,7 +126,7 @@ class CupyDriver:
         return np.asarray(memory)[:nbytes]
 
     def send(self, values: Any, x: Array) -> None:
-        self._not_while_capturing()
+        refuse_while_capturing(self)
         with self._reported():
             self._runtime.memcpyAsync(x.address, values.ctypes.data, x.size * x.itemsize, TO_DEVICE, self._stream)
 
@@ -182,12 +183,8 @@ class CupyDriver:
         with suppress(self._runtime.CUDARuntimeError):  # what went wrong before is what is to be told
             self._runtime.graphDestroy(self._runtime.streamEndCapture(self._stream))
 
-    def _not_while_capturing(self) -> None:
-        if self.capturing:
-            raise RuntimeError("an op that is recorded copies from or to the host, or waits")
-
     def synchronize(self) -> None:
-        self._not_while_capturing()
+        refuse_while_capturing(self)
         with self._reported():
             self._runtime.streamSynchronize(self._stream)
 

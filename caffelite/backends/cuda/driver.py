@@ -5,17 +5,16 @@ CAFFELITE_CUDA_DRIVER chooses: "cupy" (a GPU; the default) or "emulator" (the sa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from caffelite import environment
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.launch import Module
 from caffelite.backends.cuda.meter import Meter
 from caffelite.backends.cuda.peaks import Facts
 from caffelite.errors import BackendError
 
-ENVIRONMENT = "CAFFELITE_CUDA_DRIVER"
 DRIVERS = ("cupy", "emulator")
 
 
@@ -121,17 +120,20 @@ class Driver(Protocol):
         ...
 
 
+def refuse_while_capturing(driver: Driver) -> None:
+    """For what a record cannot hold."""
+    if driver.capturing:
+        raise RuntimeError("an op that is recorded copies from or to the host, or waits")
+
+
 def choose(device: int = 0) -> Driver:
-    """The driver that the environment names, on GPU number `device`. BackendError when it does not load."""
-    name = os.environ.get(ENVIRONMENT) or "cupy"
-    if name == "emulator":
+    """The driver that the environment names, on GPU number `device`. BackendError when it does not load, SpecError where there is none of that name."""
+    if environment.choice(environment.CUDA_DRIVER, DRIVERS) == "emulator":
         from caffelite.backends.cuda.emulator import EmulatorDriver
 
         if device:
             raise BackendError(f"there is no GPU {device}: the emulator is GPU 0", hint="choose 0, or unset CAFFELITE_CUDA_DRIVER")
         return EmulatorDriver()
-    if name == "cupy":
-        from caffelite.backends.cuda.cupy_driver import CupyDriver
+    from caffelite.backends.cuda.cupy_driver import CupyDriver
 
-        return CupyDriver(device)
-    raise BackendError(f"{ENVIRONMENT} is '{name}'", hint=f"known ones: {', '.join(DRIVERS)}")
+    return CupyDriver(device)

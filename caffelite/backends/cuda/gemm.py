@@ -12,11 +12,11 @@ from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.common import FLOAT32, THREADS, Base, blocks, cname
 from caffelite.backends.cuda.gemm_plan import EXACT, ITEM, Cut, candidates, exact, module_of
 from caffelite.backends.cuda.launch import Module, typed
+from caffelite.backends.cuda.space import Space
 
 GEMM = Module("gemm", ["gemm_forward", "gemm_data", "gemm_weights", "gemm_weights_finish", *typed("gemm_finish"), *typed("gemm_pack", "gemm_pad", arguments=2)])
 IMAGE_CHANNELS = 4  # at most so many channels are an image's, whose float32 products are added in Caffe's order
 VECTOR = 16  # bytes of a piece that tensor cores' operands are copied by
-ALIGN = 256
 
 _INTS = (
     "images height width channels group_channels out_height out_width outputs group_outputs kernel_h kernel_w stride_h stride_w "
@@ -223,23 +223,8 @@ class _Fit:
         return self.nbytes > 0
 
 
-class _Space:
-    """The scratch memory of one product, a part of so many bytes for each name: weights in another order or type, the bias in float32,
-    partial sums, operands with more channels."""
-
-    def __init__(self, ops: Base, **sizes: int) -> None:
-        self._ops, self._sizes, self._starts, end = ops, sizes, {}, 0
-        for name, size in sizes.items():
-            self._starts[name] = end
-            end += -(-size // ALIGN) * ALIGN
-        self._buffer = ops.scratch(end) if end else None
-
-    def part(self, name: str, dtype: Any) -> Array | None:
-        """The part of that name; None where it has no bytes."""
-        if not self._sizes[name]:
-            return None
-        kind = np.dtype(dtype)
-        return self._ops.part(self._buffer, self._starts[name], (self._sizes[name] // kind.itemsize,), kind)
+class _Space(Space):
+    """The scratch memory of one product: weights in another order or type, the bias in float32, partial sums, operands with more channels."""
 
     def floats(self, b: Array | None) -> Array | None:
         """b in float32."""

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from caffelite import environment
 from caffelite.backends.cuda import cache, gemm_plan
 from caffelite.backends.cuda.driver import Driver
 from caffelite.backends.cuda.gemm_plan import Cut
 from caffelite.backends.cuda.launch import digest
 from caffelite.errors import BackendError
 
-ENVIRONMENT = "CAFFELITE_CUDA_TUNE"
 TRIED, RUNS = 6, 3  # cuts, and timed runs of each, of which the fastest counts
 
 
@@ -29,7 +29,7 @@ class Tuner:
     """Picks cuts for one driver."""
 
     def __init__(self, driver: Driver) -> None:
-        self._driver, self.on = driver, os.environ.get(ENVIRONMENT, "") not in ("", "0")
+        self._driver, self.on = driver, environment.switch(environment.CUDA_TUNE)
         self._picked: dict[str, Cut] = {}
         self._table: dict[str, Any] | None = None
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import functools
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from caffelite import environment
 from caffelite.errors import BackendError
 
-HINT = "pip install 'caffelite[cuda13]' (or [cuda12], for a driver of CUDA 12) brings it; or name libnvrtc.so in CAFFELITE_NVRTC"
+HINT = "in a clone of caffelite: pip install '.[cuda13]' (or [cuda12], for a driver of CUDA 12); or name libnvrtc.so in CAFFELITE_NVRTC"
 ANY = 1 << 30
 
 
@@ -58,7 +58,7 @@ def _newer(newest: int) -> str:
 
 @functools.cache
 def _library(newest: int) -> Any:
-    given = os.environ.get("CAFFELITE_NVRTC")
+    given = environment.text(environment.NVRTC)
     errors = []
     for path in [given] if given else _candidates(newest):
         try:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
+from caffelite import environment
 from caffelite.errors import BackendError
 
 NAME = "libdnnl.so.3"
 WHEEL = "onednn-cpu-gomp"
-VARIABLE = "CAFFELITE_DNNL"
 SPINS = "GOMP_SPINCOUNT"
-INSTALL = f"install it with 'pip install {WHEEL}' (Linux, x86-64), or name a {NAME} in the environment variable {VARIABLE}, or use --backend numpy"
+INSTALL = f"install it with 'pip install {WHEEL}' (Linux, x86-64), or name a {NAME} in the environment variable {environment.DNNL}, or use --backend numpy"
 
 
 class Version(ctypes.Structure):
@@ -26,7 +26,7 @@ class Version(ctypes.Structure):
 
 def candidates() -> Iterator[str]:
     """Paths and names to try: the environment's choice alone if there is one, else the wheel's file, else the system's."""
-    chosen = os.environ.get(VARIABLE)
+    chosen = environment.text(environment.DNNL)
     if chosen:
         yield chosen
         return

@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from caffelite import environment
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.array import DeviceArray
+from caffelite.backends.cuda.driver import refuse_while_capturing
 from caffelite.backends.cuda.emulator.build import MODES, build
 from caffelite.backends.cuda.emulator.traffic import EmulatedEvent, Traffic
 from caffelite.backends.cuda.launch import Module
@@ -40,12 +42,9 @@ class EmulatorDriver:
 
     def __init__(self, mode: str | None = None, order: str | None = None) -> None:
         self._tape: list[Callable[[], None]] | None = None
-        self.mode = mode or os.environ.get("CAFFELITE_EMULATOR") or "fast"
-        self.order = order or os.environ.get("CAFFELITE_EMULATOR_ORDER") or "up"
-        for name, value, known in (("CAFFELITE_EMULATOR", self.mode, tuple(MODES)), ("CAFFELITE_EMULATOR_ORDER", self.order, ORDERS)):
-            if value not in known:
-                raise BackendError(f"{name} is '{value}'", hint=f"known ones: {', '.join(known)}")
-        self._traffic, self.meter, self.limit = Traffic(), Meter(), _limit()
+        self.mode = mode or environment.choice(environment.EMULATOR, tuple(MODES))
+        self.order = order or environment.choice(environment.EMULATOR_ORDER, ORDERS)
+        self._traffic, self.meter, self.limit = Traffic(), Meter(), environment.megabytes(environment.EMULATOR_MEMORY)
         self.tell: Callable[[str], object] = lambda stem: None
 
     @property
@@ -80,12 +79,12 @@ class EmulatorDriver:
         return DeviceArray(self.meter.hold(memory, nbytes), address + -address % ALIGN, (nbytes,), (1,), np.dtype(np.uint8))
 
     def from_host(self, values: Any, x: Array) -> None:
-        self._not_while_capturing()
+        refuse_while_capturing(self)
         self._traffic.touch([_span(x)])
         ctypes.memmove(x.address, values.ctypes.data, x.size * x.itemsize)
 
     def to_host(self, x: Array, into: Any = None) -> Any:
-        self._not_while_capturing()
+        refuse_while_capturing(self)
         self._traffic.touch([_span(x)])
         held = x.host() if into is None else into
         ctypes.memmove(held.ctypes.data, x.address, x.size * x.itemsize)
@@ -100,7 +99,7 @@ class EmulatorDriver:
         self._traffic.touch(spans)
 
     def send(self, values: Any, x: Array) -> None:
-        self._not_while_capturing()
+        refuse_while_capturing(self)
         self._traffic.send(values, _span(x))
 
     def event(self) -> EmulatedEvent:
@@ -121,7 +120,7 @@ class EmulatorDriver:
 
     def synchronize(self) -> None:
         """Every kernel has finished when its launch returns."""
-        self._not_while_capturing()
+        refuse_while_capturing(self)
         self._traffic.finish()
 
     def mark(self) -> Any:
@@ -133,10 +132,6 @@ class EmulatorDriver:
     def facts(self) -> Facts | None:
         return None
 
-    def _not_while_capturing(self) -> None:
-        if self.capturing:
-            raise RuntimeError("an op that is recorded copies from or to the host, or waits")
-
 
 class EmulatedRecord:
     """Launches as functions without arguments."""
@@ -147,16 +142,6 @@ class EmulatedRecord:
     def play(self) -> None:
         for action in self._actions:
             action()
-
-
-def _limit() -> int | None:
-    """Bytes of memory that CAFFELITE_EMULATOR_MEMORY allows; None where it is not set."""
-    text = os.environ.get("CAFFELITE_EMULATOR_MEMORY")
-    if not text:
-        return None
-    if not re.fullmatch(r"\d+(\.\d+)?", text):
-        raise BackendError(f"CAFFELITE_EMULATOR_MEMORY is '{text}'", hint="give a number of megabytes")
-    return int(float(text) * 2**20)
 
 
 class _Kernel(ctypes.Structure):

@@ -304,11 +304,19 @@ def test_published_without_multipliers(model: str) -> None:
     assert all(not layer.param for layer in read_net(ROOT / "models" / model / "train_val.prototxt").param.layer)
 
 
-@pytest.mark.parametrize(("model", "scores"), [("alexnet9", "fc9"), ("squeezenet", "conv10"), ("vgg16", "fc8")])
-def test_weights_start_by_the_rule_of_he_and_scores_small(model: str, scores: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "small"),
+    [
+        ("alexnet9", {"fc7": 0.005, "fc8": 0.005, "fc9": 0.01}),
+        ("squeezenet", {"conv10": 0.01}),
+        ("vgg16", {"fc6": 0.01, "fc7": 0.01, "fc8": 0.01}),
+    ],
+)
+def test_weights_start_by_the_rule_of_he_or_small(model: str, small: dict[str, float]) -> None:
     for layer in _weighted(model):
         filler = (layer.convolution_param if layer.type == "Convolution" else layer.inner_product_param).weight_filler
-        assert (filler.type, filler.std) == (("gaussian", pytest.approx(0.01)) if layer.name == scores else ("msra", 1)), layer.name
+        assert filler.type == ("gaussian" if layer.name in small else "msra"), layer.name
+        assert filler.std == pytest.approx(small.get(layer.name, 1)), layer.name
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -300,7 +300,7 @@ def test_alexnet_fillers() -> None:
 
 
 @pytest.mark.parametrize("model", ["resnet18", "squeezenet"])
-def test_published_without_multipliers(model: str) -> None:
+def test_all_blobs_learn_and_decay_alike(model: str) -> None:
     assert all(not layer.param for layer in read_net(ROOT / "models" / model / "train_val.prototxt").param.layer)
 
 

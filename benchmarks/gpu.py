@@ -1,8 +1,9 @@
-"""Everything to be known of a GPU, in three runs of nine minutes: does it compute correctly, how fast is it, and does it hold.
+"""Everything to be known of a GPU, in four runs of nine minutes: does it compute correctly, how fast is it, and does it hold.
 
     python benchmarks/gpu.py OUT_FOLDER --call 1      # every test of the backend; first step times
     python benchmarks/gpu.py OUT_FOLDER --call 2      # step times beside PyTorch's, training from a database, layers, tiles
     python benchmarks/gpu.py OUT_FOLDER --call 3      # trainings killed and resumed, the sanitizer, more compiled PyTorch
+    python benchmarks/gpu.py OUT_FOLDER --call 4      # step times, layers and tiles of VGG-16, ResNet-18, SqueezeNet and the AlexNet for 64x64
     python benchmarks/gpu.py OUT_FOLDER --dry-run     # all parts, tiny, on the emulator and PyTorch's CPU build: tries the scripts themselves
 
 Each part has a share of --minutes; what one does not use the later ones have. A part writes OUT_FOLDER/<part>.log, whatever becomes of it, the
@@ -39,6 +40,9 @@ IMPORTS = {  # what has to be imported, and the package that has it
 }
 LEAST_SECONDS = 5.0
 SHOWN = 40  # lines of each log
+# Nets and batches whose steps are timed.
+NETS = ("nin_crop48:128", "alexnet:256", "nin_crop48:512", "nin:128", "nin:512", "nin_quick:128", "lenet:64")
+MORE_NETS = ("vgg16:128", "resnet18:128", "alexnet9:128", "resnet18:256", "vgg16:256", "alexnet9:256", "squeezenet:128")
 SANITIZED = ("test_op_memory", *FIRST[:2], "test_op_pooling", "test_op_lrn", "test_op_batch_norm", "test_op_losses", "test_op_activations", "test_op_transform")
 
 
@@ -59,7 +63,7 @@ def parts(out: str) -> Iterator[Part]:
     yield Part("tests", 1, 360, ("gpu_tests.py", "--minutes", "MINUTES", "--out", f"{out}/tests"))
     first = ("--nets", "nin_crop48:128", "alexnet:256", "--rounds", "3", "--modes", *quick)
     yield Part("first_steps", 1, 140, ("gpu_step.py", "--minutes", "MINUTES", "--out", f"{out}/first_steps", *first))
-    yield Part("steps", 2, 220, ("gpu_step.py", "--minutes", "MINUTES", "--out", f"{out}/steps", "--rounds", "4", "--modes", *quick))
+    yield Part("steps", 2, 220, ("gpu_step.py", "--minutes", "MINUTES", "--out", f"{out}/steps", "--nets", *NETS, "--rounds", "4", "--modes", *quick))
     yield Part("rate", 2, 90, ("gpu_rate.py", "--seconds", "5"))
     yield Part("layers", 2, 60, ("gpu_layers.py", "--out", f"{out}/layers"))
     yield Part("tiles", 2, 40, ("gpu_tiles.py",))
@@ -72,6 +76,12 @@ def parts(out: str) -> Iterator[Part]:
         yield Part(tool, 3, seconds, ("gpu_tests.py", "--minutes", "MINUTES", "--out", f"{out}/{tool}", "--prefix", prefix, *SANITIZED))
     rest = ("--nets", "alexnet:256", "nin_crop48:512", "nin:128", "nin_quick:128", "--rounds", "3", "--modes", *slow)
     yield Part("compiled_rest", 3, 130, ("gpu_step.py", "--minutes", "MINUTES", "--out", f"{out}/compiled_rest", *rest))
+    more = ("--nets", *MORE_NETS, "--rounds", "4", "--modes", *quick)
+    yield Part("more_steps", 4, 240, ("gpu_step.py", "--minutes", "MINUTES", "--out", f"{out}/more_steps", *more))
+    yield Part("more_layers", 4, 60, ("gpu_layers.py", "--out", f"{out}/layers", "--nets", *MORE_NETS[:3]))
+    yield Part("more_tiles", 4, 40, ("gpu_tiles.py", "--nets", *MORE_NETS[:3]))
+    more = ("--nets", *MORE_NETS[:3], "--rounds", "3", "--modes", *slow)
+    yield Part("more_compiled", 4, 160, ("gpu_step.py", "--minutes", "MINUTES", "--out", f"{out}/more_compiled", *more))
 
 
 SHRUNK = {  # flags that come last, and so win, in a dry run
@@ -85,6 +95,10 @@ SHRUNK = {  # flags that come last, and so win, in a dry run
     "training": ("--net", "nin_quick", "--iterations", "12", "--batch", "2", "--images", "40", "--loss-may-rise"),
     "training_quick": ("--net", "nin_quick", "--iterations", "12", "--batch", "1", "--images", "40", "--precision", "tf32", "--loss-may-rise"),
     "compiled_rest": ("--dry-run", "--modes", "compile-tf32"),
+    "more_steps": ("--dry-run", "--modes", "float32"),
+    "more_layers": ("--nets", "lenet:2", "--iterations", "1"),
+    "more_tiles": ("--nets", "lenet:2"),
+    "more_compiled": ("--dry-run", "--modes", "compile-bfloat16"),
 }
 
 
@@ -151,13 +165,13 @@ def run_all(todo: Sequence[Part], out: Path, minutes: float) -> list[str]:
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the results")
-    parser.add_argument("--call", type=int, choices=(1, 2, 3), help="the parts of this call (default: all)")
+    parser.add_argument("--call", type=int, choices=(1, 2, 3, 4), help="the parts of this call (default: all)")
     parser.add_argument("--only", nargs="+", choices=[part.name for part in parts("")], help="these parts alone")
-    parser.add_argument("--minutes", type=float, help="for all parts together (default: 9, or 27 without --call)")
+    parser.add_argument("--minutes", type=float, help="for all parts together (default: 9, or 36 without --call)")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the emulator")
     args = parser.parse_args(words)
     args.out = args.out.resolve()
-    args.minutes = args.minutes or (9 if args.call or args.only else 27)
+    args.minutes = args.minutes or (9 if args.call or args.only else 36)
     return args
 
 

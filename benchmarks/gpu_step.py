@@ -27,10 +27,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
 
+import gpu
 from nets import NETS
 from surroundings import ROOT, environment
 
-DEFAULT_NETS = ("nin_crop48:128", "alexnet:256", "nin_crop48:512", "nin:128", "nin:512", "nin_quick:128", "lenet:64")
+DEFAULT_NETS = (*gpu.NETS, *gpu.MORE_NETS)
 OURS = ("bfloat16", "tf32", "float32")
 EAGER, COMPILED = ("eager-bfloat16", "eager-tf32", "eager-float32"), ("compile-bfloat16", "compile-tf32", "compile-float32")
 MODES = (*OURS, *EAGER, *COMPILED)

@@ -24,6 +24,10 @@ NETS = {  # folders of models/
     "alexnet": Images(3, 227, 1000),
     "nin_quick": Images(3, 48, 20),
     "lenet": Images(1, 28, 10),
+    "vgg16": Images(3, 64, 200),
+    "resnet18": Images(3, 64, 200),
+    "alexnet9": Images(3, 64, 200),
+    "squeezenet": Images(3, 64, 200),
 }
 
 

@@ -48,14 +48,102 @@ def alexnet(classes: int) -> nn.Module:
         *conv(384, 384, 3, 1, 1, 2),
         *conv(384, 256, 3, 1, 1, 2),
         nn.MaxPool2d(3, 2, ceil_mode=True),
+        *hidden_layers(256 * 6 * 6, classes),
+    )
+
+
+def hidden_layers(inputs: int, classes: int) -> list[nn.Module]:
+    """The end of AlexNet and VGG: two inner products with ReLU and Dropout, and the scores."""
+    ends = [nn.Linear(inputs, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5)]
+    return [nn.Flatten(), *ends, nn.Linear(4096, classes)]
+
+
+def alexnet9(classes: int) -> nn.Module:
+    """AlexNet with six convolutions, all of 3x3, for images of 64x64."""
+    return nn.Sequential(
+        *conv(3, 96, 3, 1),
+        nn.LocalResponseNorm(5, 1e-4, 0.75, 1.0),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        *conv(96, 256, 3, 1),
+        nn.LocalResponseNorm(5, 1e-4, 0.75, 1.0),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        *conv(256, 384, 3, 1),
+        *conv(384, 384, 3, 1),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        *conv(384, 256, 3, 1),
+        *conv(256, 256, 3, 1),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        *hidden_layers(256 * 4 * 4, classes),
+    )
+
+
+def vgg16(classes: int) -> nn.Module:
+    """VGG-16 for images of 64x64, of which five poolings leave 2x2."""
+    layers: list[nn.Module] = []
+    inputs = 3
+    for count, outputs in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
+        for _ in range(count):
+            layers += conv(inputs, outputs, 3, 1)
+            inputs = outputs
+        layers.append(nn.MaxPool2d(2, 2, ceil_mode=True))
+    return nn.Sequential(*layers, *hidden_layers(512 * 2 * 2, classes))
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions with BatchNorm, and what goes in added to what comes out; by way of a 1x1 convolution where the shapes differ."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.side = nn.Sequential(*normed(inputs, outputs, 1, 0, stride)[:2]) if stride > 1 else nn.Identity()
+        self.main = nn.Sequential(*normed(inputs, outputs, 3, 1, stride), *normed(outputs, outputs, 3, 1)[:2])
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(self.side(x) + self.main(x))
+
+
+def resnet18(classes: int) -> nn.Module:
+    """ResNet-18; its first pooling rounds up instead of padding."""
+    layers: list[nn.Module] = [*normed(3, 64, 7, 3, 2), nn.MaxPool2d(3, 2, ceil_mode=True)]
+    inputs = 64
+    for outputs in (64, 128, 256, 512):
+        layers += [Residual(inputs, outputs, 1 if inputs == outputs else 2), Residual(outputs, outputs, 1)]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+
+
+class Fire(nn.Module):
+    """A 1x1 convolution, and on its output one of 1x1 and one of 3x3, whose outputs are joined."""
+
+    def __init__(self, inputs: int, squeezed: int, expanded: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Sequential(*conv(inputs, squeezed, 1))
+        self.expand1, self.expand3 = nn.Sequential(*conv(squeezed, expanded, 1)), nn.Sequential(*conv(squeezed, expanded, 3, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.squeeze(x)
+        return torch.cat([self.expand1(x), self.expand3(x)], 1)
+
+
+def squeezenet(classes: int) -> nn.Module:
+    """SqueezeNet v1.1."""
+    return nn.Sequential(
+        *conv(3, 64, 3, 0, 2),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        Fire(64, 16, 64),
+        Fire(128, 16, 64),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        Fire(128, 32, 128),
+        Fire(256, 32, 128),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        Fire(256, 48, 192),
+        Fire(384, 48, 192),
+        Fire(384, 64, 256),
+        Fire(512, 64, 256),
+        nn.Dropout(0.5),
+        *conv(512, classes, 1),
+        nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(256 * 6 * 6, 4096),
-        nn.ReLU(inplace=True),
-        nn.Dropout(0.5),
-        nn.Linear(4096, 4096),
-        nn.ReLU(inplace=True),
-        nn.Dropout(0.5),
-        nn.Linear(4096, classes),
     )
 
 
@@ -77,9 +165,9 @@ def nin_quick(classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def normed(inputs: int, outputs: int, kernel: int, pad: int = 0) -> list[nn.Module]:
+def normed(inputs: int, outputs: int, kernel: int, pad: int = 0, stride: int = 1) -> list[nn.Module]:
     """A convolution without a bias, BatchNorm with its scale and bias, and ReLU."""
-    layer = nn.Conv2d(inputs, outputs, kernel, 1, pad, bias=False)
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, pad, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
     return [layer, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
@@ -98,7 +186,17 @@ def lenet(classes: int) -> nn.Module:
     )
 
 
-MAKERS = {"nin": nin, "nin_crop48": nin, "alexnet": alexnet, "nin_quick": nin_quick, "lenet": lenet}  # by folder of models/
+MAKERS = {  # by folder of models/
+    "nin": nin,
+    "nin_crop48": nin,
+    "alexnet": alexnet,
+    "nin_quick": nin_quick,
+    "lenet": lenet,
+    "vgg16": vgg16,
+    "resnet18": resnet18,
+    "alexnet9": alexnet9,
+    "squeezenet": squeezenet,
+}
 
 
 def optimizer(net: nn.Module, rate: float, **options: bool) -> torch.optim.SGD:

@@ -26,8 +26,8 @@ class BlobInfo:
     name: str
     shape: Shape
     dtype: str
-    writers: list[Node] = field(default_factory=list)
-    readers: list[Node] = field(default_factory=list)
+    writers: list[Node] = field(default_factory=list, repr=False)  # not printed: they would print the rest of the graph, by every path
+    readers: list[Node] = field(default_factory=list, repr=False)
     data_of: BlobInfo | None = None  # lies in another blob's memory (a Split's tops)
     diff_of: BlobInfo | None = None  # its gradient lies where another blob's does
     persistent: bool = False  # keeps its contents between iterations
@@ -52,7 +52,7 @@ class BlobInfo:
 class ParamInfo:
     """A parameter blob of one node; `owner` is itself, or the first user of the same share name."""
 
-    node: Node
+    node: Node = field(repr=False)
     index: int
     spec: ParamSpec
     share_name: str

@@ -296,3 +296,13 @@ def test_losses_without_tops_have_blobs_of_their_own() -> None:
     assert [n.tops[0].name for n in built.nodes if n.layer.is_loss] == ["(automatic)", "(automatic)_1", "(automatic)_2"]
     assert built.outputs == ["t"]
     assert all(built.blobs[n.tops[0].name].persistent for n in built.nodes if n.layer.is_loss)
+
+
+def test_what_is_printed_of_a_graph_grows_with_its_layers() -> None:
+    """Not with the paths through it, of which each sum makes twice as many."""
+
+    def length(sums: int) -> int:
+        text = conv("b0", "x") + "".join(layer("Eltwise", f"b{i + 1}", f"b{i} x", f"b{i + 1}") for i in range(sums))
+        return len(repr(graph(INPUT + text)))
+
+    assert length(6) < 2.5 * length(3)

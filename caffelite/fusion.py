@@ -12,10 +12,11 @@ from caffelite.layer import SIGN, TOP
 from caffelite.layers.batch_norm import BatchNorm
 from caffelite.layers.scale import Scale
 from caffelite.schema import pb
+from caffelite.sharing import share
 
 
 def fuse(graph: Graph) -> None:
-    """Marks all fusions of `graph`."""
+    """Marks all fusions of `graph`, and lays blobs inside others where that saves a copy."""
     for node in graph.nodes:
         if isinstance(node.layer, BatchNorm):
             _fuse_batch_norm(graph, node, node.layer)
@@ -24,6 +25,7 @@ def fuse(graph: Graph) -> None:
     for node in graph.nodes:
         if _is_relu(node) and not node.backward_fused and node.in_place() and node.needs_backward and node.propagate_down[0]:
             _fuse_relu_backward(node)
+    share(graph)
 
 
 def _is_relu(node: Node) -> bool:
@@ -100,7 +102,7 @@ def _keep_bottom(graph: Graph, node: Node) -> bool:
     writers = blob.writers[:start]
     if any(writer.layer.is_source for writer in writers):
         return False
-    kept = BlobInfo(f"{blob.name} before {node.name}", blob.shape, blob.dtype, writers, [node], diff_of=blob)
+    kept = BlobInfo(f"{blob.name} before {node.name}", blob.shape, blob.dtype, writers, [node], diff_of=blob, called=blob.label)
     graph.blobs[kept.name] = kept
     blob.writers = blob.writers[start:]
     for writer in writers:

@@ -120,7 +120,7 @@ def _diff_regions(graph: Graph, steps: dict[int, int], end: int) -> Iterable[Reg
             continue
         weighted = any(w for node in blob.writers for top, w in zip(node.tops, node.loss_weights) if top is blob)
         writers = [node for node in blob.writers if node.needs_backward]
-        givers = [node for node in blob.readers if node.needs_backward and _gives(node, blob)]
+        givers = [node for node in blob.readers if node.needs_backward and gives(node, blob)]
         if not (weighted or writers or givers):
             continue
         times = [end - 1 - steps[id(node)] for node in [*writers, *givers, *lodgers.get(id(blob), [])]]
@@ -129,7 +129,8 @@ def _diff_regions(graph: Graph, steps: dict[int, int], end: int) -> Iterable[Reg
         yield Region(("diff", blob.name), blob.shape, blob.dtype, min(times, default=0), max(times, default=end), keep)
 
 
-def _gives(node: Node, blob: BlobInfo) -> bool:
+def gives(node: Node, blob: BlobInfo) -> bool:
+    """Whether the node's backward is asked for the gradient of `blob`, a bottom."""
     return any(b is blob and flag for b, flag in zip(node.bottoms, node.propagate_down))
 
 

@@ -1,8 +1,9 @@
 """Fusions: layers whose work another layer's op does on its way, so that a blob is read and written fewer times.
 
-Only in-place layers are fused away: every blob then still holds what the file says when the pass has gone by, and a net made to be observed
-is not fused at all. Marks are left in Node.forward_fused and Node.backward_fused, and in the layers that take the work over. To be called
-once, on a graph that is legal, before memory is planned: it changes what layers read in backward.
+In-place layers are fused away, so that every blob still holds what the file says when the pass has gone by; and an LRN whose top max pooling
+alone takes, on backends whose pooling had better do it: that top then lies nowhere (BlobInfo.absent). A net made to be observed is not fused at
+all. Marks are left in Node.forward_fused and Node.backward_fused, and in the layers that take the work over. To be called once, on a graph that
+is legal, before memory is planned: it changes what layers read in backward.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from __future__ import annotations
 from caffelite.graph import BlobInfo, Graph, Node
 from caffelite.layer import SIGN, TOP
 from caffelite.layers.batch_norm import BatchNorm
+from caffelite.layers.lrn import LRN
+from caffelite.layers.pooling import Pooling
 from caffelite.layers.scale import Scale
 from caffelite.schema import pb
 from caffelite.sharing import share
 
 
-def fuse(graph: Graph) -> None:
-    """Marks all fusions of `graph`, and lays blobs inside others where that saves a copy."""
+def fuse(graph: Graph, *, pools_along: bool = False) -> None:
+    """Marks all fusions of `graph`, and lays blobs inside others where that saves a copy. pools_along: as backends say it of themselves."""
+    for node in graph.nodes:
+        if pools_along and isinstance(node.layer, LRN):
+            _fuse_lrn(node, node.layer)
     for node in graph.nodes:
         if isinstance(node.layer, BatchNorm):
             _fuse_batch_norm(graph, node, node.layer)
@@ -92,6 +98,22 @@ def _fuse_batch_norm(graph: Graph, norm: Node, layer: BatchNorm) -> None:
     norm.absorbed = taken
     for node in taken:
         node.forward_fused = node.backward_fused = True
+
+
+def _fuse_lrn(norm: Node, layer: LRN) -> None:
+    """Max pooling does forward and backward of the LRN across channels whose top it alone takes: it reads that one's bottom."""
+    between, blob = norm.tops[0], norm.bottoms[0]
+    if layer.within or between.persistent or between.writers != [norm] or len(between.readers) != 1:
+        return
+    (pool,) = between.readers
+    if not (isinstance(pool.layer, Pooling) and pool.layer.is_max) or between.dtype != blob.dtype:
+        return
+    if (pool.needs_backward, pool.propagate_down) != (norm.needs_backward, norm.propagate_down):
+        return
+    pool.layer.lrn = layer
+    pool.bottoms, between.absent = [blob], True
+    blob.readers = [pool if reader is norm else reader for reader in blob.readers]
+    norm.forward_fused = norm.backward_fused = True
 
 
 def _keep_bottom(graph: Graph, node: Node) -> bool:

@@ -33,6 +33,7 @@ class BlobInfo:
     data_start: int = 0  # elements of `data_of` before it
     diff_start: int = 0  # elements of `diff_of`'s gradient before its own
     persistent: bool = False  # keeps its contents between iterations
+    absent: bool = False  # lies nowhere: a fused op makes and uses it on its way
     called: str = ""  # the file's name for it, where a fusion has set it apart under one of its own
 
     @property

@@ -77,7 +77,7 @@ class Net:
         self.graph: Graph = build_graph(spec, phase=phase, level=level, stages=stages, compute=self.compute, prepare=prepare or _nothing)
         self.has_backward = self.graph.has_backward and (observe or phase == pb.TRAIN)
         if not observe:
-            fuse(self.graph)
+            fuse(self.graph, pools_along=backend.pools_along)
         self.name = self.graph.name
         self.layers = [node.layer for node in self.graph.nodes]
         self.layer_names = [layer.name for layer in self.layers]
@@ -377,7 +377,7 @@ class Net:
             if not step.node.forward_fused:
                 self.forward_step(step)
             for top, info in zip(step.tops, step.node.tops):
-                if not self.backend.all_finite(top.data):
+                if not info.absent and not self.backend.all_finite(top.data):
                     return f"layer '{step.layer.name}' ({step.layer.type}): its top '{info.label}' is not finite"
         return None
 

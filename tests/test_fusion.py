@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from caffelite.fusion import fuse
-from caffelite.graph import Graph, build_graph
+from caffelite.graph import Graph, Node, build_graph
 from caffelite.memory import plan_memory
 from caffelite.net import Net
 from caffelite.schema import net_from_text, pb
@@ -147,6 +147,89 @@ def test_memory_of_what_average_pooling_reads_again(reference) -> None:
     graph = fused(text_of("average pooling"))
     steps = {node.name: i for i, node in enumerate(graph.nodes)}
     assert plan_memory(graph, reference, backward=True).by_key["data", "a"].last == 2 * len(steps) - 1 - steps["p"]
+
+
+# --- LRN and max pooling -----------------------------------------------------------------------------------------------------
+
+LRN, MAX = layer("LRN", "n", "a", "h"), layer("Pooling", "p", "h", "z", "pooling_param { kernel_size: 3 stride: 2 }")
+ALEX = FIRST + LRN + MAX
+POOLED = {
+    "relu below": ALEX,
+    "nothing below": conv("first", "x", "a") + LRN + MAX,
+    "padded, dropout above": ALEX.replace("stride: 2", "stride: 2 pad: 1") + layer("Dropout", "q", "z", "z"),
+    "a wide window": ALEX.replace("kernel_size: 3 stride: 2", "global_pooling: true"),
+    "nothing learns below": layer("LRN", "n", "x", "h") + MAX,
+}
+NOT_POOLED = {
+    "within a channel": ALEX.replace('top: "h" ', 'top: "h" lrn_param { norm_region: WITHIN_CHANNEL }'),
+    "average": FIRST + LRN + MAX.replace("kernel_size", "pool: AVE kernel_size"),
+    "used twice": FIRST
+    + LRN
+    + MAX.replace('"z"', '"y"')
+    + layer("Pooling", "p2", "h", "u", "pooling_param { kernel_size: 3 stride: 2 }")
+    + SUM.replace('"b"', '"y"').replace('"h"', '"u"'),
+    "a weight": FIRST + LRN.replace('top: "h"', 'top: "h" loss_weight: 0.1') + MAX,
+    "no gradient comes back": FIRST + LRN + MAX.replace("pooling_param", "propagate_down: false pooling_param"),
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*POOLED, *NOT_POOLED])
+def test_pooling_that_normalises_changes_no_bit(backend, monkeypatch, name: str, precision: str) -> None:
+    """On every backend: those that had better do one after the other can do both."""
+    monkeypatch.setattr(type(backend), "pools_along", True)
+    text = DATA + (POOLED | NOT_POOLED)[name] + LOSS
+    results = []
+    for observe in (False, True):
+        net = Net(net_from_text(text), phase=pb.TRAIN, backend=backend, precision=precision, observe=observe, seed=5)
+        for count in range(2):
+            backend.fill(net.shared_buffer, 0xFF)
+            net.context.forward_count = count
+            net.zero_grads()
+            net.forward()
+            net.backward()
+        results.append([np.float32(net.loss()), *(np.array(backend.to_host(p.diff)) for p in net.learnable)])
+        assert net.first_nonfinite() is None
+    assert max(np.abs(values).max() for values in results[1][1:]) > 0
+    for got, want in zip(*results):
+        np.testing.assert_array_equal(got, want)
+
+
+def pooled(text: str, *, pools_along: bool = True) -> dict[str, Node]:
+    graph = build_graph(net_from_text(DATA + text + LOSS), phase=pb.TRAIN)
+    fuse(graph, pools_along=pools_along)
+    return {node.name: node for node in graph.nodes}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_max_pooling_normalises(name: str) -> None:
+    nodes = pooled(POOLED[name])
+    norm, pool = nodes["n"], nodes["p"]
+    assert (norm.forward_fused, norm.backward_fused, norm.tops[0].absent) == (True, True, True)
+    assert pool.layer.lrn is norm.layer
+    assert pool.bottoms == norm.bottoms
+    if "relu" in nodes:
+        assert nodes["relu"].backward_fused
+        assert pool.layer.relu_bottoms == {0}
+
+
+@pytest.mark.parametrize("name", NOT_POOLED)
+def test_no_other_lrn_is_part_of_pooling(name: str) -> None:
+    nodes = pooled(NOT_POOLED[name])
+    assert not any(node.layer.lrn for node in nodes.values() if node.layer.type == "Pooling")
+    assert not nodes["n"].forward_fused
+
+
+def test_pooling_normalises_only_where_the_backend_wants_it() -> None:
+    assert pooled(ALEX, pools_along=False)["p"].layer.lrn is None
+
+
+def test_what_pooling_normalises_lies_nowhere(reference) -> None:
+    graph = build_graph(net_from_text(DATA + ALEX + LOSS), phase=pb.TRAIN)
+    fuse(graph, pools_along=True)
+    plan, steps = plan_memory(graph, reference, backward=True), {node.name: i for i, node in enumerate(graph.nodes)}
+    assert not [region for region in plan.regions if region.key[1] in ("h", "n")]
+    assert plan.by_key["data", "a"].last == 2 * len(steps) - 1 - steps["p"]
 
 
 # --- BatchNorm, Scale and ReLU -----------------------------------------------------------------------------------------------

@@ -126,10 +126,12 @@ class Backend(Protocol):
     """All ops, grouped by stem: the first word of a section's head, and the name of the file that holds them in each backend and of their test.
 
     runs_ahead: ops may return before they have run, so that reading a result waits.
+    pools_along: max pooling had better do the LRN across channels that comes before it (lrn_max_pool_forward) than read what that one writes.
     """
 
     name: str
     runs_ahead: bool
+    pools_along: bool
     raw_images: bool  # images had better come as bytes, to be cropped, mirrored and scaled by `transform`, than as finished floats
 
     # --- memory ----------------------------------------------------------------------------------------------------
@@ -323,6 +325,34 @@ class Backend(Protocol):
     def lrn_within_backward(self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, relu: bool = False) -> None:
         """dx = dy s^-beta - (2 alpha beta / size^2) x sum_{cells whose square holds this one} dy y / s, with s = 1 + alpha A. relu: then
         as with positive = x."""
+        ...
+
+    # --- lrn_pool: max pooling of what lrn_forward gives, which need not lie anywhere ------------------------------
+
+    def lrn_max_pool_forward(
+        self, x: Array, y: Array, mask: Array | None, *, size: int, alpha: float, beta: float, k: float, kernel: Ints, stride: Ints, pad: Ints
+    ) -> None:
+        """y and mask as max_pool_forward gives them for what lrn_forward gives for x, rounded as if it had been stored. x (N,C,H,W)."""
+        ...
+
+    def lrn_max_pool_backward(
+        self,
+        x: Array,
+        dy: Array,
+        mask: Array,
+        dx: Array,
+        *,
+        size: int,
+        alpha: float,
+        beta: float,
+        k: float,
+        kernel: Ints,
+        stride: Ints,
+        pad: Ints,
+        relu: bool = False,
+    ) -> None:
+        """dx as lrn_backward gives it for what max_pool_backward gives for dy and mask, rounded as if it had been stored. x: forward's;
+        what lrn_forward gave is computed again. relu: then as with positive = x."""
         ...
 
     # --- activations: relu, elu, sigmoid, tanh, power, prelu -------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from caffelite.backends.contract import Backend, Ints, pool_mask_dtype
 from caffelite.blob import Blob, Shape
 from caffelite.layer import BOTTOM, SIGN, BufferSpec, Layer, register
+from caffelite.layers.lrn import LRN
 from caffelite.schema import SourceMap, pb
 
 FIELD = "pooling_param"
@@ -29,6 +30,7 @@ class Pooling(Layer):
     With any padding, an extent whose last window would start beyond the image and its leading padding loses that window.
     MAX: the first largest value of the window's part inside the image; a second top gives its index h*W + w. AVE: the sum
     over that part divided by the window's area up to the padded edge. global_pooling: one window over the whole plane.
+    `lrn` is set by the graph: the layer across channels whose top MAX takes, which is then computed here, from that one's bottom.
     """
 
     top_range = (1, 2)
@@ -39,6 +41,7 @@ class Pooling(Layer):
         self.options = options = param.pooling_param
         if options.pool == pb.PoolingParameter.STOCHASTIC:
             raise self.fail("STOCHASTIC pooling is not available", FIELD, "pool", hint="use MAX or AVE; Caffe too has it on GPUs only")
+        self.lrn: LRN | None = None
         self.is_max = options.pool == pb.PoolingParameter.MAX
         if len(param.top) > 1 and not self.is_max:
             raise self.fail("only MAX pooling has a second top", "top", 1, hint="remove it, or set pool: MAX")
@@ -116,6 +119,8 @@ class Pooling(Layer):
         return {"mask": BufferSpec(geometry.top, pool_mask_dtype(geometry.kernel))} if wanted else {}
 
     def backward_reads(self) -> frozenset[str]:
+        if self.lrn is not None:
+            return frozenset((BOTTOM,))
         if not self.relu_bottoms:
             return frozenset()
         return frozenset((SIGN,)) if self.is_max else frozenset((BOTTOM,))  # a window's winner and its top have one value
@@ -124,11 +129,14 @@ class Pooling(Layer):
         return True
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
-        x, y, g = bottoms[0].data, tops[0].data, self._geometry(bottoms[0].shape)
+        x, y, mask, g = bottoms[0].data, tops[0].data, self.buffers.get("mask"), self._geometry(bottoms[0].shape)
         if not self.is_max:
             ops.ave_pool_forward(x, y, kernel=g.kernel, stride=g.stride, pad=g.pad)
             return
-        ops.max_pool_forward(x, y, self.buffers.get("mask"), kernel=g.kernel, stride=g.stride, pad=g.pad)
+        if self.lrn is not None:
+            ops.lrn_max_pool_forward(x, y, mask, **self.lrn.numbers, kernel=g.kernel, stride=g.stride, pad=g.pad)
+        else:
+            ops.max_pool_forward(x, y, mask, kernel=g.kernel, stride=g.stride, pad=g.pad)
         if len(tops) > 1:
             ops.max_pool_indices(self.buffers["mask"], tops[1].data, kernel=g.kernel, stride=g.stride, pad=g.pad, width=bottoms[0].shape[3])
 
@@ -136,7 +144,10 @@ class Pooling(Layer):
         if not propagate_down[0]:
             return
         dy, dx, g = tops[0].diff, bottoms[0].diff, self._geometry(bottoms[0].shape)
-        if self.is_max:
+        if self.lrn is not None:
+            x, mask, relu = bottoms[0].data, self.buffers["mask"], bool(self.relu_bottoms)
+            ops.lrn_max_pool_backward(x, dy, mask, dx, **self.lrn.numbers, kernel=g.kernel, stride=g.stride, pad=g.pad, relu=relu)
+        elif self.is_max:
             positive = tops[0].data if self.relu_bottoms else None
             ops.max_pool_backward(dy, self.buffers["mask"], dx, positive, kernel=g.kernel, stride=g.stride, pad=g.pad)
         else:

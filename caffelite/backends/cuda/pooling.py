@@ -37,39 +37,39 @@ class Pooling(Base):
     def max_pool_forward(self, x: Array, y: Array, mask: Array | None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(x, y, mask)
         kind = "unsigned char" if mask is None else cname(mask)
-        known = _known(kernel, KERNELS) if vector > 1 and kind == "unsigned char" else 0
-        name = f"max_pool_forward<{cname(x)}, {kind}, {vector}, {known}>"
-        self.launch(POOLING, name, *tiles(y, vector), x, y, mask, _windows(x.shape, y.shape, kernel, stride, pad))
+        fixed = known(kernel, KERNELS) if vector > 1 and kind == "unsigned char" else 0
+        name = f"max_pool_forward<{cname(x)}, {kind}, {vector}, {fixed}>"
+        self.launch(POOLING, name, *tiles(y, vector), x, y, mask, windows(x.shape, y.shape, kernel, stride, pad))
 
     def max_pool_backward(self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(dx, dy, mask, positive)
-        known = _known(stride, STRIDES) if vector > 1 and cname(mask) == "unsigned char" else 0
-        name = f"max_pool_backward<{cname(dx)}, {cname(mask)}, {vector}, {known}>"
-        self.launch(POOLING, name, *tiles(dx, vector), dy, mask, positive, dx, _windows(dx.shape, dy.shape, kernel, stride, pad))
+        fixed = known(stride, STRIDES) if vector > 1 and cname(mask) == "unsigned char" else 0
+        name = f"max_pool_backward<{cname(dx)}, {cname(mask)}, {vector}, {fixed}>"
+        self.launch(POOLING, name, *tiles(dx, vector), dy, mask, positive, dx, windows(dx.shape, dy.shape, kernel, stride, pad))
 
     def max_pool_indices(self, mask: Array, top: Array, *, kernel: Ints, stride: Ints, pad: Ints, width: int) -> None:
         vector = vector_of(top, mask)
         image = (*top.shape[:2], 0, width)  # the kernel does not ask for the height
         name = f"max_pool_indices<{cname(top)}, {cname(mask)}, {vector}>"
-        self.launch(POOLING, name, *tiles(top, vector), mask, top, _windows(image, top.shape, kernel, stride, pad))
+        self.launch(POOLING, name, *tiles(top, vector), mask, top, windows(image, top.shape, kernel, stride, pad))
 
     def ave_pool_forward(self, x: Array, y: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(x, y)
-        known = _known(kernel, KERNELS) if vector > 1 else 0
-        self.launch(POOLING, f"ave_pool_forward<{cname(x)}, {vector}, {known}>", *tiles(y, vector), x, y, _windows(x.shape, y.shape, kernel, stride, pad))
+        fixed = known(kernel, KERNELS) if vector > 1 else 0
+        self.launch(POOLING, f"ave_pool_forward<{cname(x)}, {vector}, {fixed}>", *tiles(y, vector), x, y, windows(x.shape, y.shape, kernel, stride, pad))
 
     def ave_pool_backward(self, dy: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(dx, dy, positive)
-        known = _known(stride, STRIDES) if vector > 1 else 0
-        name = f"ave_pool_backward<{cname(dx)}, {vector}, {known}>"
-        self.launch(POOLING, name, *tiles(dx, vector), dy, positive, dx, _windows(dx.shape, dy.shape, kernel, stride, pad))
+        fixed = known(stride, STRIDES) if vector > 1 else 0
+        name = f"ave_pool_backward<{cname(dx)}, {vector}, {fixed}>"
+        self.launch(POOLING, name, *tiles(dx, vector), dy, positive, dx, windows(dx.shape, dy.shape, kernel, stride, pad))
 
 
-def _known(numbers: Ints, choices: Ints) -> int:
+def known(numbers: Ints, choices: Ints) -> int:
     """The number of both axes if a kernel was compiled for it, else 0."""
     return int(numbers[0]) if numbers[0] == numbers[1] and numbers[0] in choices else 0
 
 
-def _windows(image: Ints, out: Ints, kernel: Ints, stride: Ints, pad: Ints) -> np.void:
+def windows(image: Ints, out: Ints, kernel: Ints, stride: Ints, pad: Ints) -> np.void:
     """The kernels' struct Windows."""
     return np.void((*image, *out[2:], *kernel, *stride, *pad), WINDOWS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from caffelite.graph import BlobInfo, Graph, Node
 from caffelite.layer import SIGN, TOP
 from caffelite.layers.batch_norm import BatchNorm
+from caffelite.layers.dropout import Dropout
 from caffelite.layers.lrn import LRN
 from caffelite.layers.pooling import Pooling
 from caffelite.layers.scale import Scale
@@ -23,6 +24,8 @@ def fuse(graph: Graph, *, pools_along: bool = False) -> None:
     for node in graph.nodes:
         if pools_along and isinstance(node.layer, LRN):
             _fuse_lrn(node, node.layer)
+        if pools_along and isinstance(node.layer, Pooling):
+            _fuse_dropout(node, node.layer)
     for node in graph.nodes:
         if isinstance(node.layer, BatchNorm):
             _fuse_batch_norm(graph, node, node.layer)
@@ -114,6 +117,20 @@ def _fuse_lrn(norm: Node, layer: LRN) -> None:
     pool.bottoms, between.absent = [blob], True
     blob.readers = [pool if reader is norm else reader for reader in blob.readers]
     norm.forward_fused = norm.backward_fused = True
+
+
+def _fuse_dropout(pool: Node, layer: Pooling) -> None:
+    """Pooling does forward and backward of a Dropout that follows in place. Not beside an LRN, nor for a second top, which asks for all winners,
+    nor from float32 to bfloat16, where what is dropped would not be rounded first."""
+    after = _later_writers(pool, pool.tops[0])[:1]
+    dropout = after[0].layer if after else None
+    if not isinstance(dropout, Dropout) or not dropout.training or layer.lrn is not None or len(pool.tops) > 1:
+        return
+    if pool.bottoms[0].dtype != pool.tops[0].dtype:
+        return
+    if (pool.needs_backward, pool.propagate_down) == (after[0].needs_backward, after[0].propagate_down):
+        layer.dropout = dropout
+        after[0].forward_fused = after[0].backward_fused = True
 
 
 def _keep_bottom(graph: Graph, node: Node) -> bool:

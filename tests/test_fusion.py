@@ -173,12 +173,37 @@ NOT_POOLED = {
 }
 
 
+DROP, DEEP = (
+    layer("Dropout", "q", "z", "z", "dropout_param { dropout_ratio: 0.3 }"),
+    layer("Pooling", "p", "a", "z", "pooling_param { kernel_size: 3 stride: 2 }"),
+)
+MEAN = DEEP.replace("kernel_size", "pool: AVE kernel_size")
+DROPPED = {
+    "max": FIRST + DEEP + DROP,
+    "average": FIRST + MEAN + DROP,
+    "max, no relu": conv("first", "x", "a") + DEEP + DROP,
+    "a relu above": FIRST + DEEP + DROP + relu("z", "over"),
+    "another dropout above": FIRST + MEAN + DROP + layer("Dropout", "q2", "z", "z"),
+    "global average": FIRST + MEAN.replace("kernel_size: 3 stride: 2", "global_pooling: true") + DROP,
+    "nothing learns below, max": DEEP.replace('"a"', '"x"') + DROP,
+    "nothing learns below, average": MEAN.replace('"a"', '"x"') + DROP,
+}
+NOT_DROPPED = {
+    "a top of its own": FIRST + DEEP.replace('"z"', '"y"') + layer("Dropout", "q", "y", "z"),
+    "nothing drops": FIRST + DEEP + DROP.replace("dropout_param", "phase: TEST dropout_param"),
+    "a relu between": FIRST + DEEP + relu("z", "over") + DROP,
+    "indices": FIRST + DEEP.replace('top: "z"', 'top: "z" top: "w"') + DROP + layer("Silence", "s", "w", "").replace('top: ""', ""),
+    "normalised before": ALEX + DROP,
+}
+CHAINS = POOLED | NOT_POOLED | {f"dropout: {name}": text for name, text in (DROPPED | NOT_DROPPED).items()}
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*POOLED, *NOT_POOLED])
-def test_pooling_that_normalises_changes_no_bit(backend, monkeypatch, name: str, precision: str) -> None:
+@pytest.mark.parametrize("name", CHAINS)
+def test_pooling_that_does_more_changes_no_bit(backend, monkeypatch, name: str, precision: str) -> None:
     """On every backend: those that had better do one after the other can do both."""
     monkeypatch.setattr(type(backend), "pools_along", True)
-    text = DATA + (POOLED | NOT_POOLED)[name] + LOSS
+    text = DATA + CHAINS[name] + LOSS
     results = []
     for observe in (False, True):
         net = Net(net_from_text(text), phase=pb.TRAIN, backend=backend, precision=precision, observe=observe, seed=5)
@@ -222,6 +247,31 @@ def test_no_other_lrn_is_part_of_pooling(name: str) -> None:
 
 def test_pooling_normalises_only_where_the_backend_wants_it() -> None:
     assert pooled(ALEX, pools_along=False)["p"].layer.lrn is None
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_pooling_drops(name: str) -> None:
+    nodes = pooled(DROPPED[name])
+    assert nodes["p"].layer.dropout is nodes["q"].layer
+    assert (nodes["q"].forward_fused, nodes["q"].backward_fused) == (True, True)
+    if "relu" in nodes:
+        assert nodes["p"].layer.relu_bottoms == {0}
+    assert pooled(DROPPED[name], pools_along=False)["p"].layer.dropout is None
+
+
+@pytest.mark.parametrize("name", NOT_DROPPED)
+def test_no_other_dropout_is_part_of_pooling(name: str) -> None:
+    nodes = pooled(NOT_DROPPED[name])
+    assert nodes["p"].layer.dropout is None
+    assert not nodes["q"].forward_fused
+
+
+def test_pooling_keeps_no_mask_of_dropout_but_for_averages(reference) -> None:
+    for name, kept in (("max", ["p"]), ("average", ["p"]), ("nothing learns below, average", [])):
+        graph = build_graph(net_from_text(DATA + DROPPED[name] + LOSS), phase=pb.TRAIN)
+        fuse(graph, pools_along=True)
+        plan = plan_memory(graph, reference, backward=True)
+        assert [region.key[1] for region in plan.regions if region.dtype == "uint8"] == kept
 
 
 def test_what_pooling_normalises_lies_nowhere(reference) -> None:

@@ -15,22 +15,23 @@ FIELDS = ("images", "channels", "height", "width", "out_h", "out_w", "kernel_h",
 WINDOWS = np.dtype([(name, np.int32) for name in FIELDS])
 
 
-def _variants(vector: int, known: Ints) -> list[str]:
+def variants(vector: int, fixed: Ints) -> list[str]:
     """The last two template arguments: channels a thread takes, and a kernel or stride known when compiling (0: none)."""
-    return ["1, 0", f"{vector}, 0", *(f"{vector}, {number}" for number in known)]
+    return ["1, 0", f"{vector}, 0", *(f"{vector}, {number}" for number in fixed)]
 
 
-def _names(kind: str, vector: int) -> list[str]:
-    names = [f"ave_pool_forward<{kind}, {v}>" for v in _variants(vector, KERNELS)]
-    names += [f"ave_pool_backward<{kind}, {v}>" for v in _variants(vector, STRIDES)]
+def names(kind: str, vector: int, what: str) -> list[str]:
+    """The kernels of "pool", or of what goes with it, for one type of activations."""
+    found = [f"ave_{what}_forward<{kind}, {v}>" for v in variants(vector, KERNELS)]
+    found += [f"ave_{what}_backward<{kind}, {v}>" for v in variants(vector, STRIDES)]
     for mask, kernels, strides in (("unsigned char", KERNELS, STRIDES), ("int", (), ())):
-        names += [f"max_pool_forward<{kind}, {mask}, {v}>" for v in _variants(vector, kernels)]
-        names += [f"max_pool_backward<{kind}, {mask}, {v}>" for v in _variants(vector, strides)]
-        names += [f"max_pool_indices<{kind}, {mask}, {v}>" for v in (1, vector)]
-    return names
+        found += [f"max_{what}_forward<{kind}, {mask}, {v}>" for v in variants(vector, kernels)]
+        found += [f"max_{what}_backward<{kind}, {mask}, {v}>" for v in variants(vector, strides)]
+    return found
 
 
-POOLING = Module("pooling", [*_names("float", 4), *_names("bf16", 8)])
+INDICES = [f"max_pool_indices<{kind}, {mask}, {v}>" for kind, vector in (("float", 4), ("bf16", 8)) for mask in ("unsigned char", "int") for v in (1, vector)]
+POOLING = Module("pooling", [*names("float", 4, "pool"), *names("bf16", 8, "pool"), *INDICES])
 
 
 class Pooling(Base):

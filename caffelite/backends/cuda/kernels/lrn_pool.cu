@@ -73,10 +73,7 @@ __global__ void __launch_bounds__(BLOCK, 4) lrn_max_pool_backward(const T* __res
   for (int n = blockIdx.y; n < o.images; n += gridDim.y) {
     long long start = offset_of(n, h, w, 0, o.height, o.width, o.channels);
     float gradient[V] = {}, out[V], around[3 * V] = {};
-    add_winners<V, S>(dy, mask, o, n, h, w, c, gradient, [](const Pack<T, V>& given, long long, float (&floats)[V]) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) floats[v] = to_float(given[v]);
-    });
+    add_winners<V, S>(dy, mask, o, n, h, w, c, gradient, AsTheyAre());
     Around<T, H> near(x + start, c, o.channels, H);
     near.powers(g, out);
 #pragma unroll

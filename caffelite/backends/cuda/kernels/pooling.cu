@@ -16,34 +16,12 @@
 
 template <class T, class M, int V, int K>
 __global__ void max_pool_forward(const T* __restrict__ x, T* __restrict__ y, M* __restrict__ mask, Windows g) {
-  each_place<V>(g.images, g.out_h, g.out_w, g.channels, [&](int n, int p, int q, int c) {
-    Best<V> best;
-    auto meet = [&](int number, const Pack<T, V>& cell) { best.meet(number, cell); };
-    visit_cells<V, K>(x + offset_of(n, 0, 0, c, g.height, g.width, g.channels), g, p * g.stride_h - g.pad_h, q * g.stride_w - g.pad_w, meet);
-    long long at = offset_of(n, p, q, c, g.out_h, g.out_w, g.channels);
-    best.store(y + at, mask ? mask + at : mask);
-  });
+  max_of_windows<V, K>(x, g, [&](const Best<V>& best, long long at) { best.store(y + at, mask ? mask + at : mask); });
 }
-
-template <bool RECTIFY, int V, int S, class T, class M>
-__device__ __forceinline__ void gather_winners(const T* __restrict__ dy, const M* __restrict__ mask, const T* __restrict__ positive, T* __restrict__ dx,
-                                               const Windows& g) {
-  each_place<V>(g.images, g.height, g.width, g.channels, [&](int n, int h, int w, int c) {
-    float total[V] = {};
-    add_winners<V, S>(dy, mask, g, n, h, w, c, total, [&](const Pack<T, V>& gradient, long long at, float (&given)[V]) {
-      Pack<T, V> above = gradient;
-      if (RECTIFY) above = load_pack<V>(positive + at);
-#pragma unroll
-      for (int v = 0; v < V; ++v) given[v] = RECTIFY ? rectified(to_float(gradient[v]), above[v]) : to_float(gradient[v]);
-    });
-    store_floats(dx + offset_of(n, h, w, c, g.height, g.width, g.channels), total);
-  });
-}
-// positive: y, where the gradient goes on through the ReLU that made x; else null.
 template <class T, class M, int V, int S>
 __global__ void max_pool_backward(const T* __restrict__ dy, const M* __restrict__ mask, const T* __restrict__ positive, T* __restrict__ dx, Windows g) {
-  if (positive) gather_winners<true, V, S>(dy, mask, positive, dx, g);
-  else gather_winners<false, V, S>(dy, mask, positive, dx, g);
+  if (positive) gather_winners<true, V, S>(dy, mask, positive, dx, g, AsTheyAre());
+  else gather_winners<false, V, S>(dy, mask, positive, dx, g, AsTheyAre());
 }
 
 template <class T, class M, int V>
@@ -64,36 +42,9 @@ __global__ void max_pool_indices(const M* __restrict__ mask, T* __restrict__ top
 
 template <class T, int V, int K>
 __global__ void ave_pool_forward(const T* __restrict__ x, T* __restrict__ y, Windows g) {
-  each_place<V>(g.images, g.out_h, g.out_w, g.channels, [&](int n, int p, int q, int c) {
-    float total[V] = {};
-    auto add = [&](int, const Pack<T, V>& cell) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) total[v] += to_float(cell[v]);
-    };
-    visit_cells<V, K>(x + offset_of(n, 0, 0, c, g.height, g.width, g.channels), g, p * g.stride_h - g.pad_h, q * g.stride_w - g.pad_w, add);
-    float area = area_of(g, p, q);
-#pragma unroll
-    for (int v = 0; v < V; ++v) total[v] /= area;  // an empty window: 0 / 0
-    store_floats(y + offset_of(n, p, q, c, g.out_h, g.out_w, g.channels), total);
-  });
+  mean_of_windows<V, K>(x, g, [&](const float (&means)[V], long long at) { store_floats(y + at, means); });
 }
-
 template <class T, int V, int S>
 __global__ void ave_pool_backward(const T* __restrict__ dy, const T* __restrict__ positive, T* __restrict__ dx, Windows g) {
-  each_place<V>(g.images, g.height, g.width, g.channels, [&](int n, int h, int w, int c) {
-    float total[V] = {};
-    visit_windows<S>(g, n, h, w, c, [&](int p, int q, long long at, int) {
-      Pack<T, V> gradient = load_pack<V>(dy + at);
-      float share = 1.0f / area_of(g, p, q);  // one division for V channels
-#pragma unroll
-      for (int v = 0; v < V; ++v) total[v] += to_float(gradient[v]) * share;
-    });
-    long long own = offset_of(n, h, w, c, g.height, g.width, g.channels);
-    if (positive) {
-      Pack<T, V> above = load_pack<V>(positive + own);
-#pragma unroll
-      for (int v = 0; v < V; ++v) total[v] = rectified(total[v], above[v]);
-    }
-    store_floats(dx + own, total);
-  });
+  gather_shares<V, S>(dy, positive, dx, g, AsTheyAre());
 }

@@ -84,6 +84,15 @@ struct Best {
   }
 };
 
+// Gradients as they are, for add_winners and what follows from it.
+struct AsTheyAre {
+  template <class T, int V>
+  __device__ __forceinline__ void operator()(const Pack<T, V>& gradient, long long, float (&given)[V]) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) given[v] = to_float(gradient[v]);
+  }
+};
+
 // total += what the windows that hold pixel (h, w) give to those of its channels c .. c+V-1 that won there: of(gradient, at) for V gradients.
 template <int V, int S, class T, class M, class Of>
 __device__ __forceinline__ void add_winners(const T* __restrict__ dy, const M* __restrict__ mask, const Windows& g, int n, int h, int w, int c,
@@ -95,5 +104,71 @@ __device__ __forceinline__ void add_winners(const T* __restrict__ dy, const M* _
     of(gradient, at, given);
 #pragma unroll
     for (int v = 0; v < V; ++v) total[v] += winner[v] == (M)number ? given[v] : 0.0f;
+  });
+}
+
+// --- whole passes; finish and of say what is stored, and of what --------------------------------------------------------------
+// finish(best, at) for every output: at is the number of elements before its V channels.
+template <int V, int K, class T, class Finish>
+__device__ __forceinline__ void max_of_windows(const T* __restrict__ x, const Windows& g, Finish finish) {
+  each_place<V>(g.images, g.out_h, g.out_w, g.channels, [&](int n, int p, int q, int c) {
+    Best<V> best;
+    auto meet = [&](int number, const Pack<T, V>& cell) { best.meet(number, cell); };
+    visit_cells<V, K>(x + offset_of(n, 0, 0, c, g.height, g.width, g.channels), g, p * g.stride_h - g.pad_h, q * g.stride_w - g.pad_w, meet);
+    finish(best, offset_of(n, p, q, c, g.out_h, g.out_w, g.channels));
+  });
+}
+// finish(means, at) likewise.
+template <int V, int K, class T, class Finish>
+__device__ __forceinline__ void mean_of_windows(const T* __restrict__ x, const Windows& g, Finish finish) {
+  each_place<V>(g.images, g.out_h, g.out_w, g.channels, [&](int n, int p, int q, int c) {
+    float total[V] = {};
+    auto add = [&](int, const Pack<T, V>& cell) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) total[v] += to_float(cell[v]);
+    };
+    visit_cells<V, K>(x + offset_of(n, 0, 0, c, g.height, g.width, g.channels), g, p * g.stride_h - g.pad_h, q * g.stride_w - g.pad_w, add);
+    float area = area_of(g, p, q);
+#pragma unroll
+    for (int v = 0; v < V; ++v) total[v] /= area;  // an empty window: 0 / 0
+    finish(total, offset_of(n, p, q, c, g.out_h, g.out_w, g.channels));
+  });
+}
+
+// dx from what windows give to their winners: of(gradient, at, given) for V gradients. positive: y, where the gradient goes on through the ReLU that made x.
+template <bool RECTIFY, int V, int S, class T, class M, class Of>
+__device__ __forceinline__ void gather_winners(const T* __restrict__ dy, const M* __restrict__ mask, const T* __restrict__ positive, T* __restrict__ dx,
+                                               const Windows& g, Of of) {
+  each_place<V>(g.images, g.height, g.width, g.channels, [&](int n, int h, int w, int c) {
+    float total[V] = {};
+    add_winners<V, S>(dy, mask, g, n, h, w, c, total, [&](const Pack<T, V>& gradient, long long at, float (&given)[V]) {
+      Pack<T, V> above = gradient;
+      if (RECTIFY) above = load_pack<V>(positive + at);
+      of(gradient, at, given);
+#pragma unroll
+      for (int v = 0; v < V; ++v) given[v] = RECTIFY ? rectified(given[v], above[v]) : given[v];
+    });
+    store_floats(dx + offset_of(n, h, w, c, g.height, g.width, g.channels), total);
+  });
+}
+// dx from what windows give to all their cells. positive: x, for such a ReLU.
+template <int V, int S, class T, class Of>
+__device__ __forceinline__ void gather_shares(const T* __restrict__ dy, const T* __restrict__ positive, T* __restrict__ dx, const Windows& g, Of of) {
+  each_place<V>(g.images, g.height, g.width, g.channels, [&](int n, int h, int w, int c) {
+    float total[V] = {};
+    visit_windows<S>(g, n, h, w, c, [&](int p, int q, long long at, int) {
+      Pack<T, V> gradient = load_pack<V>(dy + at);
+      float given[V], share = 1.0f / area_of(g, p, q);  // one division for V channels
+      of(gradient, at, given);
+#pragma unroll
+      for (int v = 0; v < V; ++v) total[v] += given[v] * share;
+    });
+    long long own = offset_of(n, h, w, c, g.height, g.width, g.channels);
+    if (positive) {
+      Pack<T, V> above = load_pack<V>(positive + own);
+#pragma unroll
+      for (int v = 0; v < V; ++v) total[v] = rectified(total[v], above[v]);
+    }
+    store_floats(dx + own, total);
   });
 }

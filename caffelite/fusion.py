@@ -1,8 +1,9 @@
 """Fusions: layers whose work another layer's op does on its way, so that a blob is read and written fewer times.
 
-Only in-place layers are fused away: every blob then still holds what the file says when the pass has gone by, and a net made to be observed
-is not fused at all. Marks are left in Node.forward_fused and Node.backward_fused, and in the layers that take the work over. To be called
-once, on a graph that is legal, before memory is planned: it changes what layers read in backward.
+In-place layers are fused away, so that every blob still holds what the file says when the pass has gone by; and an LRN whose top max pooling
+alone takes, on backends whose pooling had better do it: that top then lies nowhere (BlobInfo.absent). A net made to be observed is not fused at
+all. Marks are left in Node.forward_fused and Node.backward_fused, and in the layers that take the work over. To be called once, on a graph that
+is legal, before memory is planned: it changes what layers read in backward.
 """
 
 from __future__ import annotations
@@ -10,12 +11,21 @@ from __future__ import annotations
 from caffelite.graph import BlobInfo, Graph, Node
 from caffelite.layer import SIGN, TOP
 from caffelite.layers.batch_norm import BatchNorm
+from caffelite.layers.dropout import Dropout
+from caffelite.layers.lrn import LRN
+from caffelite.layers.pooling import Pooling
 from caffelite.layers.scale import Scale
 from caffelite.schema import pb
+from caffelite.sharing import share
 
 
-def fuse(graph: Graph) -> None:
-    """Marks all fusions of `graph`."""
+def fuse(graph: Graph, *, pools_along: bool = False) -> None:
+    """Marks all fusions of `graph`, and lays blobs inside others where that saves a copy. pools_along: as backends say it of themselves."""
+    for node in graph.nodes:
+        if pools_along and isinstance(node.layer, LRN):
+            _fuse_lrn(node, node.layer)
+        if pools_along and isinstance(node.layer, Pooling):
+            _fuse_dropout(node, node.layer)
     for node in graph.nodes:
         if isinstance(node.layer, BatchNorm):
             _fuse_batch_norm(graph, node, node.layer)
@@ -24,6 +34,7 @@ def fuse(graph: Graph) -> None:
     for node in graph.nodes:
         if _is_relu(node) and not node.backward_fused and node.in_place() and node.needs_backward and node.propagate_down[0]:
             _fuse_relu_backward(node)
+    share(graph)
 
 
 def _is_relu(node: Node) -> bool:
@@ -92,6 +103,36 @@ def _fuse_batch_norm(graph: Graph, norm: Node, layer: BatchNorm) -> None:
         node.forward_fused = node.backward_fused = True
 
 
+def _fuse_lrn(norm: Node, layer: LRN) -> None:
+    """Max pooling does forward and backward of the LRN across channels whose top it alone takes: it reads that one's bottom."""
+    between, blob = norm.tops[0], norm.bottoms[0]
+    if layer.within or between.persistent or between.writers != [norm] or len(between.readers) != 1:
+        return
+    (pool,) = between.readers
+    if not (isinstance(pool.layer, Pooling) and pool.layer.is_max) or between.dtype != blob.dtype:
+        return
+    if (pool.needs_backward, pool.propagate_down) != (norm.needs_backward, norm.propagate_down):
+        return
+    pool.layer.lrn = layer
+    pool.bottoms, between.absent = [blob], True
+    blob.readers = [pool if reader is norm else reader for reader in blob.readers]
+    norm.forward_fused = norm.backward_fused = True
+
+
+def _fuse_dropout(pool: Node, layer: Pooling) -> None:
+    """Pooling does forward and backward of a Dropout that follows in place. Not beside an LRN, nor for a second top, which asks for all winners,
+    nor from float32 to bfloat16, where what is dropped would not be rounded first."""
+    after = _later_writers(pool, pool.tops[0])[:1]
+    dropout = after[0].layer if after else None
+    if not isinstance(dropout, Dropout) or not dropout.training or layer.lrn is not None or len(pool.tops) > 1:
+        return
+    if pool.bottoms[0].dtype != pool.tops[0].dtype:
+        return
+    if (pool.needs_backward, pool.propagate_down) == (after[0].needs_backward, after[0].propagate_down):
+        layer.dropout = dropout
+        after[0].forward_fused = after[0].backward_fused = True
+
+
 def _keep_bottom(graph: Graph, node: Node) -> bool:
     """Gives what the node finds in its in-place blob a memory of its own, so that backward may read it; the gradient stays where it is.
     False for the top of a data layer or input, which is filled from outside."""
@@ -100,7 +141,7 @@ def _keep_bottom(graph: Graph, node: Node) -> bool:
     writers = blob.writers[:start]
     if any(writer.layer.is_source for writer in writers):
         return False
-    kept = BlobInfo(f"{blob.name} before {node.name}", blob.shape, blob.dtype, writers, [node], diff_of=blob)
+    kept = BlobInfo(f"{blob.name} before {node.name}", blob.shape, blob.dtype, writers, [node], diff_of=blob, called=blob.label)
     graph.blobs[kept.name] = kept
     blob.writers = blob.writers[start:]
     for writer in writers:

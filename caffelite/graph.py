@@ -30,7 +30,11 @@ class BlobInfo:
     readers: list[Node] = field(default_factory=list, repr=False)
     data_of: BlobInfo | None = None  # lies in another blob's memory (a Split's tops)
     diff_of: BlobInfo | None = None  # its gradient lies where another blob's does
+    data_start: int = 0  # elements of `data_of` before it
+    diff_start: int = 0  # elements of `diff_of`'s gradient before its own
     persistent: bool = False  # keeps its contents between iterations
+    absent: bool = False  # lies nowhere: a fused op makes and uses it on its way
+    called: str = ""  # the file's name for it, where a fusion has set it apart under one of its own
 
     @property
     def data_root(self) -> BlobInfo:
@@ -38,14 +42,24 @@ class BlobInfo:
         return self.data_of.data_root if self.data_of else self
 
     @property
-    def label(self) -> str:
-        """The name that the file gives it: a blob that a fusion has set apart has none of its own."""
-        return self.diff_root.name
+    def data_offset(self) -> int:
+        """Elements of the data_root's data before this blob's."""
+        return self.data_start + (self.data_of.data_offset if self.data_of else 0)
 
     @property
     def diff_root(self) -> BlobInfo:
         """The blob whose memory holds this blob's gradient."""
         return self.diff_of.diff_root if self.diff_of else self
+
+    @property
+    def diff_offset(self) -> int:
+        """Elements of the diff_root's gradient before this blob's."""
+        return self.diff_start + (self.diff_of.diff_offset if self.diff_of else 0)
+
+    @property
+    def label(self) -> str:
+        """The name that the file gives it."""
+        return self.called or self.name
 
 
 @dataclass(eq=False)

@@ -83,6 +83,10 @@ class Layer:
         self.stream = zlib.crc32(self.name.encode())  # names this layer's random numbers
         self.training = phase == pb.TRAIN
         self.relu_bottoms: frozenset[int] = frozenset()  # set by the graph: see may_take_relu
+        # Set by the graph, of a layer that brings values together or apart: the bottoms (Concat, Eltwise) or tops (Slice, Flatten, Reshape)
+        # whose data, and whose gradient, lies where the layer would copy it.
+        self.held_data: frozenset[int] = frozenset()
+        self.held_diffs: frozenset[int] = frozenset()
         self.keeps = True  # a backward step follows forward; set by the memory plan, before buffer_specs is asked
 
     # --- set-up --------------------------------------------------------------------------------------------------------

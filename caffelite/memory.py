@@ -88,6 +88,8 @@ def _blob_regions(graph: Graph, backward: bool) -> Iterable[Region]:
     lives: dict[int, list[int]] = {}
     roots: dict[int, BlobInfo] = {}
     for blob in graph.blobs.values():
+        if blob.absent:
+            continue
         root = blob.data_root
         roots[id(root)] = root
         lives.setdefault(id(root), []).extend(_data_uses(blob, steps, end, backward))
@@ -116,11 +118,11 @@ def _diff_regions(graph: Graph, steps: dict[int, int], end: int) -> Iterable[Reg
         if blob.diff_of:
             lodgers.setdefault(id(blob.diff_root), []).extend(node for node in [*blob.writers, *blob.readers] if node.needs_backward)
     for blob in graph.blobs.values():
-        if blob.diff_of:
+        if blob.diff_of or blob.absent:
             continue
         weighted = any(w for node in blob.writers for top, w in zip(node.tops, node.loss_weights) if top is blob)
         writers = [node for node in blob.writers if node.needs_backward]
-        givers = [node for node in blob.readers if node.needs_backward and _gives(node, blob)]
+        givers = [node for node in blob.readers if node.needs_backward and gives(node, blob)]
         if not (weighted or writers or givers):
             continue
         times = [end - 1 - steps[id(node)] for node in [*writers, *givers, *lodgers.get(id(blob), [])]]
@@ -129,7 +131,8 @@ def _diff_regions(graph: Graph, steps: dict[int, int], end: int) -> Iterable[Reg
         yield Region(("diff", blob.name), blob.shape, blob.dtype, min(times, default=0), max(times, default=end), keep)
 
 
-def _gives(node: Node, blob: BlobInfo) -> bool:
+def gives(node: Node, blob: BlobInfo) -> bool:
+    """Whether the node's backward is asked for the gradient of `blob`, a bottom."""
     return any(b is blob and flag for b, flag in zip(node.bottoms, node.propagate_down))
 
 

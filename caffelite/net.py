@@ -15,7 +15,7 @@ from caffelite.errors import CaffeliteError, LabelError, SpecError
 from caffelite.fusion import fuse
 from caffelite.graph import Graph, Node, ParamInfo, build_graph
 from caffelite.layer import Layer, RunContext
-from caffelite.memory import MemoryPlan, plan_memory
+from caffelite.memory import ITEM_BYTES, MemoryPlan, plan_memory
 from caffelite.params import ParamArena, initial_values
 from caffelite.schema import NetSpec, pb
 from caffelite.weights import copy_weights, net_to_proto, read_weights, write_weights
@@ -77,7 +77,7 @@ class Net:
         self.graph: Graph = build_graph(spec, phase=phase, level=level, stages=stages, compute=self.compute, prepare=prepare or _nothing)
         self.has_backward = self.graph.has_backward and (observe or phase == pb.TRAIN)
         if not observe:
-            fuse(self.graph)
+            fuse(self.graph, pools_along=backend.pools_along)
         self.name = self.graph.name
         self.layers = [node.layer for node in self.graph.nodes]
         self.layer_names = [layer.name for layer in self.layers]
@@ -132,19 +132,20 @@ class Net:
         self.persistent_buffer = self.backend.allocate(self.memory.persistent_bytes)
         for name, info in self.graph.blobs.items():
             blob = self.blobs[name]
-            blob.data = self._array(("data", info.data_root.name), info.shape)
-            blob.diff = self._array(("diff", info.diff_root.name), info.shape)
+            blob.data = self._array(("data", info.data_root.name), info.shape, info.data_offset)
+            blob.diff = self._array(("diff", info.diff_root.name), info.shape, info.diff_offset)
         self._bind_buffers()
         for blob, weight in self.weighted_tops():
             if blob.diff is not None:
                 self.backend.fill(blob.diff, weight)
 
-    def _array(self, key: tuple[str, ...], shape: Shape | None = None) -> Array:
+    def _array(self, key: tuple[str, ...], shape: Shape | None = None, start: int = 0) -> Array:
+        """The region named by `key`, or what of it begins `start` elements on and has another shape; None where there is no such region."""
         region = self.memory.by_key.get(key)
         if region is None:
             return None
         buffer = self.persistent_buffer if region.persistent else self.shared_buffer
-        return self.backend.view(buffer, region.offset, region.shape if shape is None else shape, region.dtype)
+        return self.backend.view(buffer, region.offset + start * ITEM_BYTES[region.dtype], region.shape if shape is None else shape, region.dtype)
 
     def _bind_buffers(self) -> None:
         forward: dict[str, dict[str, Array]] = {name: {} for name in self.layer_names}
@@ -392,7 +393,7 @@ class Net:
             if not step.node.forward_fused:
                 self.forward_step(step)
             for top, info in zip(step.tops, step.node.tops):
-                if not self.backend.all_finite(top.data):
+                if not info.absent and not self.backend.all_finite(top.data):
                     return f"layer '{step.layer.name}' ({step.layer.type}): its top '{info.label}' is not finite"
         return None
 

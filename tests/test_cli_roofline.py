@@ -38,6 +38,25 @@ def test_bytes_of_each_layer(precision: str, size: int) -> None:
     assert found["p"] == (size * (C + P) + P, size * (C + P) + P), "the mask takes a byte"
 
 
+def test_what_lies_inside_another_blob_moves_nothing() -> None:
+    """Concat and Slice along the batch move nothing; nor does a sum backward, but where its bottoms' gradients lie inside another already."""
+    text = NET.split('layer { name: "r"')[0].replace("dim: 3 dim: 5 dim: 7", "dim: 4 dim: 4 dim: 4") + (
+        'layer { name: "b" type: "Convolution" bottom: "x" top: "b" convolution_param { num_output: 4 kernel_size: 1 } }'
+        'layer { name: "a" type: "TanH" bottom: "c" top: "a" }'
+        'layer { name: "k" type: "Eltwise" bottom: "a" bottom: "b" top: "k" }'
+        'layer { name: "g" type: "Convolution" bottom: "x" top: "g" convolution_param { num_output: 4 kernel_size: 1 } }'
+        'layer { name: "j" type: "Concat" bottom: "g" bottom: "k" top: "j" concat_param { axis: 0 } }'
+        'layer { name: "e" type: "Convolution" bottom: "j" top: "e" convolution_param { num_output: 4 kernel_size: 1 } }'
+        'layer { name: "s" type: "Slice" bottom: "e" top: "u" top: "v" slice_param { axis: 0 } }'
+        'layer { name: "m" type: "Eltwise" bottom: "u" bottom: "v" top: "m" }'
+        'layer { name: "i" type: "InnerProduct" bottom: "m" top: "i" inner_product_param { num_output: 6 } }'
+        'layer { name: "l" type: "SoftmaxWithLoss" bottom: "i" bottom: "t" top: "l" }'
+    )
+    net = Net(net_from_text(text), phase=pb.TRAIN, backend=backends.get("numpy"))
+    found, blob = {step.layer.name: traffic(step) for step in net.steps}, 4 * 2 * 4 * 4 * 4
+    assert (found["j"], found["s"], found["k"], found["m"]) == ((0, 0), (0, 0), (3 * blob, 0), (3 * blob, 3 * blob))
+
+
 def test_the_share_is_of_the_larger_of_two_times() -> None:
     net = Net(net_from_text(NET), phase=pb.TRAIN, backend=backends.get("numpy"))
     step = net.steps[1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from caffelite.fusion import fuse
-from caffelite.graph import Graph, build_graph
+from caffelite.graph import Graph, Node, build_graph
 from caffelite.memory import plan_memory
 from caffelite.net import Net
 from caffelite.schema import net_from_text, pb
@@ -147,6 +147,139 @@ def test_memory_of_what_average_pooling_reads_again(reference) -> None:
     graph = fused(text_of("average pooling"))
     steps = {node.name: i for i, node in enumerate(graph.nodes)}
     assert plan_memory(graph, reference, backward=True).by_key["data", "a"].last == 2 * len(steps) - 1 - steps["p"]
+
+
+# --- LRN and max pooling -----------------------------------------------------------------------------------------------------
+
+LRN, MAX = layer("LRN", "n", "a", "h"), layer("Pooling", "p", "h", "z", "pooling_param { kernel_size: 3 stride: 2 }")
+ALEX = FIRST + LRN + MAX
+POOLED = {
+    "relu below": ALEX,
+    "nothing below": conv("first", "x", "a") + LRN + MAX,
+    "padded, dropout above": ALEX.replace("stride: 2", "stride: 2 pad: 1") + layer("Dropout", "q", "z", "z"),
+    "a wide window": ALEX.replace("kernel_size: 3 stride: 2", "global_pooling: true"),
+    "nothing learns below": layer("LRN", "n", "x", "h") + MAX,
+}
+NOT_POOLED = {
+    "within a channel": ALEX.replace('top: "h" ', 'top: "h" lrn_param { norm_region: WITHIN_CHANNEL }'),
+    "average": FIRST + LRN + MAX.replace("kernel_size", "pool: AVE kernel_size"),
+    "used twice": FIRST
+    + LRN
+    + MAX.replace('"z"', '"y"')
+    + layer("Pooling", "p2", "h", "u", "pooling_param { kernel_size: 3 stride: 2 }")
+    + SUM.replace('"b"', '"y"').replace('"h"', '"u"'),
+    "a weight": FIRST + LRN.replace('top: "h"', 'top: "h" loss_weight: 0.1') + MAX,
+    "no gradient comes back": FIRST + LRN + MAX.replace("pooling_param", "propagate_down: false pooling_param"),
+}
+
+
+DROP, DEEP = (
+    layer("Dropout", "q", "z", "z", "dropout_param { dropout_ratio: 0.3 }"),
+    layer("Pooling", "p", "a", "z", "pooling_param { kernel_size: 3 stride: 2 }"),
+)
+MEAN = DEEP.replace("kernel_size", "pool: AVE kernel_size")
+DROPPED = {
+    "max": FIRST + DEEP + DROP,
+    "average": FIRST + MEAN + DROP,
+    "max, no relu": conv("first", "x", "a") + DEEP + DROP,
+    "a relu above": FIRST + DEEP + DROP + relu("z", "over"),
+    "another dropout above": FIRST + MEAN + DROP + layer("Dropout", "q2", "z", "z"),
+    "global average": FIRST + MEAN.replace("kernel_size: 3 stride: 2", "global_pooling: true") + DROP,
+    "nothing learns below, max": DEEP.replace('"a"', '"x"') + DROP,
+    "nothing learns below, average": MEAN.replace('"a"', '"x"') + DROP,
+}
+NOT_DROPPED = {
+    "a top of its own": FIRST + DEEP.replace('"z"', '"y"') + layer("Dropout", "q", "y", "z"),
+    "nothing drops": FIRST + DEEP + DROP.replace("dropout_param", "phase: TEST dropout_param"),
+    "a relu between": FIRST + DEEP + relu("z", "over") + DROP,
+    "indices": FIRST + DEEP.replace('top: "z"', 'top: "z" top: "w"') + DROP + layer("Silence", "s", "w", "").replace('top: ""', ""),
+    "normalised before": ALEX + DROP,
+}
+CHAINS = POOLED | NOT_POOLED | {f"dropout: {name}": text for name, text in (DROPPED | NOT_DROPPED).items()}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CHAINS)
+def test_pooling_that_does_more_changes_no_bit(backend, monkeypatch, name: str, precision: str) -> None:
+    """On every backend: those that had better do one after the other can do both."""
+    monkeypatch.setattr(type(backend), "pools_along", True)
+    text = DATA + CHAINS[name] + LOSS
+    results = []
+    for observe in (False, True):
+        net = Net(net_from_text(text), phase=pb.TRAIN, backend=backend, precision=precision, observe=observe, seed=5)
+        for count in range(2):
+            backend.fill(net.shared_buffer, 0xFF)
+            net.context.forward_count = count
+            net.zero_grads()
+            net.forward()
+            net.backward()
+        results.append([np.float32(net.loss()), *(np.array(backend.to_host(p.diff)) for p in net.learnable)])
+        assert net.first_nonfinite() is None
+    assert max(np.abs(values).max() for values in results[1][1:]) > 0
+    for got, want in zip(*results):
+        np.testing.assert_array_equal(got, want)
+
+
+def pooled(text: str, *, pools_along: bool = True) -> dict[str, Node]:
+    graph = build_graph(net_from_text(DATA + text + LOSS), phase=pb.TRAIN)
+    fuse(graph, pools_along=pools_along)
+    return {node.name: node for node in graph.nodes}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_max_pooling_normalises(name: str) -> None:
+    nodes = pooled(POOLED[name])
+    norm, pool = nodes["n"], nodes["p"]
+    assert (norm.forward_fused, norm.backward_fused, norm.tops[0].absent) == (True, True, True)
+    assert pool.layer.lrn is norm.layer
+    assert pool.bottoms == norm.bottoms
+    if "relu" in nodes:
+        assert nodes["relu"].backward_fused
+        assert pool.layer.relu_bottoms == {0}
+
+
+@pytest.mark.parametrize("name", NOT_POOLED)
+def test_no_other_lrn_is_part_of_pooling(name: str) -> None:
+    nodes = pooled(NOT_POOLED[name])
+    assert not any(node.layer.lrn for node in nodes.values() if node.layer.type == "Pooling")
+    assert not nodes["n"].forward_fused
+
+
+def test_pooling_normalises_only_where_the_backend_wants_it() -> None:
+    assert pooled(ALEX, pools_along=False)["p"].layer.lrn is None
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_pooling_drops(name: str) -> None:
+    nodes = pooled(DROPPED[name])
+    assert nodes["p"].layer.dropout is nodes["q"].layer
+    assert (nodes["q"].forward_fused, nodes["q"].backward_fused) == (True, True)
+    if "relu" in nodes:
+        assert nodes["p"].layer.relu_bottoms == {0}
+    assert pooled(DROPPED[name], pools_along=False)["p"].layer.dropout is None
+
+
+@pytest.mark.parametrize("name", NOT_DROPPED)
+def test_no_other_dropout_is_part_of_pooling(name: str) -> None:
+    nodes = pooled(NOT_DROPPED[name])
+    assert nodes["p"].layer.dropout is None
+    assert not nodes["q"].forward_fused
+
+
+def test_pooling_keeps_no_mask_of_dropout_but_for_averages(reference) -> None:
+    for name, kept in (("max", ["p"]), ("average", ["p"]), ("nothing learns below, average", [])):
+        graph = build_graph(net_from_text(DATA + DROPPED[name] + LOSS), phase=pb.TRAIN)
+        fuse(graph, pools_along=True)
+        plan = plan_memory(graph, reference, backward=True)
+        assert [region.key[1] for region in plan.regions if region.dtype == "uint8"] == kept
+
+
+def test_what_pooling_normalises_lies_nowhere(reference) -> None:
+    graph = build_graph(net_from_text(DATA + ALEX + LOSS), phase=pb.TRAIN)
+    fuse(graph, pools_along=True)
+    plan, steps = plan_memory(graph, reference, backward=True), {node.name: i for i, node in enumerate(graph.nodes)}
+    assert not [region for region in plan.regions if region.key[1] in ("h", "n")]
+    assert plan.by_key["data", "a"].last == 2 * len(steps) - 1 - steps["p"]
 
 
 # --- BatchNorm, Scale and ReLU -----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from caffelite.schema import NetSpec, SourceMap, net_from_text, pb
 from caffelite.solver import loop
 from caffelite.solver.loop import Solver
 
+BATCH = 3
 HEAD = """
 layer { name: "d" type: "DummyData" top: "x" top: "y" top: "t" dummy_data_param { shape { dim: 3 dim: 4 dim: 5 dim: 4 } shape { dim: 3 dim: 4 dim: 5 dim: 4 }
   shape { dim: 3 } data_filler { type: "gaussian" std: 0.5 } data_filler { type: "uniform" min: -1 max: 1 } data_filler { type: "constant" value: 2 } } }
@@ -56,6 +57,15 @@ PAIRED = {
     "Bias": "bias_param { axis: 0 }",
 }
 NORMALISED = 1000  # nets of seeds from here on have BatchNorm, Scale and ReLU in place after each other
+ROUTED = 2000  # from here on: parts joined and cut along the batch, and chains that a backend may fuse
+CHAINS = (  # what is put in a row, and each time which of it may be in place
+    ("Convolution", "ReLU", "LRN", "Pooling max", "Dropout"),
+    ("Pooling max", "Dropout"),
+    ("Pooling mean", "Dropout"),
+    ("Convolution", "LRN", "Pooling max"),
+    ("Eltwise", "ReLU"),
+    ("Eltwise", "ReLU", "Eltwise"),
+)
 ENDS = ("loss", "loss", "distance", "silence", "weight", "none")
 
 
@@ -64,7 +74,7 @@ class Draft:
 
     def __init__(self, seed: int) -> None:
         self.rng, self.text, self.number = np.random.default_rng(seed), HEAD, 0
-        self.normalises = seed >= NORMALISED
+        self.normalises, self.routes = NORMALISED <= seed < ROUTED, seed >= ROUTED
         self.param = net_from_text(HEAD).param
         self.shapes: dict[str, tuple[int, ...]] = {"x": (3, 4, 5, 4), "y": (3, 4, 5, 4)}
 
@@ -95,7 +105,9 @@ class Draft:
         """One more layer in the middle of the net."""
         recent = list(self.shapes)[-self.pick((1, 1, 1, 3, 100)) :]  # mostly a chain
         bottom, top, draw = self.pick(recent), f"b{self.number}", self.rng.random()
-        if self.normalises and self.rng.random() < 0.3:
+        if self.routes and self.rng.random() < 0.5:
+            self.route(bottom, top) if self.rng.random() < 0.5 else self.chain(bottom)
+        elif self.normalises and self.rng.random() < 0.3:
             top = bottom if self.rng.random() < 0.5 else top
             if self.add("BatchNorm", [bottom], [top], ""):
                 self.add("Scale", [top], [top], ALONE["Scale"])
@@ -116,12 +128,42 @@ class Draft:
             kind, text = self.pick((("Flatten", ""), ("Reshape", "reshape_param { shape { dim: 0 dim: -1 } }")))
             self.add(kind, [bottom], [top], text)
 
+    def route(self, bottom: str, top: str) -> None:
+        """Joins blobs along the batch, or cuts one; or gives one another shape and back."""
+        kind, shape, same = self.pick(("join", "cut", "shape")), self.shapes[bottom], self.rng.random() < 0.5
+        if kind == "join":
+            others = [b for b, s in self.shapes.items() if s[1:] == shape[1:]]
+            self.add("Concat", [bottom, *(self.pick(others) for _ in range(self.pick((1, 2))))], [top], "concat_param { axis: 0 }")
+        elif kind == "cut":
+            points = f"slice_point: {self.pick(range(1, shape[0]))}" if shape[0] > 1 else "slice_point: 1"
+            self.add("Slice", [bottom], [top, f"{top}s"], f"slice_param {{ axis: 0 {points} }}")
+        elif self.add("Flatten", [bottom], [f"{top}f"], "") and self.add(
+            "Reshape", [f"{top}f"], [f"{top}r"], "reshape_param { shape { dim: 0 dim: -1 dim: 2 } }"
+        ):
+            self.add("ReLU", [f"{top}r"], [f"{top}r" if same else top], "")
+
+    def chain(self, bottom: str) -> None:
+        """Layers in a row, those in place that may be."""
+        for kind in self.pick(CHAINS):
+            top, kind = f"b{self.number}", "Pooling" if kind == "Pooling max" else kind
+            if kind == "Eltwise":
+                other = self.pick([b for b, shape in self.shapes.items() if shape == self.shapes[bottom]])
+                added = self.add(kind, [bottom, other], [top], "")
+            elif kind in ("ReLU", "Dropout"):
+                top, added = bottom, self.add(kind, [bottom], [bottom], "")
+            else:
+                added = self.add(kind, [bottom], [top], ALONE[kind])
+            if not added:
+                return
+            bottom = top
+
     def finish(self) -> None:
         """A loss, or something else, at every loose end; one loss at least."""
         read = {bottom for layer in self.param.layer for bottom in layer.bottom if bottom not in layer.top}
         loose = [b for b in self.shapes if b not in read]
         for i, bottom in enumerate(loose):
-            self.end(bottom, "loss" if i == len(loose) - 1 else self.pick(ENDS))
+            last, whole = i == len(loose) - 1, self.shapes[bottom][0] == BATCH
+            self.end(bottom, "loss" if last and whole else self.pick(ENDS) if whole else self.pick(("distance", "weight")))
 
     def end(self, bottom: str, how: str) -> None:
         top = f"e{self.number}"
@@ -167,7 +209,7 @@ def descend(net: Net) -> None:
     net.parameters_changed()
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", [*range(16), *range(ROUTED, ROUTED + 16)])
 def test_reuse_changes_nothing(backend: Backend, seed: int) -> None:
     text, precision = random_net(seed), "bfloat16" if seed % 3 == 2 else "float32"
     options: dict[str, Any] = {"backend": backend, "precision": precision, "seed": seed}
@@ -223,12 +265,12 @@ def normalises(net: Net) -> bool:
     return any(node.absorbed for node in net.graph.nodes)
 
 
-@pytest.mark.parametrize("seed", [*range(100, 104), *range(NORMALISED, NORMALISED + 3)])
+@pytest.mark.parametrize("seed", [*range(100, 104), *range(NORMALISED, NORMALISED + 3), *range(ROUTED + 100, ROUTED + 103)])
 def test_training_fused_and_recorded_is_training_step_by_step(backend: Backend, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """All of an iteration, as a device that runs ahead plays it back, with tests in between: the same weights and the same words."""
     monkeypatch.setattr(loop, "LOOK_SECONDS", 1e9)
     got, told = trained(backend, seed, Recorder(), False)
-    assert normalises(got.net) == (seed >= NORMALISED)
+    assert normalises(got.net) == (NORMALISED <= seed < ROUTED)
     want, said = trained(backend, seed, Watcher(), not normalises(got.net))
     assert len(weights_of(want)) > 2
     for label, values in weights_of(want).items():

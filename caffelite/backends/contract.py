@@ -134,10 +134,13 @@ class Backend(Protocol):
     """All ops, grouped by stem: the first word of a section's head, and the name of the file that holds them in each backend and of their test.
 
     runs_ahead: ops may return before they have run, so that reading a result waits.
+    pools_along: pooling had better do the LRN across channels before it (lrn_max_pool_forward) or the dropout after it
+    (max_pool_dropout_forward) than leave them to passes of their own.
     """
 
     name: str
     runs_ahead: bool
+    pools_along: bool
     raw_images: bool  # images had better come as bytes, to be cropped, mirrored and scaled by `transform`, than as finished floats
 
     # --- memory ----------------------------------------------------------------------------------------------------
@@ -333,6 +336,34 @@ class Backend(Protocol):
         as with positive = x."""
         ...
 
+    # --- lrn_pool: max pooling of what lrn_forward gives, which need not lie anywhere ------------------------------
+
+    def lrn_max_pool_forward(
+        self, x: Array, y: Array, mask: Array | None, *, size: int, alpha: float, beta: float, k: float, kernel: Ints, stride: Ints, pad: Ints
+    ) -> None:
+        """y and mask as max_pool_forward gives them for what lrn_forward gives for x, rounded as if it had been stored. x (N,C,H,W)."""
+        ...
+
+    def lrn_max_pool_backward(
+        self,
+        x: Array,
+        dy: Array,
+        mask: Array,
+        dx: Array,
+        *,
+        size: int,
+        alpha: float,
+        beta: float,
+        k: float,
+        kernel: Ints,
+        stride: Ints,
+        pad: Ints,
+        relu: bool = False,
+    ) -> None:
+        """dx as lrn_backward gives it for what max_pool_backward gives for dy and mask, rounded as if it had been stored. x: forward's;
+        what lrn_forward gave is computed again. relu: then as with positive = x."""
+        ...
+
     # --- activations: relu, elu, sigmoid, tanh, power, prelu -------------------------------------------------------
 
     def relu_forward(self, x: Array, y: Array, *, slope: float) -> None:
@@ -400,6 +431,29 @@ class Backend(Protocol):
 
     def dropout_backward(self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, ratio: float) -> None:
         """dx = dy m / (1-ratio). positive (dx's shape): see above. In place allowed (dx is dy)."""
+        ...
+
+    # --- pool_dropout: dropout of what pooling gives ---------------------------------------------------------------
+
+    def max_pool_dropout_forward(self, x: Array, y: Array, mask: Array | None, *, ratio: float, key: DropoutKey, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        """y as dropout_forward gives it in place on max_pool_forward's y; mask as the latter's, but that an output which is dropped has no winner."""
+        ...
+
+    def max_pool_dropout_backward(
+        self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, ratio: float, kernel: Ints, stride: Ints, pad: Ints
+    ) -> None:
+        """dx as max_pool_backward gives it for dy / (1-ratio), rounded as if it had been stored. An output that was dropped gives nothing,
+        whatever its dy. positive (dy's shape, such as forward's y): as there."""
+        ...
+
+    def ave_pool_dropout_forward(self, x: Array, y: Array, mask: Array | None, *, ratio: float, key: DropoutKey, kernel: Ints, stride: Ints, pad: Ints) -> None:
+        """y and mask (uint8, y's shape; None: not asked for) as dropout_forward gives them in place on ave_pool_forward's y."""
+        ...
+
+    def ave_pool_dropout_backward(
+        self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, ratio: float, kernel: Ints, stride: Ints, pad: Ints
+    ) -> None:
+        """dx as ave_pool_backward gives it for what dropout_backward gives for dy and mask, rounded as if it had been stored."""
         ...
 
     # --- batch_norm ------------------------------------------------------------------------------------------------

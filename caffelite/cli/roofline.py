@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
 from caffelite.backends.contract import Array, Peaks
+from caffelite.blob import Blob
 from caffelite.layer import BOTTOM, SIGN, TOP
 from caffelite.net import Step
 
@@ -45,7 +47,7 @@ def traffic(step: Step) -> tuple[int, int]:
     bottoms, tops = (sum(_size(blob.data) for blob in blobs) for blobs in (step.bottoms, step.tops))
     params = sum(_size(param.data) for param in layer.params)
     kept = sum(_size(array) for name, array in layer.buffers.items() if _is_kept(step, name))
-    forward = 0 if layer.shares_data else bottoms + tops + params + kept
+    forward = 0 if layer.shares_data else bottoms + tops + params + kept - 2 * sum(_size(part.data) for part in _held(step, layer.held_data))
     if not node.runs_backward:
         return forward, 0
     reads = layer.backward_reads()
@@ -53,7 +55,17 @@ def traffic(step: Step) -> tuple[int, int]:
     backward += bottoms * (BOTTOM in reads) + tops * bool(reads & {TOP, SIGN})
     backward += sum(_size(bottom.diff) for bottom, wanted in zip(step.bottoms, node.propagate_down) if wanted)
     backward += params * any(node.propagate_down) + sum(_size(param.diff) for param, learn in zip(layer.params, node.learn) if learn)
-    return forward, backward
+    held = sum(_size(part.diff) for part in _held(step, layer.held_diffs))
+    if layer.type != "Eltwise":
+        return forward, backward - 2 * held
+    copies = any(wanted and i not in layer.held_diffs for i, wanted in enumerate(node.propagate_down))  # if any, the top's is read once for all
+    return forward, backward - held - (0 if copies else _size(step.tops[0].diff))
+
+
+def _held(step: Step, numbers: Iterable[int]) -> list[Blob]:
+    """The bottoms or tops of these numbers, of a layer that brings values together or apart: it neither reads nor writes them where they are held."""
+    parts = step.tops if step.layer.type in ("Slice", "Flatten", "Reshape") else step.bottoms
+    return [parts[i] for i in numbers]
 
 
 def _is_kept(step: Step, name: str) -> bool:

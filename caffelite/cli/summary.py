@@ -118,7 +118,7 @@ def summarise(choice: NetChoice, args: argparse.Namespace, backend: Backend) -> 
     images = Images(args.image)
     graph = build_graph(choice.spec, phase=choice.phase, level=choice.level, stages=choice.stages, compute=compute, prepare=images)
     try:
-        fuse(graph)
+        fuse(graph, pools_along=backend.pools_along)
         training = choice.phase == pb.TRAIN and graph.has_backward
         plan = plan_memory(graph, backend, backward=training)
         parameters = sum(prod(p.spec.shape) for p in graph.owners)
@@ -146,7 +146,7 @@ def summarise(choice: NetChoice, args: argparse.Namespace, backend: Backend) -> 
 
 
 def _layer(node: Node) -> dict[str, Any]:
-    own = [top for i, top in enumerate(node.tops) if not node.in_place(i) and top.data_of is None]
+    own = [top for i, top in enumerate(node.tops) if not node.in_place(i) and top.data_of is None and not top.absent]
     return {
         "name": node.name,
         "type": node.layer.type,

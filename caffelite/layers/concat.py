@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from caffelite.backends.contract import Backend
 from caffelite.blob import Array, Blob, Shape
 from caffelite.layer import Layer, register
-from caffelite.layers.shapes import axis_index, old_axis
+from caffelite.layers.shapes import axis_index, old_axis, runs_along
 
 
 @register("Concat")
@@ -32,6 +32,11 @@ class Concat(Layer):
     def top_dtypes(self, bottoms: Sequence[str], compute: str) -> list[str]:
         return [bottoms[0] if len(set(bottoms)) == 1 else compute]
 
+    def runs(self, bottoms: Sequence[Shape]) -> list[int] | None:
+        """Elements of the top before each bottom's, where they lie there in one run each; else None."""
+        axis = self._axis(len(bottoms[0]))
+        return runs_along(axis, self.infer_shapes(bottoms)[0], [shape[axis] for shape in bottoms])
+
     def backward_reads(self) -> frozenset[str]:
         return frozenset()
 
@@ -44,10 +49,11 @@ class Concat(Layer):
             start = stop
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
-        for bottom, part in zip(bottoms, self._parts(tops[0].data, bottoms)):
-            ops.copy(bottom.data, part)
+        for i, (bottom, part) in enumerate(zip(bottoms, self._parts(tops[0].data, bottoms))):
+            if i not in self.held_data:
+                ops.copy(bottom.data, part)
 
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
-        for bottom, part, wanted in zip(bottoms, self._parts(tops[0].diff, bottoms), propagate_down):
-            if wanted:
+        for i, (bottom, part) in enumerate(zip(bottoms, self._parts(tops[0].diff, bottoms))):
+            if propagate_down[i] and i not in self.held_diffs:
                 ops.copy(part, bottom.diff)

@@ -28,6 +28,11 @@ class Dropout(Elementwise):
         if not 0 <= self.ratio < 1:
             raise self.fail(f"dropout_ratio is {self.ratio:g}", "dropout_param", "dropout_ratio", hint="give the part to drop: at least 0 and below 1")
 
+    @property
+    def key(self) -> DropoutKey:
+        """Names the mask of the forward pass under way."""
+        return DropoutKey(self.context.seed, self.stream, self.context.pass_number)
+
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
         return {"mask": BufferSpec(bottoms[0], "uint8")} if self.training else {}
 
@@ -39,8 +44,7 @@ class Dropout(Elementwise):
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
         if self.training:
-            key = DropoutKey(self.context.seed, self.stream, self.context.pass_number)
-            ops.dropout_forward(bottoms[0].data, tops[0].data, self.buffers["mask"], ratio=self.ratio, key=key)
+            ops.dropout_forward(bottoms[0].data, tops[0].data, self.buffers["mask"], ratio=self.ratio, key=self.key)
         elif not self.in_place_here:
             ops.copy(bottoms[0].data, tops[0].data)
 

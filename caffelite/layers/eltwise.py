@@ -50,6 +50,10 @@ class Eltwise(Layer):
     def may_do_relu(self) -> bool:
         return self.operation == pb.EltwiseParameter.SUM
 
+    def passes(self, index: int) -> bool:
+        """Whether the gradient of a bottom is the top's as it is."""
+        return self.operation == pb.EltwiseParameter.SUM and self.coeffs[index] == 1
+
     def backward_reads(self) -> frozenset[str]:
         if self.operation != pb.EltwiseParameter.PROD:
             return frozenset()
@@ -67,7 +71,7 @@ class Eltwise(Layer):
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
         xs, y, dy = [bottom.data for bottom in bottoms], tops[0].data, tops[0].diff
         for i, bottom in enumerate(bottoms):
-            if not propagate_down[i]:
+            if not propagate_down[i] or i in self.held_diffs:
                 continue
             if self.operation == pb.EltwiseParameter.SUM:
                 ops.eltwise_sum([dy], bottom.diff, [self.coeffs[i]])

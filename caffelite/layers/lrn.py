@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 from caffelite.backends.contract import Backend
 from caffelite.blob import Blob, Shape
@@ -29,6 +30,11 @@ class LRN(Elementwise):
         if self.size % 2 == 0:
             raise self.fail(f"local_size is {self.size}", "lrn_param", "local_size", hint="give an odd number, so that the window has a centre")
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What ops across channels are told, by name."""
+        return {"size": self.size, "alpha": self.alpha, "beta": self.beta, "k": self.k}
+
     def infer_shapes(self, bottoms: Sequence[Shape]) -> list[Shape]:
         if len(bottoms[0]) != 4:
             raise self.fail(f"LRN needs a bottom with 4 axes (N,C,H,W), found shape {bottoms[0]}", "bottom")
@@ -40,7 +46,7 @@ class LRN(Elementwise):
         if self.within:
             nbytes = backend.lrn_within_workspace(bottoms[0], dtypes[0], size=self.size, alpha=self.alpha, beta=self.beta)
         else:
-            nbytes = backend.lrn_workspace(bottoms[0], dtypes[0], size=self.size, alpha=self.alpha, beta=self.beta, k=self.k)
+            nbytes = backend.lrn_workspace(bottoms[0], dtypes[0], **self.numbers)
         return {"work": BufferSpec((nbytes,), "uint8")}
 
     def backward_reads(self) -> frozenset[str]:
@@ -57,7 +63,7 @@ class LRN(Elementwise):
         if self.within:
             ops.lrn_within_forward(x, y, work, size=self.size, alpha=self.alpha, beta=self.beta)
         else:
-            ops.lrn_forward(x, y, work, size=self.size, alpha=self.alpha, beta=self.beta, k=self.k)
+            ops.lrn_forward(x, y, work, **self.numbers)
 
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
         if not propagate_down[0]:
@@ -67,4 +73,4 @@ class LRN(Elementwise):
         if self.within:
             ops.lrn_within_backward(x, y, dy, dx, work, size=self.size, alpha=self.alpha, beta=self.beta, relu=relu)
         else:
-            ops.lrn_backward(x, y, dy, dx, work, size=self.size, alpha=self.alpha, beta=self.beta, k=self.k, relu=relu)
+            ops.lrn_backward(x, y, dy, dx, work, **self.numbers, relu=relu)

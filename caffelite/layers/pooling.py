@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from caffelite.backends.contract import Backend, Ints, pool_mask_dtype
 from caffelite.blob import Blob, Shape
 from caffelite.layer import BOTTOM, SIGN, BufferSpec, Layer, register
+from caffelite.layers.dropout import Dropout
+from caffelite.layers.lrn import LRN
 from caffelite.schema import SourceMap, pb
 
 FIELD = "pooling_param"
@@ -29,6 +31,8 @@ class Pooling(Layer):
     With any padding, an extent whose last window would start beyond the image and its leading padding loses that window.
     MAX: the first largest value of the window's part inside the image; a second top gives its index h*W + w. AVE: the sum
     over that part divided by the window's area up to the padded edge. global_pooling: one window over the whole plane.
+    `lrn` is set by the graph: the layer across channels whose top MAX takes, which is then computed here, from that one's bottom;
+    `dropout` the layer that follows in place, whose work is done here.
     """
 
     top_range = (1, 2)
@@ -39,6 +43,8 @@ class Pooling(Layer):
         self.options = options = param.pooling_param
         if options.pool == pb.PoolingParameter.STOCHASTIC:
             raise self.fail("STOCHASTIC pooling is not available", FIELD, "pool", hint="use MAX or AVE; Caffe too has it on GPUs only")
+        self.lrn: LRN | None = None
+        self.dropout: Dropout | None = None
         self.is_max = options.pool == pb.PoolingParameter.MAX
         if len(param.top) > 1 and not self.is_max:
             raise self.fail("only MAX pooling has a second top", "top", 1, hint="remove it, or set pool: MAX")
@@ -112,10 +118,14 @@ class Pooling(Layer):
 
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
         geometry = self._geometry(bottoms[0])
-        wanted = self.is_max and (self.keeps or len(self.param.top) > 1)
-        return {"mask": BufferSpec(geometry.top, pool_mask_dtype(geometry.kernel))} if wanted else {}
+        wanted = self.keeps and (self.is_max or self.dropout is not None)
+        if not wanted and len(self.param.top) == 1:
+            return {}
+        return {"mask": BufferSpec(geometry.top, pool_mask_dtype(geometry.kernel) if self.is_max else "uint8")}
 
     def backward_reads(self) -> frozenset[str]:
+        if self.lrn is not None:
+            return frozenset((BOTTOM,))
         if not self.relu_bottoms:
             return frozenset()
         return frozenset((SIGN,)) if self.is_max else frozenset((BOTTOM,))  # a window's winner and its top have one value
@@ -124,20 +134,32 @@ class Pooling(Layer):
         return True
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
-        x, y, g = bottoms[0].data, tops[0].data, self._geometry(bottoms[0].shape)
-        if not self.is_max:
-            ops.ave_pool_forward(x, y, kernel=g.kernel, stride=g.stride, pad=g.pad)
-            return
-        ops.max_pool_forward(x, y, self.buffers.get("mask"), kernel=g.kernel, stride=g.stride, pad=g.pad)
+        x, y, mask, g = bottoms[0].data, tops[0].data, self.buffers.get("mask"), self._geometry(bottoms[0].shape)
+        window: dict[str, Any] = {"kernel": g.kernel, "stride": g.stride, "pad": g.pad}
+        if self.dropout is not None:
+            run = ops.max_pool_dropout_forward if self.is_max else ops.ave_pool_dropout_forward
+            run(x, y, mask, ratio=self.dropout.ratio, key=self.dropout.key, **window)
+        elif self.lrn is not None:
+            ops.lrn_max_pool_forward(x, y, mask, **self.lrn.numbers, **window)
+        elif self.is_max:
+            ops.max_pool_forward(x, y, mask, **window)
+        else:
+            ops.ave_pool_forward(x, y, **window)
         if len(tops) > 1:
-            ops.max_pool_indices(self.buffers["mask"], tops[1].data, kernel=g.kernel, stride=g.stride, pad=g.pad, width=bottoms[0].shape[3])
+            ops.max_pool_indices(mask, tops[1].data, **window, width=bottoms[0].shape[3])
 
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
         if not propagate_down[0]:
             return
-        dy, dx, g = tops[0].diff, bottoms[0].diff, self._geometry(bottoms[0].shape)
-        if self.is_max:
-            positive = tops[0].data if self.relu_bottoms else None
-            ops.max_pool_backward(dy, self.buffers["mask"], dx, positive, kernel=g.kernel, stride=g.stride, pad=g.pad)
+        dy, dx, mask, g = tops[0].diff, bottoms[0].diff, self.buffers.get("mask"), self._geometry(bottoms[0].shape)
+        window: dict[str, Any] = {"kernel": g.kernel, "stride": g.stride, "pad": g.pad}
+        positive = None if not self.relu_bottoms else tops[0].data if self.is_max else bottoms[0].data
+        if self.dropout is not None:
+            run = ops.max_pool_dropout_backward if self.is_max else ops.ave_pool_dropout_backward
+            run(dy, mask, dx, positive, ratio=self.dropout.ratio, **window)
+        elif self.lrn is not None:
+            ops.lrn_max_pool_backward(bottoms[0].data, dy, mask, dx, **self.lrn.numbers, **window, relu=bool(self.relu_bottoms))
+        elif self.is_max:
+            ops.max_pool_backward(dy, mask, dx, positive, **window)
         else:
-            ops.ave_pool_backward(dy, dx, bottoms[0].data if self.relu_bottoms else None, kernel=g.kernel, stride=g.stride, pad=g.pad)
+            ops.ave_pool_backward(dy, dx, positive, **window)

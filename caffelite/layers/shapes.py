@@ -25,6 +25,15 @@ def viewable(shape: Shape, other: Shape) -> bool:
     return c_order(shape) or [n for n in shape if n != 1] == [n for n in other if n != 1]
 
 
+def runs_along(axis: int, shape: Shape, sizes: Sequence[int]) -> list[int] | None:
+    """Elements of a blob of `shape` before each of the parts of these sizes along `axis`; None where they are no unbroken runs of its memory."""
+    order = (0, 2, 3, 1) if len(shape) == 4 else tuple(range(len(shape)))
+    if any(shape[other] != 1 for other in order[: order.index(axis)]):
+        return None
+    step = prod(shape) // shape[axis]
+    return [sum(sizes[:i]) * step for i in range(len(sizes))]
+
+
 # A blob seen under another shape is a view where memory order allows; else its values pass through a buffer of that shape.
 
 

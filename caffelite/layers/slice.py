@@ -8,7 +8,7 @@ from itertools import pairwise
 from caffelite.backends.contract import Backend
 from caffelite.blob import Array, Blob, Shape
 from caffelite.layer import Layer, register
-from caffelite.layers.shapes import axis_index, old_axis
+from caffelite.layers.shapes import axis_index, old_axis, runs_along
 from caffelite.schema import SourceMap, pb
 
 FIELD = "slice_param"
@@ -60,6 +60,11 @@ class Slice(Layer):
     def top_dtypes(self, bottoms: Sequence[str], compute: str) -> list[str]:
         return [bottoms[0]] * len(self.param.top)
 
+    def runs(self, bottoms: Sequence[Shape]) -> list[int] | None:
+        """Elements of the bottom before each top's, where they lie there in one run each; else None."""
+        axis = self._axis(len(bottoms[0]))
+        return runs_along(axis, bottoms[0], [shape[axis] for shape in self.infer_shapes(bottoms)])
+
     def backward_reads(self) -> frozenset[str]:
         return frozenset()
 
@@ -72,10 +77,12 @@ class Slice(Layer):
             start = stop
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
-        for top, part in zip(tops, self._parts(bottoms[0].data, tops)):
-            ops.copy(part, top.data)
+        for i, (top, part) in enumerate(zip(tops, self._parts(bottoms[0].data, tops))):
+            if i not in self.held_data:
+                ops.copy(part, top.data)
 
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
         if propagate_down[0]:
-            for top, part in zip(tops, self._parts(bottoms[0].diff, tops)):
-                ops.copy(top.diff, part)
+            for i, (top, part) in enumerate(zip(tops, self._parts(bottoms[0].diff, tops))):
+                if i not in self.held_diffs:
+                    ops.copy(top.diff, part)

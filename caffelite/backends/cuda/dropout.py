@@ -15,12 +15,18 @@ DRAWN = 16  # elements that a thread draws at once
 
 class Dropout(Base):
     def dropout_forward(self, x: Array, y: Array, mask: Array, *, ratio: float, key: DropoutKey) -> None:
-        numbers = (_factor(ratio), np.uint32(round(ratio * 65536)), np.uint64(key.seed), np.uint64(key.layer), key.iteration)
+        numbers = (factor(ratio), threshold(ratio), np.uint64(key.seed), np.uint64(key.layer), key.iteration)
         self.launch(DROPOUT, f"dropout_forward<{cname(x)}>", blocks(-(-x.size // DRAWN)), THREADS, x, y, mask, *numbers, np.int64(x.size))
 
     def dropout_backward(self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, ratio: float) -> None:
-        self.launch(DROPOUT, f"dropout_backward<{cname(dy)}>", blocks(vectors(dy)), THREADS, dy, mask, positive, dx, _factor(ratio), np.int64(dy.size))
+        self.launch(DROPOUT, f"dropout_backward<{cname(dy)}>", blocks(vectors(dy)), THREADS, dy, mask, positive, dx, factor(ratio), np.int64(dy.size))
 
 
-def _factor(ratio: float) -> np.float32:
+def factor(ratio: float) -> np.float32:
+    """What is kept is multiplied by it."""
     return np.float32(1 / (1 - ratio))
+
+
+def threshold(ratio: float) -> np.uint32:
+    """The least of the 16-bit values that keep an element."""
+    return np.uint32(round(ratio * 65536))

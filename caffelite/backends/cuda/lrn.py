@@ -22,7 +22,7 @@ class Lrn(Base):
         return 0
 
     def lrn_forward(self, x: Array, y: Array, work: Array | None, *, size: int, alpha: float, beta: float, k: float) -> None:
-        half, numbers = size // 2, _across(x.shape, size, alpha, beta, k)
+        half, numbers = size // 2, across(x.shape, size, alpha, beta, k)
         vector = vector_of(x, y)
         if size in NEAR and vector > 1:
             self.launch(LRN, f"lrn_across_forward<{cname(x)}, {half}>", *tiles(x, vector), x, y, numbers)
@@ -32,7 +32,7 @@ class Lrn(Base):
     def lrn_backward(
         self, x: Array, y: Array, dy: Array, dx: Array, work: Array, *, size: int, alpha: float, beta: float, k: float, relu: bool = False
     ) -> None:
-        half, numbers = size // 2, _across(x.shape, size, alpha, beta, k)
+        half, numbers = size // 2, across(x.shape, size, alpha, beta, k)
         vector = vector_of(x, y, dy, dx)
         if size in NEAR and vector > 1:
             self.launch(LRN, f"lrn_across_backward<{cname(x)}, {half}>", *tiles(x, vector), x, y, dy, dx, numbers, np.bool_(relu))
@@ -56,7 +56,8 @@ class Lrn(Base):
         self.launch(LRN, f"lrn_backward{types}", *tiles(x, vector), x, dy, ratios, dx, numbers, np.bool_(relu))
 
 
-def _across(shape: Ints, size: int, alpha: float, beta: float, k: float) -> np.void:
+def across(shape: Ints, size: int, alpha: float, beta: float, k: float) -> np.void:
+    """The kernels' struct Lrn for boxes of `size` channels."""
     return _numbers((*shape, size // 2, 0, 0, k, alpha / size, beta))
 
 

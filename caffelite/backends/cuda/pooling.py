@@ -15,61 +15,62 @@ FIELDS = ("images", "channels", "height", "width", "out_h", "out_w", "kernel_h",
 WINDOWS = np.dtype([(name, np.int32) for name in FIELDS])
 
 
-def _variants(vector: int, known: Ints) -> list[str]:
+def variants(vector: int, fixed: Ints) -> list[str]:
     """The last two template arguments: channels a thread takes, and a kernel or stride known when compiling (0: none)."""
-    return ["1, 0", f"{vector}, 0", *(f"{vector}, {number}" for number in known)]
+    return ["1, 0", f"{vector}, 0", *(f"{vector}, {number}" for number in fixed)]
 
 
-def _names(kind: str, vector: int) -> list[str]:
-    names = [f"ave_pool_forward<{kind}, {v}>" for v in _variants(vector, KERNELS)]
-    names += [f"ave_pool_backward<{kind}, {v}>" for v in _variants(vector, STRIDES)]
+def names(kind: str, vector: int, what: str) -> list[str]:
+    """The kernels of "pool", or of what goes with it, for one type of activations."""
+    found = [f"ave_{what}_forward<{kind}, {v}>" for v in variants(vector, KERNELS)]
+    found += [f"ave_{what}_backward<{kind}, {v}>" for v in variants(vector, STRIDES)]
     for mask, kernels, strides in (("unsigned char", KERNELS, STRIDES), ("int", (), ())):
-        names += [f"max_pool_forward<{kind}, {mask}, {v}>" for v in _variants(vector, kernels)]
-        names += [f"max_pool_backward<{kind}, {mask}, {v}>" for v in _variants(vector, strides)]
-        names += [f"max_pool_indices<{kind}, {mask}, {v}>" for v in (1, vector)]
-    return names
+        found += [f"max_{what}_forward<{kind}, {mask}, {v}>" for v in variants(vector, kernels)]
+        found += [f"max_{what}_backward<{kind}, {mask}, {v}>" for v in variants(vector, strides)]
+    return found
 
 
-POOLING = Module("pooling", [*_names("float", 4), *_names("bf16", 8)])
+INDICES = [f"max_pool_indices<{kind}, {mask}, {v}>" for kind, vector in (("float", 4), ("bf16", 8)) for mask in ("unsigned char", "int") for v in (1, vector)]
+POOLING = Module("pooling", [*names("float", 4, "pool"), *names("bf16", 8, "pool"), *INDICES])
 
 
 class Pooling(Base):
     def max_pool_forward(self, x: Array, y: Array, mask: Array | None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(x, y, mask)
         kind = "unsigned char" if mask is None else cname(mask)
-        known = _known(kernel, KERNELS) if vector > 1 and kind == "unsigned char" else 0
-        name = f"max_pool_forward<{cname(x)}, {kind}, {vector}, {known}>"
-        self.launch(POOLING, name, *tiles(y, vector), x, y, mask, _windows(x.shape, y.shape, kernel, stride, pad))
+        fixed = known(kernel, KERNELS) if vector > 1 and kind == "unsigned char" else 0
+        name = f"max_pool_forward<{cname(x)}, {kind}, {vector}, {fixed}>"
+        self.launch(POOLING, name, *tiles(y, vector), x, y, mask, windows(x.shape, y.shape, kernel, stride, pad))
 
     def max_pool_backward(self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(dx, dy, mask, positive)
-        known = _known(stride, STRIDES) if vector > 1 and cname(mask) == "unsigned char" else 0
-        name = f"max_pool_backward<{cname(dx)}, {cname(mask)}, {vector}, {known}>"
-        self.launch(POOLING, name, *tiles(dx, vector), dy, mask, positive, dx, _windows(dx.shape, dy.shape, kernel, stride, pad))
+        fixed = known(stride, STRIDES) if vector > 1 and cname(mask) == "unsigned char" else 0
+        name = f"max_pool_backward<{cname(dx)}, {cname(mask)}, {vector}, {fixed}>"
+        self.launch(POOLING, name, *tiles(dx, vector), dy, mask, positive, dx, windows(dx.shape, dy.shape, kernel, stride, pad))
 
     def max_pool_indices(self, mask: Array, top: Array, *, kernel: Ints, stride: Ints, pad: Ints, width: int) -> None:
         vector = vector_of(top, mask)
         image = (*top.shape[:2], 0, width)  # the kernel does not ask for the height
         name = f"max_pool_indices<{cname(top)}, {cname(mask)}, {vector}>"
-        self.launch(POOLING, name, *tiles(top, vector), mask, top, _windows(image, top.shape, kernel, stride, pad))
+        self.launch(POOLING, name, *tiles(top, vector), mask, top, windows(image, top.shape, kernel, stride, pad))
 
     def ave_pool_forward(self, x: Array, y: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(x, y)
-        known = _known(kernel, KERNELS) if vector > 1 else 0
-        self.launch(POOLING, f"ave_pool_forward<{cname(x)}, {vector}, {known}>", *tiles(y, vector), x, y, _windows(x.shape, y.shape, kernel, stride, pad))
+        fixed = known(kernel, KERNELS) if vector > 1 else 0
+        self.launch(POOLING, f"ave_pool_forward<{cname(x)}, {vector}, {fixed}>", *tiles(y, vector), x, y, windows(x.shape, y.shape, kernel, stride, pad))
 
     def ave_pool_backward(self, dy: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(dx, dy, positive)
-        known = _known(stride, STRIDES) if vector > 1 else 0
-        name = f"ave_pool_backward<{cname(dx)}, {vector}, {known}>"
-        self.launch(POOLING, name, *tiles(dx, vector), dy, positive, dx, _windows(dx.shape, dy.shape, kernel, stride, pad))
+        fixed = known(stride, STRIDES) if vector > 1 else 0
+        name = f"ave_pool_backward<{cname(dx)}, {vector}, {fixed}>"
+        self.launch(POOLING, name, *tiles(dx, vector), dy, positive, dx, windows(dx.shape, dy.shape, kernel, stride, pad))
 
 
-def _known(numbers: Ints, choices: Ints) -> int:
+def known(numbers: Ints, choices: Ints) -> int:
     """The number of both axes if a kernel was compiled for it, else 0."""
     return int(numbers[0]) if numbers[0] == numbers[1] and numbers[0] in choices else 0
 
 
-def _windows(image: Ints, out: Ints, kernel: Ints, stride: Ints, pad: Ints) -> np.void:
+def windows(image: Ints, out: Ints, kernel: Ints, stride: Ints, pad: Ints) -> np.void:
     """The kernels' struct Windows."""
     return np.void((*image, *out[2:], *kernel, *stride, *pad), WINDOWS)

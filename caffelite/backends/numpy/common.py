@@ -111,6 +111,7 @@ class Base:
 
     name = "numpy"
     runs_ahead = False
+    pools_along = False
     raw_images = False
 
     def __init_subclass__(cls) -> None:

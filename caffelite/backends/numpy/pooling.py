@@ -24,7 +24,7 @@ class Pooling(Base):
         (values,) = widen(x)
         best = np.full_like(y, -FLOAT_MAX, values.dtype)
         if mask is not None:
-            mask.fill(_no_winner(mask))
+            mask.fill(no_winner(mask))
         for cell in _cells(x.shape[2:], y.shape[2:], kernel, stride, pad):
             candidates = values[cell.inputs]
             wins = candidates > best[cell.outputs]
@@ -46,7 +46,7 @@ class Pooling(Base):
         winner = mask.astype(np.int64)
         h = first[0][:, None] + winner // kernel[1]
         w = first[1] + winner % kernel[1]
-        store(top, np.where(mask == _no_winner(mask), -1, h * width + w))
+        store(top, np.where(mask == no_winner(mask), -1, h * width + w))
 
     def ave_pool_forward(self, x: Array, y: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         (values,) = widen(x)
@@ -64,7 +64,8 @@ class Pooling(Base):
         store(dx, rectified(total, positive))
 
 
-def _no_winner(mask: Array) -> int:
+def no_winner(mask: Array) -> int:
+    """What a max-pooling mask says of a window without a winner."""
     return 255 if mask.dtype == np.uint8 else -1
 
 

@@ -5,29 +5,16 @@
 // elements: each lane draws one block and keeps its 16 decisions as bits; then the lanes walk along the 512 elements 16 bytes at a time and fetch the bits
 // from the lane that drew them, so that all accesses are neighbours. Forward moves 2 elements and a byte (bfloat16: 5 bytes) for about 20 integer operations
 // an element, backward the same bytes. Tried: this form only. Not measured.
+#include "dropout.cuh"
 #include "elementwise.cuh"
 
-typedef unsigned long long u64;
-constexpr int DRAWN = 16, CHUNK = 32 * DRAWN;  // elements of a block of random words, and of a warp
-
-__device__ __forceinline__ unsigned draw(u64 block, u64 iteration, u64 seed, u64 layer, unsigned threshold) {  // bit j: value j >= threshold
-  u64 c[4] = {block + 1, 0, iteration, 0};
-  for (int round = 0; round < 10; ++round) {
-    u64 low0 = 0xD2E7470EE14C6C93ull * c[0], high0 = __umul64hi(0xD2E7470EE14C6C93ull, c[0]);
-    u64 low1 = 0xCA5A826395121157ull * c[2], high1 = __umul64hi(0xCA5A826395121157ull, c[2]);
-    c[0] = high1 ^ c[1] ^ seed, c[1] = low1, c[2] = high0 ^ c[3] ^ layer, c[3] = low0;
-    seed += 0x9E3779B97F4A7C15ull, layer += 0xBB67AE8584CAA73Bull;
-  }
-  unsigned bits = 0;
-  for (int j = 0; j < DRAWN; ++j) bits |= (unsigned)((c[j / 4] >> (j % 4 * 16) & 0xFFFF) >= threshold) << j;
-  return bits;
-}
+constexpr int CHUNK = 32 * DRAWN;  // elements of a warp
 
 template <int N, class T>
 __device__ __forceinline__ void drop(const T* x, T* y, unsigned char* mask, long long i, unsigned bits, float factor) {  // bit k: element i + k
   Floats<N> v = load<N>(x + i), keep;
   for (int k = 0; k < N; ++k) keep[k] = (float)(bits >> k & 1);
-  for (int k = 0; k < N; ++k) v[k] = __fmul_rn(__fmul_rn(v[k], factor), keep[k]);
+  for (int k = 0; k < N; ++k) v[k] = dropped(v[k], factor, keep[k]);
   store<N>(mask + i, keep);
   store<N>(y + i, v);
 }
@@ -51,7 +38,7 @@ __global__ void dropout_forward(const T* x, T* y, unsigned char* mask, float fac
 }
 template <class T>
 __global__ void dropout_backward(const T* dy, const unsigned char* mask, const T* positive, T* dx, float factor, long long n) {
-  auto drop = [=](float d, float keep) { return __fmul_rn(__fmul_rn(d, factor), keep); };
+  auto drop = [=](float d, float keep) { return dropped(d, factor, keep); };
   if (positive) map(dx, n, [=](float d, float keep, float above) { return rectified(drop(d, keep), above); }, dy, mask, positive);
   else map(dx, n, drop, dy, mask);
 }

@@ -11,64 +11,19 @@
 // lrn_forward, lrn_ratios, lrn_backward<T, V>: boxes of any extent in channels (V = 1 only), rows and columns. Backward takes two passes
 // with dy y / s as float32 between them: 4 bytes written and read again for each element; each pass adds up its box anew, from a cache.
 // Ladder: these are the first rung; not measured. Untried: halos by shuffles, and sums by row and then by column for wide squares.
-#include "channels.cuh"
-
-struct Lrn {
-  int images, channels, height, width, half_c, half_h, half_w;  // the box reaches half_* cells to each side
-  float k, factor, beta;
-};
-
-// s <- s^-beta; 3/4 is what nets use, and needs no powf.
-template <int V>
-__device__ __forceinline__ void raise(float (&s)[V], float beta) {
-  if (beta == 0.75f) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      float root = rsqrtf(s[v]);
-      s[v] = root * sqrtf(root);
-    }
-  } else {
-#pragma unroll
-    for (int v = 0; v < V; ++v) s[v] = powf(s[v], -beta);
-  }
-}
+#include "lrn.cuh"
 
 // --- boxes of a few channels ------------------------------------------------------------------------------------------------
-// Channels c-V .. c+2V-1 of a pixel, zeros outside it. What is not used of values costs nothing.
-template <class T, int V>
-__device__ __forceinline__ void load_around(const T* pixel, int c, int channels, float (&values)[3 * V]) {
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    int from = c + (i - 1) * V;
-    bool inside = from >= 0 && from < channels;
-    Pack<T, V> pack = load_pack<V>(pixel + (inside ? from : c));
-#pragma unroll
-    for (int v = 0; v < V; ++v) values[i * V + v] = inside ? to_float(pack[v]) : 0.0f;
-  }
-}
-
-template <int H, int count>
-__device__ __forceinline__ float sum_around(const float (&values)[count], int i) {
-  float sum = 0;
-#pragma unroll
-  for (int d = -H; d <= H; ++d) sum += values[i + d];
-  return sum;
-}
-
 template <class T, int H>
 __global__ void lrn_across_forward(const T* __restrict__ x, T* __restrict__ y, Lrn g) {
   constexpr int V = Vec<T>::size;
   each_place<V>(g.images, g.height, g.width, g.channels, [&](int n, int h, int w, int c) {
     long long pixel = offset_of(n, h, w, 0, g.height, g.width, g.channels);
-    float values[3 * V], squares[3 * V], out[V];
-    load_around<T, V>(x + pixel, c, g.channels, values);
+    Around<T, H> around(x + pixel, c, g.channels, H);
+    float out[V];
+    around.powers(g, out);
 #pragma unroll
-    for (int i = V - H; i < 2 * V + H; ++i) squares[i] = values[i] * values[i];
-#pragma unroll
-    for (int v = 0; v < V; ++v) out[v] = g.k + g.factor * sum_around<H>(squares, V + v);
-    raise(out, g.beta);
-#pragma unroll
-    for (int v = 0; v < V; ++v) out[v] *= values[V + v];
+    for (int v = 0; v < V; ++v) out[v] *= around.values[V + v];
     store_floats(y + pixel + c, out);
   });
 }
@@ -79,15 +34,13 @@ __global__ void lrn_across_backward(const T* __restrict__ x, const T* __restrict
   static_assert(2 * H <= V, "a ratio H channels away needs squares 2H away");
   each_place<V>(g.images, g.height, g.width, g.channels, [&](int n, int h, int w, int c) {
     long long pixel = offset_of(n, h, w, 0, g.height, g.width, g.channels);
-    float values[3 * V], outputs[3 * V], gradients[3 * V], squares[3 * V], scales[3 * V], ratios[3 * V], out[V];
-    load_around<T, V>(x + pixel, c, g.channels, values);
+    Around<T, H> around(x + pixel, c, g.channels, 2 * H);
+    float outputs[3 * V], gradients[3 * V], scales[3 * V], ratios[3 * V], out[V];
     load_around<T, V>(y + pixel, c, g.channels, outputs);
     load_around<T, V>(dy + pixel, c, g.channels, gradients);
 #pragma unroll
-    for (int i = V - 2 * H; i < 2 * V + 2 * H; ++i) squares[i] = values[i] * values[i];
-#pragma unroll
     for (int i = V - H; i < 2 * V + H; ++i) {
-      scales[i] = g.k + g.factor * sum_around<H>(squares, i);
+      scales[i] = around.scale(g, i);
       // Outside the pixel there is no ratio, whatever the scale
       ratios[i] = c + i - V >= 0 && c + i - V < g.channels ? gradients[i] * outputs[i] / scales[i] : 0.0f;
     }
@@ -97,8 +50,8 @@ __global__ void lrn_across_backward(const T* __restrict__ x, const T* __restrict
     float coefficient = 2 * g.factor * g.beta;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      out[v] = gradients[V + v] * out[v] - coefficient * values[V + v] * sum_around<H>(ratios, V + v);
-      if (relu) out[v] = rectified(out[v], values[V + v]);
+      out[v] = gradients[V + v] * out[v] - coefficient * around.values[V + v] * sum_around<H>(ratios, V + v);
+      if (relu) out[v] = rectified(out[v], around.values[V + v]);
     }
     store_floats(dx + pixel + c, out);
   });

@@ -1,0 +1,199 @@
+"""Blobs that lie inside others, so that layers that bring values together or apart have nothing to copy.
+
+A bottom of Concat lies in its top, a top of Slice in its bottom, that of Flatten or Reshape where its bottom does: wherever they are unbroken
+runs of memory. Gradients likewise; and that of a sum's bottom is the top's own. A blob is laid so only where every value is still there when
+it is read; where one would be overwritten, the layer copies. To be called once, after all fusions, before memory is planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import NamedTuple
+
+from caffelite.graph import BlobInfo, Graph, Node
+from caffelite.layer import BOTTOM, SIGN, TOP
+from caffelite.layers.concat import Concat
+from caffelite.layers.eltwise import Eltwise
+from caffelite.layers.regroup import Regroup
+from caffelite.layers.slice import Slice
+from caffelite.memory import ALIGN, ITEM_BYTES, gives
+
+
+class Edge(NamedTuple):
+    """A place where a layer would copy `part` to or from `start` elements on in `whole`: `number` counts the bottoms or tops it is one of."""
+
+    node: Node
+    number: int
+    part: BlobInfo
+    whole: BlobInfo
+    start: int
+
+    @property
+    def fits(self) -> bool:
+        """All arrays begin at the boundary that regions do: some ops take other ways, and round otherwise, where they do not."""
+        return self.part.dtype == self.whole.dtype and self.start * ITEM_BYTES[self.part.dtype] % ALIGN == 0
+
+
+def share(graph: Graph) -> None:
+    """Lays blobs inside others wherever nothing is lost by it."""
+    data, diffs = _Data(graph), _Diffs(graph)
+    for node in graph.nodes:
+        for edge in filter(lambda edge: edge.fits, _edges(node)):
+            if not isinstance(node.layer, Eltwise) and _may_share_data(edge):
+                _share_data(data, edge)
+            if _may_share_diff(edge):
+                _share_diff(diffs, edge)
+
+
+def _edges(node: Node) -> list[Edge]:
+    layer = node.layer
+    if isinstance(layer, (Concat, Slice, Regroup)):
+        joins = isinstance(layer, Concat)
+        whole, parts = (node.tops[0], node.bottoms) if joins else (node.bottoms[0], node.tops)
+        starts = layer.runs([b.shape for b in node.bottoms]) or []
+        return [Edge(node, i, part, whole, start) for i, (part, start) in enumerate(zip(parts, starts))]
+    if isinstance(layer, Eltwise):
+        return [Edge(node, i, bottom, node.tops[0], 0) for i, bottom in enumerate(node.bottoms) if layer.passes(i)]
+    return []
+
+
+# --- data ------------------------------------------------------------------------------------------------------------------
+
+
+def _may_share_data(edge: Edge) -> bool:
+    part = edge.part
+    return part.data_of is None and not part.persistent and not any(writer.layer.is_source for writer in part.writers)
+
+
+def _share_data(data: _Data, edge: Edge) -> None:
+    part, layer = edge.part, edge.node.layer
+    part.data_of, part.data_start = edge.whole, edge.start
+    layer.held_data |= {edge.number}
+    if not data.lasts(edge.whole.data_root):
+        part.data_of, part.data_start = None, 0
+        layer.held_data -= {edge.number}
+
+
+def _overlap(a: int, size_a: int, b: int, size_b: int) -> bool:
+    return a < b + size_b and b < a + size_a
+
+
+class _Data:
+    """When data is written and read. Node i computes forward at i and backward at 2n-1-i, as in memory.py."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._steps = {id(node): i for i, node in enumerate(graph.nodes)}
+
+    def lasts(self, root: BlobInfo) -> bool:
+        """Whether all blobs in the memory of `root` are as they were written whenever they are read."""
+        group = [blob for blob in self._graph.blobs.values() if blob.data_root is root]
+        return not any(self._spoils(a, b) for a in group for b in group if a is not b)
+
+    def _spoils(self, a: BlobInfo, b: BlobInfo) -> bool:
+        """Whether a write to `a` changes what is read of `b` afterwards."""
+        if not _overlap(a.data_offset, prod(a.shape), b.data_offset, prod(b.shape)):
+            return False
+        start = min(self._steps[id(node)] for node in b.writers)
+        for writer in a.writers:
+            step = self._steps[id(writer)]
+            if step <= start or self._only_says_where(writer, a):
+                continue
+            if b.persistent or any(time >= step and not (what == SIGN and writer.layer.keeps_sign) for time, what in self._reads(b)):
+                return True
+        return False
+
+    def _only_says_where(self, writer: Node, blob: BlobInfo) -> bool:
+        """Whether `writer` leaves what it finds of the blob's memory where other blobs lie in it."""
+        if isinstance(writer.layer, (Slice, Regroup)):
+            return writer.tops.index(blob) in writer.layer.held_data
+        return isinstance(writer.layer, Concat) or writer.layer.shares_data
+
+    def _reads(self, blob: BlobInfo) -> Iterator[tuple[int, str]]:
+        """When the blob is read, and what of it."""
+        last = 2 * len(self._graph.nodes) - 1
+        for node in [*blob.writers[1:], *blob.readers]:
+            yield self._steps[id(node)], BOTTOM
+        for nodes, kinds in ((blob.writers, (TOP, SIGN)), (blob.readers, (BOTTOM,))):
+            for node in nodes:
+                if node.runs_backward:
+                    yield from ((last - self._steps[id(node)], kind) for kind in kinds if kind in node.layer.backward_reads())
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------------
+
+
+def _may_share_diff(edge: Edge) -> bool:
+    """Whether this layer passes the gradient on, which others write anew in every pass, and nobody looks for afterwards."""
+    node, part, whole = edge.node, edge.part, edge.whole
+    below, above = (whole, part) if part in node.tops else (part, whole)
+    if part.diff_of is not None or part.persistent or whole.persistent or _weighted(part) or _weighted(whole):
+        return False
+    return node.runs_backward and gives(node, below) and any(reader.needs_backward and gives(reader, above) for reader in above.readers)
+
+
+def _weighted(blob: BlobInfo) -> bool:
+    return any(weight for node in blob.writers for top, weight in zip(node.tops, node.loss_weights) if top is blob)
+
+
+def _share_diff(diffs: _Diffs, edge: Edge) -> None:
+    """A layer that would overwrite one bottom's gradient while another's is needed may have been given that memory by a fusion: it can have its own."""
+    part, layer = edge.part, edge.node.layer
+    part.diff_of, part.diff_start = edge.whole, edge.start
+    layer.held_diffs |= {edge.number}
+    root = edge.whole.diff_root
+    if diffs.lasts(root):
+        return
+    held = [edge.node.bottoms[i] for i in layer.held_diffs] if isinstance(layer, Eltwise) else []
+    lodgers = [(blob, blob.diff_of) for blob in diffs.blobs if blob.called and blob.diff_of in held]
+    for blob, _ in lodgers:
+        blob.diff_of = None
+    if not diffs.lasts(root):
+        part.diff_of, part.diff_start = None, 0
+        layer.held_diffs -= {edge.number}
+        for blob, before in lodgers:
+            blob.diff_of = before
+
+
+class _Diffs:
+    """When gradients are written and read, by the time of backward: later nodes first."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._times = {id(node): -i for i, node in enumerate(graph.nodes)}
+
+    @property
+    def blobs(self) -> Sequence[BlobInfo]:
+        return list(self._graph.blobs.values())
+
+    def lasts(self, root: BlobInfo) -> bool:
+        """Whether all gradients in the memory of `root`'s are as they were written until the last layer has read them."""
+        group = [blob for blob in self.blobs if blob.diff_root is root and any(node.needs_backward for node in blob.writers)]
+        return not any(self._spoils(a, b) for a in group for b in group if a is not b)
+
+    def _spoils(self, a: BlobInfo, b: BlobInfo) -> bool:
+        """Whether a write to `a`'s gradient changes what is read of `b`'s afterwards."""
+        if not _overlap(a.diff_offset, prod(a.shape), b.diff_offset, prod(b.shape)):
+            return False
+        givers = [self._times[id(reader)] for reader in b.readers if reader.needs_backward and gives(reader, b)]
+        start, end = min(givers, default=-len(self._times)), self._times[id(b.writers[0])]
+        for node in self._writers(a):
+            passes_on = b in node.tops and node.layer.in_place and a.shape == b.shape  # dx may be dy
+            if start < self._times[id(node)] <= end and not (self._times[id(node)] == end and passes_on):
+                return True
+        return False
+
+    def _writers(self, blob: BlobInfo) -> Iterator[Node]:
+        """The nodes whose backward writes the blob's gradient."""
+        for node in blob.writers[1:]:
+            if node.runs_backward:
+                yield node
+        for node in blob.readers:
+            if node.runs_backward and gives(node, blob) and not self._only_says_where(node, blob):
+                yield node
+
+    def _only_says_where(self, reader: Node, blob: BlobInfo) -> bool:
+        if isinstance(reader.layer, (Concat, Eltwise)):
+            return reader.bottoms.index(blob) in reader.layer.held_diffs
+        return isinstance(reader.layer, Slice) or (isinstance(reader.layer, Regroup) and bool(reader.layer.held_diffs))

@@ -107,7 +107,8 @@ class Transformer:
         else:
             self._crop(items, places.tolist(), floats)
         if warps is not None and self.warp.lights:
-            floats += warps[:, None, None, PLACED:]
+            rows = floats.reshape(*floats.shape[:2], -1)  # whole rows, so that the inner loop is long
+            rows += np.tile(warps[:, None, PLACED:], floats.shape[2])
         if self.scale != 1:
             floats *= self.scale
         if floats is not out:

@@ -125,12 +125,11 @@ __global__ void __launch_bounds__(256, 4)
     for (int k = 0; k < N; ++k) {
       float value = warped_at(planes, mean, shape, record, walk.channel, pixels);
       values[k] = __fmul_rn(__fadd_rn(value, warp[6 + walk.channel]), scale);
-      if (k + 1 == N) break;
-      if (step(walk, shape)) {
+      if (k + 1 < N && step(walk, shape)) {
         warp += 6 + shape.channels;
         record = places[4 * walk.image];
       }
-      if (walk.channel == 0) pixels = around(warp, shape, walk);
+      if (k + 1 < N && walk.channel == 0) pixels = around(warp, shape, walk);
     }
     store<N>(y + i, values);
   });

@@ -51,7 +51,8 @@ def turned(image: np.ndarray, angle: float, zoom: float, place: tuple[int, int, 
 
 def sampled(image: np.ndarray, angle: float, zoom: float, place: tuple[int, int, int], size: tuple[int, int], mean: Any = None) -> np.ndarray:
     out = np.full((*size, len(image)), np.nan, np.float32)
-    Sampler(len(image), *size).sample(image, mean, np.array(placing(angle, zoom, place, size), np.float32), out)
+    row = placing(np.array([angle]), np.array([zoom]), np.array([place], np.int32), size)[0].astype(np.float32)
+    Sampler(len(image), *size).sample(image, mean, row, out)
     return out.transpose(2, 0, 1)
 
 
@@ -143,7 +144,7 @@ def test_draws_are_spread_as_documented() -> None:
 def test_components_are_orthonormal_and_red_is_last() -> None:
     np.testing.assert_allclose(EIGENVECTORS.T @ EIGENVECTORS, np.eye(3), atol=1e-3)
     for i in range(3):
-        np.testing.assert_allclose(shifts([float(i == k) for k in range(3)])[::-1], EIGENVECTORS[:, i] * EIGENVALUES[i], rtol=1e-12)
+        np.testing.assert_allclose(shifts(np.eye(3))[i, ::-1], EIGENVECTORS[:, i] * EIGENVALUES[i], rtol=1e-12)
 
 
 SETTINGS: list[dict[str, Any]] = [{"rotation": 30, "lighting": 0.1}, {"lighting": 0.1}, {"min_zoom": 0.8}]

@@ -12,7 +12,7 @@ paper prints no components; these are the ones that are in common use, of colour
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import cos, isfinite, log, pi, radians, sin, sqrt
+from math import cos, isfinite, log, pi, sin
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,10 @@ PLACED = 6  # numbers that say where a pixel is taken
 
 _EIGENVALUES = np.array([0.2175, 0.0188, 0.0045]) * 255
 _EIGENVECTORS = np.array([[-0.5836, -0.6948, 0.4203], [-0.5808, -0.0045, -0.8140], [-0.5675, 0.7192, 0.4009]])  # of blue, green and red
-_COMPONENTS = (_EIGENVECTORS * _EIGENVALUES).tolist()
+_COMPONENTS = _EIGENVECTORS * _EIGENVALUES
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 
 class Warp:
@@ -73,39 +74,47 @@ class Warp:
 
     def rows(self, words: npt.NDArray[np.uint64], places: npt.NDArray[np.int32], image: tuple[int, int, int]) -> Floats:
         """(N,6+C): oy, ah, aw, ox, bh, bw and what is added to each channel. words: (N,4); places: (N,3), as Transformer.places; image: (C,H,W) of
-        the crop. Each is computed in float64 by itself and rounded once, so that an image's numbers do not depend on the batch it is in."""
-        rows = np.zeros((len(words), PLACED + image[0]), np.float32)
-        for row, four, place in zip(rows, words.tolist(), places.tolist()):
-            u = [part / 2**32 for word in four for part in (word >> 32, word & 0xFFFFFFFF)]  # from 0 on, below 1
-            angle = (2 * u[0] - 1) * self.rotation if self.moves else 0.0
-            zoom = self.zoom[0] + u[1] * (self.zoom[1] - self.zoom[0]) if self.moves else 1.0
-            row[:PLACED] = placing(angle, zoom, place, image[1:])
-            if self.lights:
-                row[PLACED:] = shifts([self.lighting * factor for factor in _normal(*u[2:6])])
+        the crop. All are computed in float64 and rounded once; an image's numbers do not depend on the others in its batch."""
+        u = np.stack([words >> 32, words & 0xFFFFFFFF], -1).reshape(len(words), -1) / 2**32  # from 0 on, below 1
+        angles, zooms = np.zeros(len(u)), np.ones(len(u))
+        if self.moves:
+            angles, zooms = (2 * u[:, 0] - 1) * self.rotation, self.zoom[0] + u[:, 1] * (self.zoom[1] - self.zoom[0])
+        rows: Floats = np.zeros((len(u), PLACED + image[0]), np.float32)
+        rows[:, :PLACED] = placing(angles, zooms, places, image[1:])
+        if self.lights:
+            rows[:, PLACED:] = shifts(self.lighting * _normal(*u[:, 2:6].T))
         return rows
 
 
-def placing(angle: float, zoom: float, place: Any, size: tuple[int, int]) -> list[float]:
-    """oy, ah, aw, ox, bh, bw for a crop of `size` (height, width) at place (top, left, mirrored): the image, turned anticlockwise by `angle` degrees
-    and magnified by `zoom` about the crop's centre, is cropped and then mirrored."""
-    top, left, mirrored = place
+def placing(angles: Doubles, zooms: Doubles, places: npt.NDArray[np.int32], size: tuple[int, int]) -> Doubles:
+    """(N,6): oy, ah, aw, ox, bh, bw for crops of `size` (height, width) at places (N,3) (top, left, mirrored): the image, turned anticlockwise by an
+    angle in degrees and magnified by a zoom about the crop's centre, is cropped and then mirrored."""
+    top, left, mirrored = places.T
     middle, centre = (size[0] - 1) / 2, (size[1] - 1) / 2
+    turns = angles * (pi / 180)
     # Rounded, so that quarter turns, whose cosine is 6e-17 in floating point, take pixels as they are.
-    along, across = round(cos(radians(angle)), 15) / zoom, round(sin(radians(angle)), 15) / zoom
-    side = -1 if mirrored else 1
+    along, across = (np.round(_each(function, turns), 15) / zooms for function in (cos, sin))
+    side = 1 - 2.0 * mirrored
     ah, aw, bh, bw = along, side * across, -across, side * along
-    return [top + middle - ah * middle - aw * centre, ah, aw, left + centre - bh * middle - bw * centre, bh, bw]
+    return np.stack([top + middle - ah * middle - aw * centre, ah, aw, left + centre - bh * middle - bw * centre, bh, bw], 1)
 
 
-def shifts(factors: list[float]) -> list[float]:
-    """What the components, each times its factor, add to blue, green and red pixels from 0 to 255."""
-    return [sum(part * factor for part, factor in zip(parts, factors)) for parts in _COMPONENTS]
+def shifts(factors: Doubles) -> Doubles:
+    """(N,3): what the components, each times its factor (N,3), add to blue, green and red pixels from 0 to 255."""
+    first, second, third = (factors[:, i : i + 1] * _COMPONENTS[:, i] for i in range(3))
+    total: Doubles = first + second + third
+    return total
 
 
-def _normal(u: float, v: float, s: float, t: float) -> list[float]:
-    """Three numbers from the standard normal distribution (Box and Muller), from four that are uniform from 0 on and below 1."""
-    first, second = sqrt(-2 * log(1 - u)), sqrt(-2 * log(1 - s))
-    return [first * cos(2 * pi * v), first * sin(2 * pi * v), second * cos(2 * pi * t)]
+def _normal(u: Doubles, v: Doubles, s: Doubles, t: Doubles) -> Doubles:
+    """(N,3) numbers from the standard normal distribution (Box and Muller), from four (N) that are uniform from 0 on and below 1."""
+    first, second = np.sqrt(-2 * _each(log, 1 - u)), np.sqrt(-2 * _each(log, 1 - s))
+    return np.stack([first * _each(cos, 2 * pi * v), first * _each(sin, 2 * pi * v), second * _each(cos, 2 * pi * t)], 1)
+
+
+def _each(function: Callable[[float], float], values: Doubles) -> Doubles:
+    """The C library's function of each value, which, unlike NumPy's, cannot depend on where in a batch the value stands."""
+    return np.array([function(value) for value in values.tolist()])
 
 
 class Sampler:
@@ -114,14 +123,13 @@ class Sampler:
     def __init__(self, channels: int, height: int, width: int) -> None:
         self._rows, self._columns = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)
         self._taps = np.empty((4, channels, height * width), np.float32)
-        self._flat = np.empty((channels, 0), np.float32)
+        self._flat = np.empty(0, np.float32)
 
     def sample(self, item: npt.NDArray[Any], mean: Any, row: Floats, out: Floats) -> None:
         """out (H,W,C) <- item (C,H',W') less mean (C,1,1), (C,H',W') or None, at the places that the first six numbers of `row` say."""
         channels, height, width = item.shape
-        size = height * width
-        flat = self._room(channels, size, width)
-        image = flat[:, :size].reshape(item.shape)
+        flat = self._room(item.size + width + 1)
+        image = flat[: item.size].reshape(item.shape)
         if mean is None:
             image[...] = item
         else:
@@ -129,10 +137,11 @@ class Sampler:
         oy, ah, aw, ox, bh, bw = row[:PLACED]
         top, down = self._split((oy + ah * self._rows) + aw * self._columns, height)
         left, right = self._split((ox + bh * self._rows) + bw * self._columns, width)
-        first = (top.astype(np.int64) * width + left.astype(np.int64)).ravel()
+        pixels = (top.astype(np.int64) * width + left.astype(np.int64)).ravel()
+        first = np.arange(channels)[:, None] * (height * width) + pixels
         # In the last row and column the fraction is 0, and what stands behind them does not matter as long as it is finite.
         for taps, start in zip(self._taps, (0, 1, width, width + 1)):
-            np.take(flat[:, start : start + size], first, axis=1, out=taps, mode="clip")
+            np.take(flat[start:], first, out=taps, mode="clip")
         upper, upper_right, lower, lower_right = self._taps
         _between(upper, upper_right, right)
         _between(lower, lower_right, right)
@@ -147,10 +156,10 @@ class Sampler:
         at -= whole
         return whole, at.ravel()
 
-    def _room(self, channels: int, size: int, width: int) -> Floats:
-        """Memory for an image of `size` pixels and a row and a pixel behind it, which are finite."""
-        if self._flat.shape[1] != size + width + 1:
-            self._flat = np.zeros((channels, size + width + 1), np.float32)
+    def _room(self, size: int) -> Floats:
+        """Memory for `size` numbers, which are finite."""
+        if self._flat.size < size:
+            self._flat = np.zeros(size, np.float32)
         return self._flat
 
 

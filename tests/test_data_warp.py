@@ -196,8 +196,8 @@ def test_float_images_of_differing_sizes(rng: np.random.Generator) -> None:
         ({"max_zoom": float("inf")}, SHAPE, "max_zoom", "max_zoom is inf, expected 0.01 to 100"),
         ({"min_zoom": 2}, SHAPE, "min_zoom", "min_zoom is 2 and max_zoom 1: no factor lies between"),
         ({"max_zoom": 0.5}, SHAPE, "max_zoom", "min_zoom is 1 and max_zoom 0.5: no factor lies between"),
-        ({"lighting": -0.1}, SHAPE, "lighting", "lighting is -0.1, expected 0 or more"),
-        ({"lighting": float("inf")}, SHAPE, "lighting", "lighting is inf, expected 0 or more"),
+        ({"lighting": -0.1}, SHAPE, "lighting", "lighting is -0.1, expected 0 to 100"),
+        ({"lighting": float("inf")}, SHAPE, "lighting", "lighting is inf, expected 0 to 100"),
         ({"lighting": 0.1}, (1, 8, 8), "lighting", "it needs images of 3 channels, these have 1"),
     ],
 )
@@ -206,6 +206,15 @@ def test_settings_without_a_meaning(fields: dict[str, Any], shape: tuple[int, in
     with pytest.raises(SpecError, match=text) as caught:
         transformer(training, **fields).output_shape(shape)
     assert str(caught.value).startswith(f"transform_param.{place}")
+
+
+@pytest.mark.parametrize("fields", [{"rotation": 180}, {"min_zoom": 0.01}, {"max_zoom": 100}, {"min_zoom": 2, "max_zoom": 2}, {"lighting": 100}], ids=str)
+def test_the_ends_of_what_is_allowed(rng: np.random.Generator, fields: dict[str, Any]) -> None:
+    subject = transformer(**fields)
+    shape = subject.output_shape(SHAPE)
+    out = np.full((50, *shape[1:], 3), np.nan, np.float32)
+    subject.apply([np.zeros(SHAPE, np.uint8)] * 50, np.zeros(50, np.uint64), out, rng.integers(0, 2**64, (50, 4), np.uint64))
+    assert np.isfinite(out).all()
 
 
 def test_check_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ paper prints no components; these are the ones that are in common use, of colour
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import cos, isfinite, log, pi, sin
+from math import cos, log, pi, sin
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from caffelite.schema import pb
 
 MOST_ROTATION = 180  # degrees
 ZOOMS = (0.01, 100)
+MOST_LIGHTING = 100
 PLACED = 6  # numbers that say where a pixel is taken
 
 _EIGENVALUES = np.array([0.2175, 0.0188, 0.0045]) * 255
@@ -50,15 +51,15 @@ class Warp:
             raise self._fail(f"rotation is {self.rotation:g}, expected 0 to {MOST_ROTATION} degrees", "transform_param", "rotation", hint=hint)
         least, most = ZOOMS
         for name, value in zip(("min_zoom", "max_zoom"), self.zoom):
-            if not least <= value <= most:
+            if not np.float32(least) <= value <= most:  # fields are float32
                 hint = "1 leaves images as large as they are, 2 doubles height and width"
                 raise self._fail(f"{name} is {value:g}, expected {least:g} to {most:g}", "transform_param", name, hint=hint)
         if self.zoom[0] > self.zoom[1]:
             given = "min_zoom" if param.HasField("min_zoom") else "max_zoom"
             message = f"min_zoom is {self.zoom[0]:g} and max_zoom {self.zoom[1]:g}: no factor lies between"
             raise self._fail(message, "transform_param", given, hint="each is 1 where it is not given")
-        if not (isfinite(self.lighting) and self.lighting >= 0):
-            message = f"lighting is {self.lighting:g}, expected 0 or more"
+        if not 0 <= self.lighting <= MOST_LIGHTING:
+            message = f"lighting is {self.lighting:g}, expected 0 to {MOST_LIGHTING}"
             raise self._fail(message, "transform_param", "lighting", hint="0.1 is usual; it is a standard deviation")
 
     def check_channels(self, channels: int) -> None:

@@ -129,8 +129,9 @@ class Transformer:
         """The same for items that are rotated or zoomed."""
         if self._sampler is None:
             self._sampler = Sampler(floats.shape[3], *floats.shape[1:3])
+        mean = None if self.mean is None else np.ascontiguousarray(self.mean)  # planes, as the items
         for item, row, image in zip(items, warps, floats):
-            self._sampler.sample(item, self.mean, row, image)
+            self._sampler.sample(item, mean, row, image)
 
     def places(self, words: npt.NDArray[np.uint64], rows: Any, columns: Any) -> npt.NDArray[np.int32]:
         """(N,3): row and column of each item's crop, and 1 if it is mirrored, else 0. rows, columns: the items' room, see `room`.

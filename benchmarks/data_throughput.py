@@ -70,7 +70,7 @@ class Nowhere(NumpyBackend):
     def close(self) -> None:
         pass
 
-    def transform(self, planes: Any, places: Any, mean: Any, y: Any, *, scale: float) -> None:
+    def transform(self, planes: Any, places: Any, mean: Any, y: Any, warps: Any = None, *, scale: float) -> None:
         pass
 
     def copy(self, x: Any, y: Any) -> None:
@@ -126,16 +126,23 @@ def main() -> None:
         array_to_blob(np.full((1, 3, 64, 64), 120), blob)
         mean.write_bytes(message_bytes(blob))
         by_file = {"mean_file": str(mean), "crop_size": CROP, "mirror": True}
+        lit = {"lighting": 0.1}
+        warped = {"rotation": 15, "min_zoom": 0.9, "max_zoom": 1.2, "lighting": 0.1}
         print(f"{'records':34} {'order':8} {'into':9} images/s")
         for name, database, transform, dtype, shuffle, *cache in (
             ("raw, crop, mirror, mean_value", raw, values, "float32", False),
             ("raw, crop, mirror, mean_value", raw, values, "float32", True),
             ("raw, crop, mirror, mean_value", raw, values, "bfloat16", True),
             ("raw, crop, mirror, mean_file", raw, by_file, "float32", True),
+            ("the same, lighting", raw, by_file | lit, "float32", True),
+            ("raw, warped, mean_value", raw, values | warped, "float32", True),
+            ("raw, warped, mean_value", raw, values | warped, "bfloat16", True),
+            ("raw, warped, mean_file", raw, by_file | warped, "float32", True),
             ("raw, whole, scale", raw, {"scale": 1 / 256}, "float32", False),
             ("raw, crop, mirror, mean_value", raw, values, "bytes", False),
             ("raw, crop, mirror, mean_value", raw, values, "bytes", True),
-            ("the same, cache: DEVICE", raw, values, "bytes", True, True),
+            ("raw, warped, mean_value", raw, values | warped, "bytes", True),
+            ("raw, ..., cache: DEVICE", raw, values, "bytes", True, True),
             ("JPEG, crop, mirror, mean_value", jpeg, values, "float32", True),
             ("JPEG, crop, mirror, mean_value", jpeg, values, "bytes", True),
         ):

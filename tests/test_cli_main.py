@@ -25,6 +25,7 @@ FLAGS = {
     "check": "--level --stage",
     "convert": "--resize --gray --shuffle --seed --encoded --encode-type --threads --allow-bad --force",
     "mean": "--json",
+    "preview": "--images --draws --seed --level --stage",
     "dataset": "--classes --train --val --seed",
     "plot": "--out --title",
     "device-query": "--json --gpu",

@@ -21,6 +21,7 @@ from caffelite.net import Net
 from caffelite.schema import array_to_blob, message_bytes, net_from_text, pb
 
 RANDOM = {"crop_size": 6, "mirror": True, "mean_value": [10.5, 20.25, 30.125], "scale": 0.0173}
+WARPED = {**RANDOM, "rotation": 40, "min_zoom": 0.7, "max_zoom": 1.5, "lighting": 0.2}
 DEVICE = pb.DataParameter.DEVICE
 
 
@@ -77,11 +78,13 @@ def with_mean(folder: Path, shape: tuple[int, int, int]) -> str:
 
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["plain", "random", "mean file", "one mean, in order", "test phase"])
+@pytest.mark.parametrize("kind", ["plain", "random", "mean file", "one mean, in order", "test phase", "lighting", "warped", "warped, mean file"])
 def test_batches_are_the_hosts_to_the_bit(tmp_path: Path, source: Any, ops: Any, kind: str, dtype: str, cache: bool) -> None:
     path, _ = numbered(tmp_path / "db", 11)
-    transform: dict[str, Any] = {} if kind == "plain" else dict(RANDOM)
-    if kind == "mean file":
+    transform: dict[str, Any] = {} if kind == "plain" else dict(WARPED if "warped" in kind else RANDOM)
+    if kind == "lighting":
+        transform["lighting"] = 0.3
+    if "mean file" in kind:
         del transform["mean_value"]
         transform["mean_file"] = with_mean(tmp_path, (3, 8, 10))
     elif kind == "one mean, in order":
@@ -104,9 +107,10 @@ def test_bfloat16_is_the_rounded_float32(tmp_path: Path, source: Any, ops: Any) 
 
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("prefetch", [1, 4])
-def test_seek_goes_on_exactly_as_an_uninterrupted_run(tmp_path: Path, source: Any, ops: Any, prefetch: int, cache: bool) -> None:
+@pytest.mark.parametrize("transform", [RANDOM, WARPED], ids=["random", "warped"])
+def test_seek_goes_on_exactly_as_an_uninterrupted_run(tmp_path: Path, source: Any, ops: Any, transform: dict[str, Any], prefetch: int, cache: bool) -> None:
     path, _ = numbered(tmp_path / "db", 10)
-    options = {"transform": RANDOM, "shuffle": True, "prefetch": prefetch, **({"cache": DEVICE} if cache else {})}
+    options = {"transform": transform, "shuffle": True, "prefetch": prefetch, **({"cache": DEVICE} if cache else {})}
     data, labels = loaded(source(path, **options), ops, 9)
     subject = source(path, **options)
     for position in (0, 4, 12, 24, 8):  # back too, with batches on their way

@@ -37,7 +37,8 @@ layer { name: "loss" type: "SoftmaxWithLoss" bottom: "ip" bottom: "label" top: "
 layer { name: "accuracy" type: "Accuracy" bottom: "ip" bottom: "label" top: "accuracy" include { phase: TEST } }
 """
 LONG = MANY_LAYERS.replace('top: "acc" }', 'top: "acc" include { phase: TEST } }')
-NETS = {"short": SHORT, "long": LONG}
+WARPED = SHORT.replace("scale: 0.01", "scale: 0.01 rotation: 10 lighting: 0.1")
+NETS = {"short": SHORT, "long": LONG, "warped": WARPED}
 RULES = {"sgd": "momentum: 0.9", "adam": 'type: "Adam" momentum: 0.9 clip_gradients: 1e-3', "plain": "snapshot_after_train: false debug_info: true"}
 
 

@@ -214,12 +214,19 @@ class Backend(Protocol):
 
     # --- transform: images as records hold them --------------------------------------------------------------------
 
-    def transform(self, planes: Array, places: Array, mean: Array | None, y: Array, *, scale: float) -> None:
+    def transform(self, planes: Array, places: Array, mean: Array | None, y: Array, warps: Array | None = None, *, scale: float) -> None:
         """y[n,c,h,w] = (image[c, top+h, left+w'] - mean) * scale, w' = W-1-w if mirrored, else w; in float32, rounded to y's type at the end.
 
         planes (R*C,H',W') uint8: channel c of image r is planes[r*C + c]. places (N,4) int32: for each n the number r of its image, top,
         left, and 1 if mirrored, else 0. mean float32: (C,H',W'), taken where the pixel is taken; (C,1,1); or None for 0. y (N,C,H,W).
-        Every step is a float32 operation rounded by itself: all backends give the same bits. spec: net-and-solver 6.3."""
+        Every step is a float32 operation rounded by itself: all backends give the same bits. spec: net-and-solver 6.3.
+
+        warps (N,6+C) float32, finite: for each n the numbers oy, ah, aw, ox, bh, bw and add[C], which take the place of top, left and mirrored:
+
+            y[n,c,h,w] = (between(between(d00, d01, fx), between(d10, d11, fx), fy) + add[c]) * scale, between(a, b, f) = a + f (b - a),
+            r = (oy + ah h) + aw w and q = (ox + bh h) + bw w, set to 0 where below and to H'-1 and W'-1 where above,
+            i = floor(r), fy = r - i, j = floor(q), fx = q - j,
+            dkl = image[c, i', j'] - mean[c, i', j'], i' = min(i+k, H'-1), j' = min(j+l, W'-1)."""
         ...
 
     # --- convolution -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ COMMANDS = {
     "check": "check net and solver files and the data they name",
     "convert": "turn images into an LMDB database",
     "mean": "compute a database's mean image",
+    "preview": "draw what training makes of a net's images",
     "dataset": "draw a synthetic image data set",
     "plot": "draw the curves of a training run",
     "device-query": "show what this machine offers",

@@ -12,8 +12,8 @@ from caffelite.data.cache import DeviceCache
 from caffelite.data.datum import DatumDecoder, placed
 from caffelite.data.images import Pixels
 from caffelite.data.lmdb_source import Database
-from caffelite.data.order import Order, words_at
-from caffelite.data.raw import RawBatch
+from caffelite.data.order import Order, four_words_at, words_at
+from caffelite.data.raw import RawBatch, Words
 from caffelite.data.transformer import ItemError, Transformer
 from caffelite.errors import DataError
 
@@ -25,9 +25,15 @@ class Batch:
         self.data: npt.NDArray[Any] = np.zeros(shape, dtype)
         self.labels = np.zeros(shape[0], np.float32)
 
-    def store(self, items: Sequence[Pixels], words: npt.NDArray[np.uint64], transformer: Transformer) -> None:
+    def store(self, items: Sequence[Pixels], words: Words, four: Words | None, transformer: Transformer) -> None:
         """Takes the images; see Transformer.apply for the words and the errors."""
-        transformer.apply(items, words, self.data)
+        transformer.apply(items, words, self.data, four)
+
+
+def _words(order: Order, position: int, count: int, transformer: Transformer) -> tuple[Words, Words | None]:
+    """The random words of these positions, as Transformer.apply takes them."""
+    key = (order.seed, order.stream, position, count)
+    return words_at(*key), four_words_at(*key) if transformer.warp.draws else None
 
 
 class Filler:
@@ -51,7 +57,7 @@ class Filler:
             items.append(pixels)
             keys.append(key)
         try:
-            batch.store(items, words_at(order.seed, order.stream, self.position, count), self.transformer)
+            batch.store(items, *_words(order, self.position, count, self.transformer), self.transformer)
         except ItemError as error:
             raise placed(error, self.database.path, keys[error.index]) from error
         self.position += count
@@ -69,5 +75,5 @@ class CachedFiller:
         order, count = self.order, len(batch.labels)
         numbers = order.numbers(self.position, count)
         batch.labels[:] = self.cache.labels[numbers]
-        batch.place(numbers, words_at(order.seed, order.stream, self.position, count), self.transformer)
+        batch.place(numbers, *_words(order, self.position, count, self.transformer), self.transformer)
         self.position += count

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_AUGMENT, _SHUFFLE = 1, 2
+_AUGMENT, _SHUFFLE, _WARP = 1, 2, 3
 _WORDS = 4  # 64-bit words of one Philox block
 _MASK = 2**64 - 1
 
@@ -23,6 +23,12 @@ def words_at(seed: int, stream: int, position: int, count: int) -> npt.NDArray[n
     block, skip = divmod(position, _WORDS)
     words: npt.NDArray[np.uint64] = _philox(seed, stream, [block, 0, 0, _AUGMENT]).random_raw(skip + count)
     return words[skip:]
+
+
+def four_words_at(seed: int, stream: int, position: int, count: int) -> npt.NDArray[np.uint64]:
+    """(count,4): four more random words for each of the positions position..position+count-1 (rotation, zoom and lighting)."""
+    words: npt.NDArray[np.uint64] = _philox(seed, stream, [position, 0, 0, _WARP]).random_raw(count * _WORDS)
+    return words.reshape(count, _WORDS)
 
 
 def permutation(seed: int, stream: int, epoch: int, count: int) -> npt.NDArray[np.int64]:

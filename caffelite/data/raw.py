@@ -18,15 +18,19 @@ from caffelite.data.transformer import Transformer
 ON_THE_WAY = 2  # batches that are neither being filled nor ready: one in use, one being copied
 _ALIGN = 64  # bytes
 
+Words = npt.NDArray[np.uint64]
+
 
 class RawLayout(NamedTuple):
-    """Where things lie in a block: planes (held*C,H,W) uint8, places (batch,4) int32 as Backend.transform takes them, labels (batch) float32.
+    """Where things lie in a block: planes (held*C,H,W) uint8, places (batch,4) int32 and warps (batch,warp) float32 as Backend.transform takes them,
+    labels (batch) float32.
 
-    image: (C,H,W) as stored. held: the images in the block: all of the batch, or none when the device has them already."""
+    image: (C,H,W) as stored. held: the images in the block: all of the batch, or none when the device has them already. warp: 0 where there are none."""
 
     batch: int
     held: int
     image: tuple[int, int, int]
+    warp: int
 
     @property
     def places_at(self) -> int:
@@ -34,9 +38,14 @@ class RawLayout(NamedTuple):
         return -(-self.held * prod(self.image) // _ALIGN) * _ALIGN
 
     @property
+    def warps_at(self) -> int:
+        """The byte at which the warps begin."""
+        return self.places_at + 16 * self.batch
+
+    @property
     def labels_at(self) -> int:
         """The byte at which the labels begin."""
-        return self.places_at + 16 * self.batch
+        return self.warps_at + 4 * self.warp * self.batch
 
     @property
     def nbytes(self) -> int:
@@ -51,28 +60,32 @@ class RawBatch:
     def __init__(self, layout: RawLayout, block: Array) -> None:
         self.layout, self.block = layout, block
         self.images: npt.NDArray[np.uint8] = block[: layout.held * prod(layout.image)].reshape(layout.held, *layout.image)
-        self.places: npt.NDArray[np.int32] = block[layout.places_at : layout.labels_at].view(np.int32).reshape(-1, 4)
+        self.places: npt.NDArray[np.int32] = block[layout.places_at : layout.warps_at].view(np.int32).reshape(-1, 4)
+        self.warps: npt.NDArray[np.float32] = block[layout.warps_at : layout.labels_at].view(np.float32).reshape(layout.batch, layout.warp)
         self.labels: npt.NDArray[np.float32] = block[layout.labels_at : layout.nbytes].view(np.float32)
         self.floats: npt.NDArray[np.float32] = np.empty(0, np.float32)
         self.raw = True
 
-    def place(self, records: Any, words: npt.NDArray[np.uint64], transformer: Transformer) -> None:
-        """Says that the batch is these records of the planes, each cropped and mirrored as its random word says."""
+    def place(self, records: Any, words: Words, four: Words | None, transformer: Transformer) -> None:
+        """Says that the batch is these records of the planes, each cropped, mirrored and warped as its random words say."""
         self.places[:, 0] = records
         self.places[:, 1:] = transformer.places(words, *transformer.room(self.layout.image))
+        warps = transformer.warps(four, self.places[:, 1:], transformer.cropped(self.layout.image))
+        if warps is not None:
+            self.warps[...] = warps
         self.raw = True
 
-    def store(self, items: Sequence[Pixels], words: npt.NDArray[np.uint64], transformer: Transformer) -> None:
+    def store(self, items: Sequence[Pixels], words: Words, four: Words | None, transformer: Transformer) -> None:
         """Takes the images; see Transformer.apply for the words and the errors."""
         if all(item.dtype == np.uint8 and item.shape == self.layout.image for item in items):
             for image, item in zip(self.images, items):
                 image[...] = item
-            self.place(np.arange(self.layout.batch), words, transformer)
+            self.place(np.arange(self.layout.batch), words, four, transformer)
             return
         channels, height, width = transformer.cropped(self.layout.image)
         self.raw = False
         self.floats = self.floats if self.floats.size else np.empty((self.layout.batch, height, width, channels), np.float32)
-        transformer.apply(items, words, self.floats)
+        transformer.apply(items, words, self.floats, four)
 
 
 class RawFeed:
@@ -124,7 +137,8 @@ class RawFeed:
         channels, height, width = layout.image
         planes = ops.view(block, 0, (layout.held * channels, height, width), "uint8") if self._cached is None else self._cached
         places = ops.view(block, layout.places_at, (layout.batch, 4), "int32")
-        ops.transform(planes, places, self._mean, images, scale=self._scale)
+        warps = ops.view(block, layout.warps_at, (layout.batch, layout.warp), "float32") if layout.warp else None
+        ops.transform(planes, places, self._mean, images, warps, scale=self._scale)
         if labels is not None:
             ops.copy(ops.view(block, layout.labels_at, (layout.batch,), "float32"), labels)
 

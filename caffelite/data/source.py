@@ -261,7 +261,7 @@ class BatchSource:
         cache, image = self._cache, self._cache.image if self._cache else self._raw_shape
         if self._raw is None:
             assert image is not None
-            layout = RawLayout(self._batch, 0 if cache else self._batch, image)
+            layout = RawLayout(self._batch, 0 if cache else self._batch, image, self.transformer.warp.width(image[0]))
             self._raw = RawFeed(ops, layout, self.transformer, self.param.prefetch, cache.planes if cache else None)
         if cache:
             return CachedFiller(cache, order, self.transformer, self._position).fill, self._raw.slots

@@ -1,4 +1,4 @@
-"""The data transformer: crop, mirror, mean, scale (net-and-solver 6.3), on whole batches.
+"""The data transformer: crop, mirror, mean, scale (net-and-solver 6.3), and rotation, zoom and lighting (warp.py), on whole batches.
 
 out[c, h, w'] = (in[c, h + top, w + left] - mean) * scale in float32, w' mirrored or not. Pixels are first gathered as bytes, channels
 last; one pass over the batch then converts, subtracts and scales, so that the cost per image is little more than copying it.
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from caffelite.data.images import Pixels, size_text
+from caffelite.data.warp import PLACED, Sampler, Warp
 from caffelite.errors import CaffeliteError, DataError, SpecError
 from caffelite.schema import blob_to_array, pb, read_blob
 
@@ -33,20 +34,23 @@ class Transformer:
             raise fail("force_color and force_gray exclude each other", "transform_param", "force_gray", hint="set at most one of them")
         if param.HasField("mean_file") and param.mean_value:
             raise fail("mean_file and mean_value exclude each other", "transform_param", "mean_value", hint="set at most one of them")
+        self.warp = Warp(param, training, fail)
         self.channels = 3 if param.force_color else 1 if param.force_gray else None
         self._mean: Floats | None = None  # (H,W,C) or (C,)
         self._mirrored_mean: Floats | None = None
         self._held: dict[Any, npt.NDArray[Any]] = {}
+        self._sampler: Sampler | None = None
 
     def output_shape(self, item: tuple[int, ...]) -> tuple[int, int, int]:
-        """The (C,H,W) that items of shape `item` become; reads the mean. SpecError when crop or mean do not fit such items."""
+        """The (C,H,W) that items of shape `item` become; reads the mean. SpecError when crop, lighting or mean do not fit such items."""
         shape = self.cropped(item)
         self._load_mean(*item)
         return shape
 
     def cropped(self, item: tuple[int, ...]) -> tuple[int, int, int]:
-        """The same without a look at the mean. SpecError when the crop does not fit."""
+        """The same without a look at the mean. SpecError when crop or lighting do not fit."""
         channels, height, width = item
+        self.warp.check_channels(channels)
         if self.crop > min(height, width):
             raise self._fail(
                 f"crop_size is {self.crop}, but the images are {height}x{width}", "transform_param", "crop_size", hint=f"use at most {min(height, width)}"
@@ -89,24 +93,45 @@ class Transformer:
 
     # --- running -------------------------------------------------------------------------------------------------------
 
-    def apply(self, items: Sequence[Pixels], words: npt.NDArray[np.uint64], out: npt.NDArray[Any]) -> None:
+    def apply(self, items: Sequence[Pixels], words: npt.NDArray[np.uint64], out: npt.NDArray[Any], four: npt.NDArray[np.uint64] | None = None) -> None:
         """Transforms `items`, uint8 or float32 (C,H,W) each, into out, C-contiguous (N,H,W,C), float32 or rounded from it.
 
-        words[i] is item i's random number, see `places`. DataError for an item whose size does not fit.
+        words[i] is item i's random number, see `places`, and four[i] (see `warps`) more of them. DataError for an item whose size does not fit.
         """
         floats = out if out.dtype == np.float32 else self._staging(out.shape, np.float32)
-        as_bytes = all(item.dtype == np.uint8 for item in items)
-        target = self._staging(out.shape, np.uint8) if as_bytes else floats
         rooms = np.array([self._checked_room(item.shape, out.shape[1:], i) for i, item in enumerate(items)])
-        places = self.places(words, rooms[:, 0], rooms[:, 1]).tolist()
+        places = self.places(words, rooms[:, 0], rooms[:, 1])
+        warps = self.warps(four, places, (out.shape[3], out.shape[1], out.shape[2]))
+        if warps is not None and self.warp.moves:
+            self._sample(items, warps, floats)
+        else:
+            self._crop(items, places.tolist(), floats)
+        if warps is not None and self.warp.lights:
+            rows = floats.reshape(*floats.shape[:2], -1)  # whole rows, so that the inner loop is long
+            rows += np.tile(warps[:, None, PLACED:], floats.shape[2])
+        if self.scale != 1:
+            floats *= self.scale
+        if floats is not out:
+            out[...] = floats
+
+    def _crop(self, items: Sequence[Pixels], places: Sequence[tuple[int, int, int]], floats: Floats) -> None:
+        """floats (N,H,W,C) <- the items' crops at their places, less the mean."""
+        as_bytes = all(item.dtype == np.uint8 for item in items)
+        target = self._staging(floats.shape, np.uint8) if as_bytes else floats
         for item, (top, left, mirrored), image in zip(items, places, target.transpose(0, 3, 1, 2)):
             part = item[:, top : top + image.shape[1], left : left + image.shape[2]]
             image[...] = part[:, :, ::-1] if mirrored else part
         if as_bytes:
             floats[...] = target
-        self._normalise(floats, places)
-        if floats is not out:
-            out[...] = floats
+        self._centre(floats, places)
+
+    def _sample(self, items: Sequence[Pixels], warps: Floats, floats: Floats) -> None:
+        """The same for items that are rotated or zoomed."""
+        if self._sampler is None:
+            self._sampler = Sampler(floats.shape[3], *floats.shape[1:3])
+        mean = None if self.mean is None else np.ascontiguousarray(self.mean)  # planes, as the items
+        for item, row, image in zip(items, warps, floats):
+            self._sampler.sample(item, mean, row, image)
 
     def places(self, words: npt.NDArray[np.uint64], rows: Any, columns: Any) -> npt.NDArray[np.int32]:
         """(N,3): row and column of each item's crop, and 1 if it is mirrored, else 0. rows, columns: the items' room, see `room`.
@@ -122,6 +147,15 @@ class Transformer:
         if self.mirror:
             places[:, 2] = words >> 63
         return places
+
+    def warps(self, four: npt.NDArray[np.uint64] | None, places: npt.NDArray[np.int32], image: tuple[int, int, int]) -> Floats | None:
+        """(N,6+C) as Backend.transform takes them, for crops (C,H,W) `image` at these places; None where images are only cropped and mirrored.
+
+        four: (N,4) random words; needed where there is something to be drawn."""
+        if not self.warp.width(image[0]):
+            return None
+        assert four is not None
+        return self.warp.rows(four, places, image)
 
     def room(self, item: tuple[int, int, int]) -> tuple[int, int]:
         """By how many rows and columns items (C,H,W) are larger than the crop."""
@@ -150,7 +184,7 @@ class Transformer:
             raise ItemError(index, f"it is {item[1]}x{item[2]}, the mean image is {self._mean.shape[0]}x{self._mean.shape[1]}", hint="use mean_value instead")
         return rows, columns
 
-    def _normalise(self, out: Floats, places: Sequence[tuple[int, int, int]]) -> None:
+    def _centre(self, out: Floats, places: Sequence[tuple[int, int, int]]) -> None:
         mean = self._mean
         if mean is not None and mean.ndim == 1 and mean.any():
             rows = out.reshape(len(out) * out.shape[1], -1)  # whole rows, so that the inner loop is long
@@ -160,8 +194,6 @@ class Transformer:
             for image, (top, left, mirrored) in zip(out, places):
                 start = mean.shape[1] - width - left if mirrored else left
                 image -= (self._mirrored_mean if mirrored else mean)[top : top + height, start : start + width]
-        if self.scale != 1:
-            out *= self.scale
 
 
 class ItemError(DataError):

@@ -93,7 +93,8 @@ class _Blank:
             return
         image, mean = self._source.raw_shape or self._shape, self._source.transformer.mean
         cached = self._source.param.cache == pb.DataParameter.DEVICE
-        self._held = [ops.uploads(RawLayout(batch, 0 if cached else batch, image).nbytes)]
+        layout = RawLayout(batch, 0 if cached else batch, image, self._source.transformer.warp.width(image[0]))
+        self._held = [ops.uploads(layout.nbytes)]
         if cached and self.is_open:
             self._held.append(ops.allocate(self.count * prod(image)))
         if mean is not None:

@@ -12,7 +12,20 @@ from arrays import DTYPES, assert_close, rectified
 
 from caffelite.backends.contract import Backend
 from caffelite.backends.cuda import gemm_plan
-from caffelite.backends.cuda.gemm_plan import DEPTH, ENOUGH_BLOCKS, FLOAT_TILE, LEAST_SLICES, SMS, TENSOR, TILES, Tile, candidates, exact
+from caffelite.backends.cuda.gemm_plan import (
+    DEPTH,
+    ENOUGH_BLOCKS,
+    FLOAT_TILE,
+    GROUP_TILES,
+    GROUP_WEIGHT_TILES,
+    LEAST_SLICES,
+    SMS,
+    TENSOR,
+    TILES,
+    Tile,
+    candidates,
+    exact,
+)
 from caffelite.backends.cuda.launch import Module
 
 KINDS = {"float32": "float", "bfloat16": "bf16"}
@@ -95,8 +108,28 @@ def test_a_grid_has_one_dimension(cuda: Backend, monkeypatch: pytest.MonkeyPatch
     assert main == [g] * 6
 
 
+@pytest.fixture(params=GROUP_TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}")
+def group_tile(cuda: Backend, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tile]:
+    """Each of wgmma's tiles in turn, and one of those of weight gradients, as the only ones to choose from."""
+    number = GROUP_TILES.index(request.param)
+    monkeypatch.setattr(cuda.tuner, "units", ("wgmma",))
+    monkeypatch.setattr(gemm_plan, "GROUP_TILES", (request.param,))
+    monkeypatch.setattr(gemm_plan, "GROUP_WEIGHT_TILES", (GROUP_WEIGHT_TILES[number % len(GROUP_WEIGHT_TILES)],))
+    gemm_plan.candidates.cache_clear()
+    yield request.param
+    gemm_plan.candidates.cache_clear()
+
+
 @pytest.mark.parametrize("kind", TENSOR)
 def test_every_tile(cuda: Backend, rng: np.random.Generator, tile: Tile, kind: str) -> None:
+    check_tile(cuda, rng, tile, kind)
+
+
+def test_every_tile_of_warpgroups(cuda: Backend, rng: np.random.Generator, group_tile: Tile) -> None:
+    check_tile(cuda, rng, group_tile, "bf16")
+
+
+def check_tile(cuda: Backend, rng: np.random.Generator, tile: Tile, kind: str) -> None:
     """Three tiles down, two across, in pixels and channels that fill none; small whole numbers, of which every sum is exact."""
     dtype, tf32 = ("float32", True) if kind == "tf32" else ("bfloat16", False)
     c, o, size = tile.columns + 8, tile.columns + 16, (7, tile.rows // 6)

@@ -1,4 +1,5 @@
-"""The products behind convolution and inner product; kernels/gemm.cu (float32 that is exact) and gemm_mma.cu (bfloat16 and tf32)."""
+"""The products behind convolution and inner product; kernels/gemm.cu (float32 that is exact), gemm_mma.cu (bfloat16 and tf32) and
+gemm_wgmma.cu (bfloat16 on Hopper)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.cuda.common import FLOAT32, THREADS, Base, blocks, cname
-from caffelite.backends.cuda.gemm_plan import EXACT, ITEM, Cut, candidates, exact, module_of
+from caffelite.backends.cuda.gemm_plan import EXACT, ITEM, Cut, candidates, exact, kernel, module_of
 from caffelite.backends.cuda.launch import Module, typed
 
 GEMM = Module("gemm", ["gemm_forward", "gemm_data", "gemm_weights", "gemm_weights_finish", *typed("gemm_finish"), *typed("gemm_pack", "gemm_pad", arguments=2)])
@@ -80,13 +81,13 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
             right = _packed(ops, w, room, (1, g.w[1], 1, g.w[0]), fit.channels) if transposed else _padded(ops, w, room, g.w[1], fit.channels)
         bias, partial = space.floats(b), space.part("partial", "float32")
         final = (bias, np.bool_(relu)) if partial is None else (None, np.bool_(False))
-        name = f"mma_forward<{kind}, {cut.tile.rows}, {cut.tile.columns}, {fit.piece}>"
+        name = kernel("forward", kind, cut.tile, fit.piece)
         _launch(ops, name, cut, left, right, final[0], y, partial, g.struct(cut, channels=fit.channels), final[1])
         if partial is not None:
             _finish(ops, partial, bias, y, cut, columns=g.y[1], relu=relu)
 
     sizes = {"rows": y.size // g.y[1], "columns": g.group_outputs, "depth": g.cells * fit.channels, "groups": g.group, "outputs": y.size}
-    run(ops.tuner.pick(_shape("forward", kind, g), candidates(kind, **sizes, narrow=fit.piece < VECTOR), run))
+    run(ops.tuner.pick(_shape("forward", kind, g), candidates(kind, **sizes, narrow=fit.piece < VECTOR, units=ops.tuner.units), run))
     return None
 
 
@@ -108,7 +109,7 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positi
             aligned = np.bool_(_whole_vectors(g.group_outputs, left, right))
             ops.launch(GEMM, "gemm_data", cut.blocks, cut.tile.threads, left, right, dx, positive, partial, g.struct(cut), aligned)
         else:
-            name = f"mma_data<{kind}, {cut.tile.rows}, {cut.tile.columns}>"
+            name = kernel("data", kind, cut.tile)
             _launch(ops, name, cut, left, right, dx, positive, partial, g.struct(cut, outputs=fit.channels))
         if partial is not None:
             _finish(ops, partial, None, dx, cut, columns=g.x[1], positive=positive)
@@ -117,7 +118,7 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positi
     if kind == EXACT:
         run(exact(**sizes, classes=prod(g.stride)))
     else:
-        run(ops.tuner.pick(_shape("data", kind, g), candidates(kind, **sizes, classes=prod(g.stride)), run))
+        run(ops.tuner.pick(_shape("data", kind, g), candidates(kind, **sizes, classes=prod(g.stride), units=ops.tuner.units), run))
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients,
         right = _padded(ops, x, space.part("x", x.dtype), g.w[1], fit.channels) if fit.copy else x
         left = _padded(ops, dy, space.part("dy", dy.dtype), g.group_outputs, fit_dy.channels) if fit_dy.copy else dy
         partial = (space.part("partial", "float32"), space.part("partial_b", "float64"))
-        name = f"mma_weights<{kind}, {cut.tile.rows}, {cut.tile.columns}, {fit.piece}>"
+        name = kernel("weights", kind, cut.tile, fit.piece)
         adds = (np.bool_(to.add_w), np.bool_(to.add_b))
         _launch(ops, name, cut, right, left, to.dw, to.db, *partial, g.struct(cut, fit.channels, fit_dy.channels), *adds)
         _finish_weights(ops, partial, to, cut)
@@ -166,7 +167,7 @@ def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients,
         run(cut, to.spare(ops))
 
     sizes = {"rows": g.group_outputs, "columns": g.cells * fit.channels, "depth": dy.size // g.y[1], "groups": g.group, "outputs": to.dw.size}
-    cuts = candidates(kind, **sizes, transposed=True, narrow=fit.piece < VECTOR)
+    cuts = candidates(kind, **sizes, transposed=True, narrow=fit.piece < VECTOR, units=ops.tuner.units)
     run(ops.tuner.pick(_shape("weights", kind, g), cuts, trial), to)
     return None
 

@@ -67,6 +67,19 @@ void bad_shfl(unsigned lane, unsigned src, unsigned mask);
 void cp_async(void* s, const void* gp, unsigned n, unsigned src);
 void cp_commit();
 void cp_wait(int n);
+struct Wgmma {  // one thread's part of a wgmma; n: columns of d; across: the matrix lies along m, or n, and not along k
+  float* d;
+  uint64_t a, b;
+  int n;
+  bool across_a, across_b;
+  const void* pc;
+};
+void wgmma(Wgmma w);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int n);
+void proxy_fence();
+uint32_t shared_address(const void* p);
 struct Kernel {
   void (*bind)(void**);
   void (*call)();

@@ -29,6 +29,7 @@ struct WarpProducts {
 };
 static std::vector<WarpProducts> products;
 
+static bool held(uint32_t at) { return g.dynsz >= 2 && at <= g.dynsz - 2; }
 uint32_t shared_address(const void* p) { return (uint32_t)((const char*)p - g.dyn) + BASE; }
 static void told(const void* pc, const char* what) {
   if (!seen[(uint64_t)pc * 31 + (uint64_t)what]++) fail("%s, pc +0x%lx", what, (long)((char*)pc - img_lo));
@@ -68,7 +69,7 @@ static void each_element(const Operand& o, int first, int rows, F visit) {
 static void mark(const Started& s, int warp, int by) {
   if (!opt.check) return;
   auto count = [&](int, int, uint32_t at) {
-    if (at + 2 <= g.dynsz) cell_of(at)->reading += by;
+    if (held(at)) cell_of(at)->reading += by;
   };
   each_element(s.a, warp % 4 * 16, 16, count);
   each_element(s.b, 0, s.n, count);
@@ -98,7 +99,7 @@ static void start_fn(unsigned, void** r) {
     }
   }
   auto inside = [&](int, int, uint32_t at) {
-    if (at + 2 > g.dynsz) told(w.pc, "wgmma READS OUTSIDE DYNAMIC SHARED MEMORY");
+    if (!held(at)) told(w.pc, "wgmma READS OUTSIDE DYNAMIC SHARED MEMORY");
     else if (opt.check) check_read(at, w.pc);
   };
   each_element(a, 0, 64, inside);
@@ -118,7 +119,7 @@ void wgmma(Wgmma w) {
 // ---------------------------------------------------------------- finishing
 static float element(uint32_t at) {
   uint16_t bits = 0;
-  if (at + 2 <= g.dynsz) memcpy(&bits, g.dyn + at, 2);
+  if (held(at)) memcpy(&bits, g.dyn + at, 2);
   return emu_bits<float, unsigned>((unsigned)bits << 16);
 }
 // d += a b for a warp's rows; the manual's layout: register 4j + 2h + e of a lane is row lane/4 + 8h, column 8j + 2 (lane%4) + e.

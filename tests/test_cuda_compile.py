@@ -76,7 +76,7 @@ def test_products_that_wait_for_one_another_are_refused(tmp_path, monkeypatch) -
     source.write_text(text.replace("TOUCH", ""))
     assert [row[:3] for row in tool.measure(module, "sm_90a")] == [("made", "k", "sm_90a")]
     source.write_text(text.replace("TOUCH", "d[3][1] += y[i];"))
-    with pytest.raises(BackendError, match="made: the assembler puts wgmma one after another:\n.*C75"):
+    with pytest.raises(BackendError, match=r"made: the assembler puts wgmma one after another:\n.*C75"):
         tool.measure(module, "sm_90a")
 
 

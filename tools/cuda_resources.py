@@ -69,7 +69,8 @@ def _compiled(module: Module, architecture: str) -> dict[str, tuple[int, int, in
     _, symbols, log = nvrtc.compile_cubin(module.path.read_text(), str(module.path), architecture, module.names, options)
     slow = [line for line in log.split("\n") if SERIALIZED.search(line)]
     if slow:
-        raise BackendError(f"{module.name}: the assembler puts wgmma one after another:\n" + "\n".join(slow), hint="leave accumulators alone between wgmma and wait")
+        told = "\n".join([f"{module.name}: the assembler puts wgmma one after another:", *slow])
+        raise BackendError(told, hint="leave accumulators alone between wgmma and wait")
     reports = dict(_reports(log))
     return {name: reports[symbols[name]] for name in module.names}
 

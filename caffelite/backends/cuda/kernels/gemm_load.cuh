@@ -1,6 +1,6 @@
 // gemm_load.cuh - slices of a product's operands from global to shared memory, by cp.async: what both kinds of tensor core instructions
-// (gemm_mma.cuh, gemm_wgmma.cuh) share. A Tile says how many bytes along k a slice has (SLICE), and where a chunk of 16 bytes of an operand
-// that lies across k goes (across).
+// (gemm_mma.cuh, gemm_wgmma.cuh) share. A Tile says how many bytes along k a slice has (SLICE), and where a slice keeps a chunk of 16 bytes of
+// an operand that lies across k (across).
 #pragma once
 #include "gemm.cuh"
 
@@ -122,7 +122,7 @@ struct PixelLoader {
     for (int i = 0; i < A; ++i) {
       int v = threadIdx.x + i * Tile::THREADS, row = v / ACROSS_A, chunk = v % ACROSS_A;
       bool valid = k + row < pixels && chunk * SIZE < outputs;
-      copy_piece<16>(a + Tile::template across<Tile::M * (int)sizeof(T), WORDS>(row, chunk), valid ? dy + (k + row) * pitch + chunk * SIZE : dy, valid ? 16 : 0);
+      copy_piece<16>(Tile::template across<Tile::M * (int)sizeof(T), WORDS>(a, row, chunk), valid ? dy + (k + row) * pitch + chunk * SIZE : dy, valid ? 16 : 0);
     }
     int piece = threadIdx.x % ACROSS_B;
 #pragma unroll
@@ -130,8 +130,8 @@ struct PixelLoader {
       int row = threadIdx.x / ACROSS_B + i * STEP, y = h[i] * t.h.step + up, x = w[i] * t.w.step + left;
       bool valid = inside && image[i] < t.images && (unsigned)y < (unsigned)t.height && (unsigned)x < (unsigned)t.width;
       const T* from = valid ? data + (((long long)image[i] * t.height + y) * t.width + x) * t.channels + shift : data;
-      int to = Tile::template across<Tile::N * (int)sizeof(T), WORDS>(row, piece * PIECE / 16) + piece * PIECE % 16;
-      copy_piece<PIECE>(b + to, from, valid ? PIECE : 0);
+      unsigned char* to = Tile::template across<Tile::N * (int)sizeof(T), WORDS>(b, row, piece * PIECE / 16) + piece * PIECE % 16;
+      copy_piece<PIECE>(to, from, valid ? PIECE : 0);
       w[i] += across_on, h[i] += lines_on, image[i] += images_on;
       if (w[i] >= t.w.pixels) w[i] -= t.w.pixels, ++h[i];
       if (h[i] >= t.h.pixels) h[i] -= t.h.pixels, ++image[i];

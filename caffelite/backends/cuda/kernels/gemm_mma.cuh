@@ -39,9 +39,9 @@ struct MmaTile {
   static __device__ __forceinline__ int row(int i) { return (int)(threadIdx.x >> 5) / WARPS_N * WM + 16 * i; }
   static __device__ __forceinline__ int column() { return (int)(threadIdx.x >> 5) % WARPS_N * WN; }
   // A chunk of a slice [k][row], in rows of BYTES.
-  template <int BYTES, bool WORDS>
-  static __device__ __forceinline__ int across(int row, int chunk) {
-    return row * BYTES + chunk_of<BYTES / 16, WORDS>(row, chunk) * 16;
+  template <int BYTES, bool WORDS, class Byte>
+  static __device__ __forceinline__ Byte* across(Byte* slice, int row, int chunk) {
+    return slice + row * BYTES + chunk_of<BYTES / 16, WORDS>(row, chunk) * 16;
   }
 };
 
@@ -64,7 +64,7 @@ struct Fragments<bf16, Tile, KMAJOR, ROWS> {
       cf_ldmatrix_x4(f, from + along<Tile::SLICE>(at, k / 8 + further));
     } else {
       int at = k + further * 8 + line;
-      cf_ldmatrix_x4_trans(f, from + Tile::template across<ROWS * 2, false>(at, row / 8 + down));
+      cf_ldmatrix_x4_trans(f, Tile::template across<ROWS * 2, false>(from, at, row / 8 + down));
     }
   }
 };
@@ -83,7 +83,7 @@ struct Fragments<tf32, Tile, KMAJOR, ROWS> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         int m = row + (lane >> 2) + (of_b ? i >> 1 : i & 1) * 8, at = k + q + (of_b ? i & 1 : i >> 1) * 4;
-        f[i] = *reinterpret_cast<const cf_u32*>(from + Tile::template across<ROWS * 4, true>(at, m >> 2) + (m & 3) * 4);
+        f[i] = *reinterpret_cast<const cf_u32*>(Tile::template across<ROWS * 4, true>(from, at, m >> 2) + (m & 3) * 4);
       }
     }
 #pragma unroll
@@ -176,7 +176,7 @@ struct ColumnSums<tf32, Tile> {
     float part = 0;
 #pragma unroll
     for (int k = 0; k < Tile::SLICE / 4; ++k)
-      part += *reinterpret_cast<const float*>(slice + Tile::template across<Tile::M * 4, true>(k, m >> 2) + (m & 3) * 4);
+      part += *reinterpret_cast<const float*>(Tile::template across<Tile::M * 4, true>(slice, k, m >> 2) + (m & 3) * 4);
     sum[m] += part;
   }
 };

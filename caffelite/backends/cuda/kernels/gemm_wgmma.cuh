@@ -44,10 +44,10 @@ struct GroupTile {
   static __device__ __forceinline__ int row(int i) { return group() / GROUPS_N * WM + 64 * i + (int)(threadIdx.x / 32 % 4) * 16; }
   static __device__ __forceinline__ int column() { return group() % GROUPS_N * WN; }
   // A chunk of a slice [k][row], in panels of 64 columns.
-  template <int BYTES, bool WORDS>
-  static __device__ __forceinline__ int across(int row, int chunk) {
+  template <int BYTES, bool WORDS, class Byte>
+  static __device__ __forceinline__ Byte* across(Byte* slice, int row, int chunk) {
     static_assert(!WORDS && BYTES % 128 == 0, "16-bit values, whole panels");
-    return chunk / 8 * PANEL + along<SLICE>(row, chunk % 8);
+    return slice + chunk / 8 * PANEL + along<SLICE>(row, chunk % 8);
   }
   static constexpr int ATOM = 1024, PANEL = SLICE / 2 * 128;
 };

@@ -47,6 +47,23 @@ def as_tf32(x: np.ndarray) -> np.ndarray:
     return np.ldexp(np.sign(mantissa) * np.floor(np.abs(mantissa) * 2**11 + 0.5), exponent - 11)
 
 
+@pytest.fixture(params=["float32", "bfloat16", "wgmma"])
+def dtype(cuda: Backend, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What operands are stored in: products of bfloat16 by either unit."""
+    return by_unit(cuda, request.param, monkeypatch)
+
+
+@pytest.fixture(params=["float32", "tf32", "bfloat16", "wgmma"])
+def kind(cuda: Backend, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return by_unit(cuda, request.param, monkeypatch)
+
+
+def by_unit(cuda: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    unit = "wgmma" if name == "wgmma" else "mma"
+    monkeypatch.setattr(cuda.tuner, "units", (unit,))
+    return "bfloat16" if name == "wgmma" else name
+
+
 @pytest.fixture(params=TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}")
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tile]:
     """Each tile in turn, as the only one to choose from."""
@@ -86,6 +103,32 @@ def test_tiles_follow_the_shape(rows: int, columns: int, depth: int, tile: tuple
     assert cut.blocks == -(-rows // tile[0]) * -(-columns // tile[1]) * splits
 
 
+def test_the_units_cuts_follow_one_another() -> None:
+    """mma's first, as they are alone; wgmma's in slices of 128 bytes."""
+    for transposed, tiles in ((False, GROUP_TILES), (True, GROUP_WEIGHT_TILES)):
+        sizes = {"rows": 192, "columns": 2400, "depth": 147456, "groups": 1, "outputs": 192 * 2400, "transposed": transposed}
+        alone, both = candidates("bf16", **sizes), candidates("bf16", **sizes, units=("mma", "wgmma"))
+        assert both[: len(alone)] == alone
+        assert both[len(alone) :] == candidates("bf16", **sizes, units=("wgmma",))
+        assert {cut.tile for cut in both[len(alone) :]} == set(tiles)
+        for cut in both[len(alone) :]:
+            assert cut.per_split % 64 == 0
+            assert (cut.splits - 1) * cut.per_split < 147456 <= cut.splits * cut.per_split
+
+
+@pytest.mark.parametrize(("kind", "narrow"), [("tf32", False), ("bf16", True)])
+def test_mma_makes_what_wgmma_cannot(kind: str, narrow: bool) -> None:
+    sizes = {"rows": 4096, "columns": 96, "depth": 800, "groups": 1, "outputs": 4096 * 96, "narrow": narrow}
+    assert candidates(kind, **sizes, units=("wgmma",)) == candidates(kind, **sizes, units=("mma", "wgmma")) == candidates(kind, **sizes)
+
+
+@pytest.mark.parametrize("tile", [*GROUP_TILES, *GROUP_WEIGHT_TILES])
+def test_blocks_of_warpgroups_fit_a_hopper(tile: Tile) -> None:
+    """As many as are said, with the 1 KB that each takes for itself; an SM has 228 KB, and a block 227 at the most."""
+    assert tile.resident * (tile.shared + 1024) <= 228 * 1024
+    assert tile.shared == tile.stages * 128 * (tile.rows + tile.columns) + 8 * tile.rows <= 227 * 1024
+
+
 def test_weight_gradients_use_transposed_tiles() -> None:
     cut = candidates("bf16", rows=192, columns=2400, depth=147456, groups=1, outputs=192 * 2400, transposed=True)[0]
     assert (cut.tile.rows, cut.tile.columns) == (192, 128)
@@ -120,13 +163,30 @@ def group_tile(cuda: Backend, request: pytest.FixtureRequest, monkeypatch: pytes
     gemm_plan.candidates.cache_clear()
 
 
+def recorded(cuda: Backend, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are launched from now on."""
+    launch, launched = type(cuda).launch, []
+
+    def told(self: Backend, module: Module, kernel: str, *args: Any, **options: Any) -> None:
+        launched.append(kernel)
+        launch(self, module, kernel, *args, **options)
+
+    monkeypatch.setattr(type(cuda), "launch", told)
+    return launched
+
+
 @pytest.mark.parametrize("kind", TENSOR)
 def test_every_tile(cuda: Backend, rng: np.random.Generator, tile: Tile, kind: str) -> None:
     check_tile(cuda, rng, tile, kind)
 
 
-def test_every_tile_of_warpgroups(cuda: Backend, rng: np.random.Generator, group_tile: Tile) -> None:
+def test_every_tile_of_warpgroups(cuda: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, group_tile: Tile) -> None:
+    launched = recorded(cuda, monkeypatch)
     check_tile(cuda, rng, group_tile, "bf16")
+    made = [kernel for kernel in launched if "mma" in kernel]
+    weights = gemm_plan.GROUP_WEIGHT_TILES[0]
+    size = f"{group_tile.rows}, {group_tile.columns}"
+    assert made == [f"wgmma_forward<{size}>", f"wgmma_data<{size}>", f"wgmma_weights<{weights.rows}, {weights.columns}>"]
 
 
 def check_tile(cuda: Backend, rng: np.random.Generator, tile: Tile, kind: str) -> None:
@@ -224,11 +284,10 @@ def test_images(cuda: Backend, rng: np.random.Generator, channels: int, offset: 
     np.testing.assert_array_equal(cuda.to_host(dw), want_w)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("relu", [False, True])
 def test_split_sums(cuda: Backend, rng: np.random.Generator, dtype: str, relu: bool) -> None:
     m, n, k = 5, 7, 1100
-    plan = exact if dtype == "float32" else lambda **sizes: candidates("bf16", **sizes)[0]
+    plan = exact if dtype == "float32" else lambda **sizes: candidates("bf16", **sizes, units=cuda.tuner.units)[0]
     assert plan(rows=m, columns=n, depth=k, groups=1, outputs=m * n).splits > 1
     (x, xs), (w, ws), (b, bs) = (put(cuda, rng.standard_normal(shape), t) for shape, t in (((m, k), dtype), ((n, k), dtype), ((n,), "float32")))
     y = cuda.empty((m, n), dtype)
@@ -244,7 +303,6 @@ def test_split_sums(cuda: Backend, rng: np.random.Generator, dtype: str, relu: b
     assert_close(cuda.to_host(dw), 2 + dys.T @ lefts, "float32")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_split_sums_go_on_through_a_relu(cuda: Backend, rng: np.random.Generator, dtype: str) -> None:
     (dy, dys), (w, ws), (positive, above) = (put(cuda, rng.standard_normal(shape), dtype) for shape in ((5, 1100), (1100, 7), (5, 7)))
     dx, through = cuda.empty((5, 7), dtype), cuda.empty((5, 7), dtype)
@@ -254,7 +312,6 @@ def test_split_sums_go_on_through_a_relu(cuda: Backend, rng: np.random.Generator
     np.testing.assert_array_equal(cuda.to_host(through), rectified(np.asarray(cuda.to_host(dx)), above))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("odd", ["x", "w", "y"])
 def test_views_off_a_vector_boundary(cuda: Backend, rng: np.random.Generator, dtype: str, odd: str) -> None:
     offsets = {name: 4 if name == odd else 0 for name in "xwy"}
@@ -271,7 +328,6 @@ def test_views_off_a_vector_boundary(cuda: Backend, rng: np.random.Generator, dt
     assert_close(cuda.to_host(dw)[:, :, 0, 0], np.einsum("nohw,nchw->oc", ys, xs), "float32")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sum_of_nothing_is_zero(cuda: Backend, dtype: str) -> None:
     x, dy, dw = cuda.empty((0, 3, 5, 5), dtype), cuda.empty((0, 4, 5, 5), dtype), put(cuda, np.ones((4, 3, 1, 1)), "float32")[0]
     cuda.convolution_forward(x, put(cuda, np.ones((4, 3, 1, 1)), dtype)[0], None, dy, **ONE)
@@ -308,17 +364,10 @@ BIASES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("name", BIASES)
 def test_the_bias_gradient_is_summed_beside_the_weights(cuda: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
     c, dtype, axes = BIASES[name], "bfloat16" if kind == "bfloat16" else "float32", len(BIASES[name].size)
-    launch, launched = type(cuda).launch, []
-
-    def told(self: Backend, module: Module, kernel: str, *args: Any, **options: Any) -> None:
-        launched.append(kernel)
-        launch(self, module, kernel, *args, **options)
-
-    monkeypatch.setattr(type(cuda), "launch", told)
+    launched = recorded(cuda, monkeypatch)
     monkeypatch.setattr(type(cuda), "bias_backward", None)  # no second pass over dy
     options = {"stride": (1,) * axes, "pad": (c.kernel // 2,) * axes, "dilation": (1,) * axes, "group": c.group, "tf32": kind == "tf32"}
     x, dy = (put(cuda, 1 + rng.standard_normal((c.batch, channels, *c.size)), dtype)[0] for channels in (c.channels, c.outputs))
@@ -336,7 +385,6 @@ def test_the_bias_gradient_is_summed_beside_the_weights(cuda: Backend, rng: np.r
     assert ("gemm_weights_finish" in launched) == c.split
 
 
-@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("slices", [5, 61])
 def test_slices_and_splits_of_the_bias_gradient_are_added_in_double(cuda: Backend, kind: str, slices: int) -> None:
     """2^30, small numbers that float would lose beside it, and -2^30."""
@@ -350,7 +398,6 @@ def test_slices_and_splits_of_the_bias_gradient_are_added_in_double(cuda: Backen
     np.testing.assert_array_equal(cuda.to_host(db), (rows - 66) * np.arange(1, 8))
 
 
-@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16"])
 def test_a_bias_gradient_that_is_not_finite_stays_in_its_place(cuda: Backend, kind: str) -> None:
     values = np.ones((40, 5))
     values[3, 1], values[35, 2], values[2, 3], values[36, 3] = np.inf, np.nan, np.inf, -np.inf

@@ -1,4 +1,4 @@
-// gemm_mma.cuh - the main loop on tensor cores (mma.sync, Ampere and later): bf16 operands (m16n8k16), or float32 ones rounded to tf32
+// gemm_mma.cuh - a main loop on tensor cores (mma.sync, Ampere and later): bf16 operands (m16n8k16), or float32 ones rounded to tf32
 // (m16n8k8); sums in float. Operands come in pieces of 16 bytes, or 8 where an image's channels are padded to four.
 //
 // A block of 4 or 8 warps makes BM x BN of C. Slices of 64 bytes along k (32 bf16, 16 tf32) go from global to shared memory by cp.async, in
@@ -24,7 +24,7 @@
 // tf32: half the FLOP a byte. Shared memory gives 128 bytes a clock: 16 FLOP a byte are 2048 a clock, what an A100's tensor cores make; an
 // H100's make 4096, of which mma.sync reaches about two thirds. Weight gradients use the transposed blocks (192x128, ...), since their m
 // are the outputs. Registers: tests/data/cuda-resources.csv. Operations: 2 M N K. Not measured.
-// Ladder: 1. one tile, 128x64, slices through registers in two slots; 2. this. Next: wgmma and TMA on Hopper.
+// Ladder: 1. one tile, 128x64, slices through registers in two slots; 2. this; 3. wgmma on Hopper (gemm_wgmma.cuh).
 #pragma once
 #include "gemm_tensor.cuh"
 

@@ -1,10 +1,12 @@
-"""How a product is cut into blocks and splits, and the modules that hold a kernel for each choice; kernels/gemm.cu, gemm_mma.cu, gemm_wgmma.cu.
+"""How a product is cut into blocks and splits, and the modules that hold a kernel for each choice; kernels/gemm.cu, gemm_mma.cu,
+gemm_wgmma.cu, gemm_tma.cu.
 
 The choice is a plain function of the product's sizes, not of the machine at hand or of a measurement (gemm_tune.py offers that too), so that a
 run repeats bit for bit anywhere: sums depend on the splits. `candidates` compares, for each tile and a few numbers of splits, an estimate of
 clock cycles on a GPU of SMS multiprocessors: blocks that each must make, times the clocks of a block, and the bytes of partial sums. Its
 constants are estimates from arithmetic (kernels/gemm_mma.cuh), not measured.
-A unit is a kind of tensor core instruction: mma (mma.sync, everywhere) or wgmma (Hopper alone, bfloat16). Estimates of two units are not
+A unit is a kind of tensor core instruction: mma (mma.sync, everywhere) or wgmma (Hopper alone, bfloat16), this also as tma, with what can be
+loaded by TMA loaded so. Estimates of two units are not
 compared: which one is faster only a measurement can tell.
 """
 
@@ -19,12 +21,13 @@ from caffelite.backends.cuda.launch import Module
 SMS = 132  # multiprocessors of an H100
 EXACT, TENSOR = "float", ("bf16", "tf32")  # kinds of products
 ITEM = {"float": 4, "tf32": 4, "bf16": 2}  # bytes of an operand's element in memory
-UNITS = ("mma", "wgmma")
+UNITS = ("mma", "wgmma", "tma")
 DEPTH = {"float": 16, "tf32": 16, "bf16": 32}  # columns k of a slice of gemm.cu and gemm_mma.cu
 
 ENOUGH_BLOCKS = 264  # two for each multiprocessor
 LEAST_SLICES = 8  # of DEPTH columns in a split
-MACS = {("mma", "tf32"): 650, ("mma", "bf16"): 1300, ("wgmma", "bf16"): 1500}  # multiply-adds a clock that a unit can reach on one multiprocessor
+# Multiply-adds a clock that a unit can reach on one multiprocessor.
+MACS = {("mma", "tf32"): 650, ("mma", "bf16"): 1300, ("wgmma", "bf16"): 1500, ("tma", "bf16"): 1500}
 EXTRA_SLICES = 12  # of DEPTH columns: what starting a block, filling its slots and storing its sums cost, in slices, where no other block works meanwhile
 FEW_WARPS, FEW_RATE = 8, 0.7  # a multiprocessor with fewer warps than these reaches so much of its rate
 FINISH_CLOCKS = 5000  # a second kernel
@@ -33,7 +36,7 @@ BYTES_A_CLOCK = 2500  # to and from memory, all multiprocessors
 
 class Tile(NamedTuple):
     """A block's part of the product (rows x columns), its threads, how many fit an H100's multiprocessor, and the share of MACS they reach;
-    its unit, slots, the bytes along k of a slice, and those of shared memory beside the slots, for each row."""
+    its unit, slots, the bytes along k of a slice, and those of shared memory beside the slots, for each row and in all."""
 
     rows: int
     columns: int
@@ -44,6 +47,7 @@ class Tile(NamedTuple):
     stages: int = 4
     slice_bytes: int = 64
     row_bytes: int = 0
+    more_bytes: int = 0
 
     @property
     def transposed(self) -> Tile:
@@ -52,7 +56,7 @@ class Tile(NamedTuple):
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
-        return self.stages * self.slice_bytes * (self.rows + self.columns) + self.row_bytes * self.rows
+        return self.stages * self.slice_bytes * (self.rows + self.columns) + self.row_bytes * self.rows + self.more_bytes
 
     def depth(self, kind: str) -> int:
         """Columns k of a slice."""
@@ -68,6 +72,7 @@ TILES = (
     Tile(128, 192, 256, 1, 1.0),
 )
 NARROW_TILE = TILES[1]  # for images padded to 4 channels of bfloat16
+ARRIVALS = 64  # bytes of mbarriers, which in products of windows find room elsewhere
 
 
 def _group_tile(rows: int, columns: int, resident: int, stages: int, rate: float) -> Tile:
@@ -132,7 +137,8 @@ def candidates(
 def _tiles(unit: str, kind: str, transposed: bool, narrow: bool) -> tuple[Tile, ...]:
     if unit == "mma":
         return tuple(tile.transposed if transposed else tile for tile in ((NARROW_TILE,) if narrow else TILES))
-    return () if kind != "bf16" or narrow else GROUP_WEIGHT_TILES if transposed else GROUP_TILES
+    tiles = () if kind != "bf16" or narrow else GROUP_WEIGHT_TILES if transposed else GROUP_TILES
+    return tiles if unit == "wgmma" else tuple(tile._replace(unit=unit, more_bytes=ARRIVALS * transposed) for tile in tiles)
 
 
 def _candidates(kind: str, tile: Tile, rows: int, columns: int, depth: int, products: int, outputs: int) -> Iterator[Cut]:
@@ -160,10 +166,12 @@ def clocks(kind: str, cut: Cut) -> float:
     return products + (FINISH_CLOCKS + 2 * cut.partial_bytes / BYTES_A_CLOCK if cut.partial_bytes else 0)
 
 
-def kernel(product: str, kind: str, tile: Tile, piece: int = 16) -> str:
-    """The kernel that makes a product: "forward", "data" or "weights"; piece: bytes of a piece."""
+def kernel(product: str, kind: str, tile: Tile, piece: int = 16, boxes: int = 0) -> str:
+    """The kernel that makes a product: "forward", "data" or "weights"; piece: bytes of a piece; boxes: how many operands TMA loads."""
     size = f"{tile.rows}, {tile.columns}"
-    if tile.unit == "wgmma":
+    if tile.unit == "tma" and boxes:
+        return f"tma_{product}<{size}, {str(boxes == 2).lower()}>"
+    if tile.unit != "mma":
         return f"wgmma_{product}<{size}>"
     return f"mma_{product}<{kind}, {size}>" if product == "data" else f"mma_{product}<{kind}, {size}, {piece}>"
 
@@ -178,16 +186,23 @@ def _wgmma(tile: Tile, *products: str) -> Module:
     return Module("gemm_wgmma", [kernel(product, "bf16", tile) for product in products], part=part, only="sm_90a")
 
 
+def _tma(tile: Tile, boxes: int, *products: str) -> Module:
+    part = f"{'-'.join(products)}-{tile.rows}x{tile.columns}-{'both' if boxes == 2 else 'one'}"
+    return Module("gemm_tma", [kernel(product, "bf16", tile._replace(unit="tma"), boxes=boxes) for product in products], part=part, only="sm_90a")
+
+
 # A module for each kind and tile, so that a net compiles those alone that it uses.
 MODULES = (
     *(_mma(kind, tile) for kind in TENSOR for tile in TILES),
     Module("gemm_mma", [kernel("forward", "bf16", NARROW_TILE, 8), kernel("weights", "bf16", NARROW_TILE.transposed, 8)], part="narrow"),
     *(_wgmma(tile, "forward", "data") for tile in GROUP_TILES),
     *(_wgmma(tile, "weights") for tile in GROUP_WEIGHT_TILES),
+    *(_tma(tile, boxes, "forward", "data") for tile in GROUP_TILES for boxes in (1, 2)),
+    *(_tma(tile, boxes, "weights") for tile in GROUP_WEIGHT_TILES for boxes in (1, 2)),
 )
 _BY_KERNEL = {name: module for module in MODULES for name in module.names}
 
 
 def module_of(name: str) -> Module:
-    """The module that holds a kernel of gemm_mma.cu or gemm_wgmma.cu."""
+    """The module that holds a kernel of gemm_mma.cu, gemm_wgmma.cu or gemm_tma.cu."""
     return _BY_KERNEL[name]

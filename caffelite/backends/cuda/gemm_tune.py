@@ -5,8 +5,8 @@ file beside the compiled kernels, named after the device and the text of the ker
 The file is JSON: for each shape the tile, the splits and the seconds of all that were tried. Without the variable, on the emulator, or
 where a shape is first met while work is being recorded, the formula decides.
 
-Units (gemm_plan.py) are timed against each other where the GPU has both; without timing mma makes all products. CAFFELITE_CUDA_PRODUCTS=mma or
-wgmma names one for all that it can make, timed or not, with a file of its own.
+Units (gemm_plan.py) are timed against each other where the GPU has both; without timing mma makes all products. CAFFELITE_CUDA_PRODUCTS=mma,
+wgmma or tma names one for all that it can make, timed or not, with a file of its own.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class Tuner:
         self._driver, self.on, self._unit = driver, os.environ.get(ENVIRONMENT, "") not in ("", "0"), os.environ.get(PRODUCTS, "")
         if self._unit not in ("", *UNITS):
             raise BackendError(f"{PRODUCTS} is '{self._unit}'", hint=f"known ones: {', '.join(UNITS)}")
-        facts = driver.facts() if self._unit == "wgmma" else None
+        facts = driver.facts() if self._unit in UNITS[1:] else None
         if facts and facts.capability != HOPPER:
-            needed = f"{PRODUCTS} is 'wgmma', which {facts.name} does not have: it needs compute capability 9.0, found {'.'.join(map(str, facts.capability))}"
+            found = ".".join(map(str, facts.capability))
+            needed = f"{PRODUCTS} is '{self._unit}', which {facts.name} does not have: it needs compute capability 9.0, found {found}"
             raise BackendError(needed, hint=f"unset {PRODUCTS}, or choose mma")
         self._picked: dict[str, Cut] = {}
         self._table: dict[str, Any] | None = None

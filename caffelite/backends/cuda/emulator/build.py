@@ -15,7 +15,7 @@ from caffelite.backends.cuda.launch import FOLDER, digest
 from caffelite.errors import BackendError
 
 HERE = Path(__file__).parent
-OWN = (HERE / "cuda_emu.h", HERE / "primitives_emu.h", HERE / "emu_core.cpp", HERE / "wgmma_emu.h")
+OWN = (HERE / "cuda_emu.h", HERE / "primitives_emu.h", HERE / "emu_core.cpp", HERE / "wgmma_emu.h", HERE / "tma_emu.h")
 COMMON = ("-std=c++17", "-DCF_EMU", "-fPIC", "-fvisibility=hidden", "-w", "-march=x86-64-v3", "-ffp-contract=off", "-fno-strict-aliasing", "-g1", "-gdwarf-4")
 UNDEFINED = "bounds-strict,alignment,shift,integer-divide-by-zero,signed-integer-overflow"
 

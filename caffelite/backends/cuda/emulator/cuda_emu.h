@@ -80,6 +80,15 @@ void wgmma_commit();
 void wgmma_wait(int n);
 void proxy_fence();
 uint32_t shared_address(const void* p);
+struct alignas(64) TensorMap {  // a matrix of 16-bit values in global memory, pitch in bytes, and its boxes
+  uint64_t address, pitch;
+  uint32_t columns, rows, box_columns, box_rows;
+  uint32_t unused[22];
+};
+void mbarrier_init(const void* p, int count);
+void mbarrier_expect(const void* p, uint32_t bytes);
+void mbarrier_wait(const void* p, int parity);
+void load_box(void* to, const TensorMap& map, int column, int row, const void* p);
 struct Kernel {
   void (*bind)(void**);
   void (*call)();

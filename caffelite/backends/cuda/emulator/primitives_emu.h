@@ -121,6 +121,11 @@ template <int ACROSS_A, int ACROSS_B, int J>
 static inline void cf_wgmma_m64k16_bf16(float (&d)[J][4], cf_u64 a, cf_u64 b) {
   emu::wgmma({&d[0][0], a, b, 8 * J, ACROSS_A != 0, ACROSS_B != 0, nullptr});
 }
+typedef emu::TensorMap cf_tensor_map;
+static inline void cf_mbarrier_init(cf_u64* p, int count) { emu::mbarrier_init(p, count); }
+static inline void cf_mbarrier_expect(cf_u64* p, cf_u32 bytes) { emu::mbarrier_expect(p, bytes); }
+static inline void cf_mbarrier_wait(cf_u64* p, int parity) { emu::mbarrier_wait(p, parity); }
+static inline void cf_load_box(void* to, const cf_tensor_map& map, int column, int row, cf_u64* p) { emu::load_box(to, map, column, row, p); }
 static inline void cf_bar_sync(int id, int nthreads) { emu::block_barrier(id, nthreads, 0, 0); }
 static inline unsigned short cf_bf16_bits(float x) {
   unsigned u = __float_as_uint(x);

@@ -47,8 +47,13 @@ static Cell* cell_of(uint32_t at) {
 // An element that a wgmma reads. Written by the generic proxy, it is seen if its writer fenced before a barrier, or the reader after one.
 static void check_read(uint32_t at, const void* pc) {
   chk(g.dyn + at, 2, RD, pc);
-  Cell& c = *cell_of(at);
+  const Cell& c = *cell_of(at);
   if (!c.wblk) return;  // told as an uninitialised read
+  if (c.box) {  // by the async proxy itself; each warp must have waited
+    for (unsigned warp = me()->warp / 4 * 4, end = warp + 4; warp < end; ++warp)
+      if (c.wep == bepoch && !seen_box(&fb[warp * 32], c.box)) told(pc, "wgmma READS A BOX THAT A WARP HAS NOT WAITED FOR");
+    return;
+  }
   Fib &writer = fb[c.wtid], &reader = *me();
   bool by_writer = c.wfences < writer.proxy.size() && (writer.proxy[c.wfences] < bepoch || &writer == &reader);
   bool by_reader = !reader.proxy.empty() && reader.proxy.back() > c.wep;

@@ -26,12 +26,19 @@ __device__ __forceinline__ void copy_piece(unsigned char* shared, const void* gl
   else cf_cp_async8(shared, global, valid_bytes);
 }
 
-// Slices of pixels' windows (A) and of weights (B), both along k: forward and data gradient.
-template <class T, class Tile, int PIECE>
-struct WindowLoader {
+// What a main loop asks of a loader: fetch(a, b) starts a slice's copies into a slot and moves on; COPIES: by cp.async; await(slice) waits for
+// what comes otherwise.
+struct Copies {
+  static constexpr bool COPIES = true;
+  __device__ __forceinline__ void await(int) const {}
+};
+
+// Slices of pixels' windows (A) and of weights (B), both along k: forward and data gradient. WEIGHTS: whether B is copied at all.
+template <class T, class Tile, int PIECE, bool WEIGHTS = true>
+struct WindowLoader : Copies {
   static constexpr int SIZE = PIECE / sizeof(T), ACROSS = Tile::SLICE / PIECE, STEP = Tile::THREADS / ACROSS, BK = Tile::SLICE / sizeof(T);
-  static constexpr int A = Tile::M / STEP, B = Tile::N / STEP;
-  static_assert(A * STEP == Tile::M && B * STEP == Tile::N && STEP % 8 == 0, "every thread copies as many pieces, in rows permuted alike");
+  static constexpr int A = Tile::M / STEP, B = WEIGHTS ? Tile::N / STEP : 0;
+  static_assert(A * STEP == Tile::M && (!WEIGHTS || B * STEP == Tile::N) && STEP % 8 == 0, "every thread copies as many pieces, in rows permuted alike");
   const T *data, *weights;  // of the group
   const Taps& t;
   int corner[A], y[A], x[A];    // of a pixel's window: what cell 0 would meet, as a pixel of all images, which may lie outside, and in its own
@@ -83,9 +90,9 @@ struct WindowLoader {
   }
 };
 
-// Slices of dy (A) and of the windows of x (B), both as rows of pixels k: weight gradient.
-template <class T, class Tile, int PIECE>
-struct PixelLoader {
+// Slices of dy (A) and of the windows of x (B), both as rows of pixels k: weight gradient. GRADIENTS: whether A is copied at all.
+template <class T, class Tile, int PIECE, bool GRADIENTS = true>
+struct PixelLoader : Copies {
   static constexpr int SIZE = 16 / sizeof(T), BK = Tile::SLICE / sizeof(T), ACROSS_A = Tile::M / SIZE, A = BK * ACROSS_A / Tile::THREADS;
   static constexpr int SIZE_B = PIECE / sizeof(T), ACROSS_B = Tile::N / SIZE_B, STEP = Tile::THREADS / ACROSS_B, B = BK / STEP;
   static_assert(A * Tile::THREADS == BK * ACROSS_A && B * STEP == BK && STEP * ACROSS_B == Tile::THREADS, "every thread copies as many pieces");
@@ -119,7 +126,7 @@ struct PixelLoader {
   }
   __device__ __forceinline__ void fetch(unsigned char* a, unsigned char* b) {
 #pragma unroll
-    for (int i = 0; i < A; ++i) {
+    for (int i = 0; i < (GRADIENTS ? A : 0); ++i) {
       int v = threadIdx.x + i * Tile::THREADS, row = v / ACROSS_A, chunk = v % ACROSS_A;
       bool valid = k + row < pixels && chunk * SIZE < outputs;
       copy_piece<16>(Tile::template across<Tile::M * (int)sizeof(T), WORDS>(a, row, chunk), valid ? dy + (k + row) * pitch + chunk * SIZE : dy, valid ? 16 : 0);
@@ -139,3 +146,19 @@ struct PixelLoader {
     k += BK;
   }
 };
+
+// Loaders of the three products, from column k `first` on. Data gradient: w packed.
+template <class Tile, int PIECE, bool WEIGHTS = true, class T>
+__device__ __forceinline__ WindowLoader<T, Tile, PIECE, WEIGHTS> forward_loader(const T* x, const T* w, const Geometry& g, const Block& block, const Taps& t, long long first) {
+  long long count = t.columns();
+  return {x, w + (long long)block.group * g.group_outputs * count, t, block.m, block.n, g.group_outputs, (int)count, first};
+}
+template <class Tile, bool WEIGHTS = true, class T>
+__device__ __forceinline__ WindowLoader<T, Tile, 16, WEIGHTS> data_loader(const T* dy, const T* packed, const Geometry& g, const Block& block, const Taps& t, long long first) {
+  int pitch = g.kernel_h * g.kernel_w * g.group_outputs;
+  return {dy, packed + (long long)block.group * g.group_channels * pitch, t, block.m, block.n, g.group_channels, pitch, first};
+}
+template <class Tile, int PIECE, bool GRADIENTS = true, class T>
+__device__ __forceinline__ PixelLoader<T, Tile, PIECE, GRADIENTS> weights_loader(const T* x, const T* dy, const Geometry& g, const Block& block, const Taps& t, long long first) {
+  return {dy + block.group * g.group_outputs, x, t, block.m, block.n, g.group_outputs, g.outputs, first};
+}

@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(MmaTile<M, N>::THREADS, MmaTile<M, N>::BLOCKS)
   CF_DYNAMIC_SHARED(unsigned char, shared);
   Block block = block_of(g, M, N, false);
   Taps t = forward_taps(g, block);
-  forward_product<MmaProduct<Kind, MmaTile<M, N>, true>, PIECE>(x, w, bias, y, partial, g, relu, block, t, shared);
+  auto loader = [&](long long first) { return forward_loader<MmaTile<M, N>, PIECE>(x, w, g, block, t, first); };
+  forward_product<MmaProduct<Kind, MmaTile<M, N>, true>>(loader, bias, y, partial, g, relu, block, t, shared);
 }
 
 template <class Kind, int M, int N>
@@ -28,7 +29,8 @@ __global__ void __launch_bounds__(MmaTile<M, N>::THREADS, MmaTile<M, N>::BLOCKS)
   __shared__ Taps t;  // read anew for every slice: registers are short
   if (threadIdx.x == 0) t = backward_taps(g, block);
   __syncthreads();
-  data_product<MmaProduct<Kind, MmaTile<M, N>, true>>(dy, packed, dx, positive, partial, g, block, t, shared);
+  auto loader = [&](long long first) { return data_loader<MmaTile<M, N>>(dy, packed, g, block, t, first); };
+  data_product<MmaProduct<Kind, MmaTile<M, N>, true>>(loader, dx, positive, partial, g, block, t, shared);
 }
 
 template <class Kind, int M, int N, int PIECE>
@@ -40,5 +42,6 @@ __global__ void __launch_bounds__(MmaTile<M, N>::THREADS, MmaTile<M, N>::BLOCKS)
   Taps t = forward_taps(g, block);
   __shared__ double sum[M];  // registers are short
   WeightGradient to{dw, {db, partial_b, accumulate_b}, partial, accumulate_w};
-  weights_product<MmaProduct<Kind, MmaTile<M, N>, false>, PIECE>(x, dy, to, g, block, t, shared, sum);
+  auto loader = [&](long long first) { return weights_loader<MmaTile<M, N>, PIECE>(x, dy, g, block, t, first); };
+  weights_product<MmaProduct<Kind, MmaTile<M, N>, false>>(loader, to, g, block, t, shared, sum);
 }

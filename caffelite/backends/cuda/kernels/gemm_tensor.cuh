@@ -56,13 +56,13 @@ __device__ __forceinline__ void store_tile(const P& product, unsigned char* shar
   product.template drain<RUN>((float*)shared, [&](int i, int j, const Vec<float>* sums) { exit.template run<RUN>(block.m + i, block.n + j, sums, place); });
 }
 
-// --- forward, data gradient, weight gradient: `t` are the block's taps --------------------------------------------------------
+// --- forward, data gradient, weight gradient: `t` are the block's taps, loader(k) is what loads from column k on --------------------------------------------------------
 
-template <class P, int PIECE, class T>
-__device__ __forceinline__ void forward_product(const T* x, const T* w, const float* bias, T* y, float* partial, const Geometry& g, bool relu, const Block& block,
+template <class P, class T, class Loader>
+__device__ __forceinline__ void forward_product(Loader loader_from, const float* bias, T* y, float* partial, const Geometry& g, bool relu, const Block& block,
                                                 const Taps& t, unsigned char* shared) {
   long long count = t.columns(), rows = t.rows(), first = block.split * g.per_split, last = min(first + g.per_split, count);
-  WindowLoader<T, typename P::Tile, PIECE> loader(x, w + (long long)block.group * g.group_outputs * count, t, block.m, block.n, g.group_outputs, (int)count, first);
+  auto loader = loader_from(first);
   P product;
   product.accumulate(loader, shared, first, last);
   Finish<T> finish{y, bias, relu, false, nullptr};
@@ -70,13 +70,12 @@ __device__ __forceinline__ void forward_product(const T* x, const T* w, const fl
   store_tile(product, shared, block, exit, [](long long m) { return m; });
 }
 
-template <class P, class T>
-__device__ __forceinline__ void data_product(const T* dy, const T* packed, T* dx, const T* positive, float* partial, const Geometry& g, const Block& block, const Taps& t,
+template <class P, class T, class Loader>
+__device__ __forceinline__ void data_product(Loader loader_from, T* dx, const T* positive, float* partial, const Geometry& g, const Block& block, const Taps& t,
                                              unsigned char* shared) {
   long long count = t.columns(), rows = t.rows(), first = block.split * g.per_split, last = min(first + g.per_split, count);
   if (block.m >= rows) return;  // another class has more pixels
-  int pitch = g.kernel_h * g.kernel_w * g.group_outputs;
-  WindowLoader<T, typename P::Tile, 16> loader(dy, packed + (long long)block.group * g.group_channels * pitch, t, block.m, block.n, g.group_channels, pitch, first);
+  auto loader = loader_from(first);
   P product;
   product.accumulate(loader, shared, first, last);
   Finish<T> finish{dx, nullptr, false, false, positive};
@@ -91,12 +90,12 @@ struct WeightGradient {
   bool accumulate;
 };
 // sum: BM doubles of shared memory.
-template <class P, int PIECE, class T>
-__device__ __forceinline__ void weights_product(const T* x, const T* dy, const WeightGradient& to, const Geometry& g, const Block& block, const Taps& t,
-                                                unsigned char* shared, double* sum) {
+template <class P, class Loader>
+__device__ __forceinline__ void weights_product(Loader loader_from, const WeightGradient& to, const Geometry& g, const Block& block, const Taps& t, unsigned char* shared,
+                                                double* sum) {
   constexpr int M = P::Tile::M;
   long long pixels = t.rows(), first = block.split * g.per_split, last = min(first + g.per_split, pixels);
-  PixelLoader<T, typename P::Tile, PIECE> loader(dy + block.group * g.group_outputs, x, t, block.m, block.n, g.group_outputs, g.outputs, first);
+  auto loader = loader_from(first);
   P product;
   bool sums = to.bias.wanted(block);
   if (sums && threadIdx.x < M) sum[threadIdx.x] = 0;

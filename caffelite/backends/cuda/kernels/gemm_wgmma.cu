@@ -2,23 +2,14 @@
 // Main loop, tiles, bytes and operations: gemm_wgmma.cuh.
 #include "gemm_wgmma.cuh"
 
-// Behind the slots: the block's taps, which are read anew for every slice since registers are short, or the sums of the bias gradient; 8 BM bytes.
-template <class Tile>
-__device__ __forceinline__ const Taps& kept_taps(unsigned char* shared, const Geometry& g, const Block& block, bool forward) {
-  static_assert(sizeof(Taps) <= 8 * Tile::M, "fits behind the slots");
-  Taps* t = reinterpret_cast<Taps*>(shared + Tile::SLOTS);
-  if (threadIdx.x == 0) *t = forward ? forward_taps(g, block) : backward_taps(g, block);
-  __syncthreads();
-  return *t;
-}
-
 template <int M, int N>
 __global__ void __launch_bounds__(GroupTile<M, N>::THREADS, GroupTile<M, N>::BLOCKS)
     wgmma_forward(const bf16* x, const bf16* w, const float* bias, bf16* y, float* partial, Geometry g, bool relu) {
   CF_DYNAMIC_SHARED_1024(unsigned char, shared);
   Block block = block_of(g, M, N, false);
   const Taps& t = kept_taps<GroupTile<M, N>>(shared, g, block, true);
-  forward_product<GroupProduct<GroupTile<M, N>, true>, 16>(x, w, bias, y, partial, g, relu, block, t, shared);
+  auto loader = [&](long long first) { return forward_loader<GroupTile<M, N>, 16>(x, w, g, block, t, first); };
+  forward_product<GroupProduct<GroupTile<M, N>, true>>(loader, bias, y, partial, g, relu, block, t, shared);
 }
 
 template <int M, int N>
@@ -27,7 +18,8 @@ __global__ void __launch_bounds__(GroupTile<M, N>::THREADS, GroupTile<M, N>::BLO
   CF_DYNAMIC_SHARED_1024(unsigned char, shared);
   Block block = block_of(g, M, N, true);
   const Taps& t = kept_taps<GroupTile<M, N>>(shared, g, block, false);
-  data_product<GroupProduct<GroupTile<M, N>, true>>(dy, packed, dx, positive, partial, g, block, t, shared);
+  auto loader = [&](long long first) { return data_loader<GroupTile<M, N>>(dy, packed, g, block, t, first); };
+  data_product<GroupProduct<GroupTile<M, N>, true>>(loader, dx, positive, partial, g, block, t, shared);
 }
 
 template <int M, int N>
@@ -38,5 +30,6 @@ __global__ void __launch_bounds__(GroupTile<M, N>::THREADS, GroupTile<M, N>::BLO
   Taps t = forward_taps(g, block);
   WeightGradient to{dw, {db, partial_b, accumulate_b}, partial, accumulate_w};
   double* sum = reinterpret_cast<double*>(shared + GroupTile<M, N>::SLOTS);
-  weights_product<GroupProduct<GroupTile<M, N>, false>, 16>(x, dy, to, g, block, t, shared, sum);
+  auto loader = [&](long long first) { return weights_loader<GroupTile<M, N>, 16>(x, dy, g, block, t, first); };
+  weights_product<GroupProduct<GroupTile<M, N>, false>>(loader, to, g, block, t, shared, sum);
 }

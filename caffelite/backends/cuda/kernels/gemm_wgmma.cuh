@@ -36,7 +36,7 @@ struct GroupTile {
   static constexpr int M = M_, N = N_, SLICE = 128, THREADS = 256, GROUPS_M = M % 128 == 0 ? 2 : 1, GROUPS_N = 2 / GROUPS_M;
   static constexpr int WM = M / GROUPS_M, WN = N / GROUPS_N, MI = WM / 64, NJ = WN / 8;  // a warpgroup's part, in products of 64 rows; its columns
   static constexpr int BLOCKS = MI * NJ <= 16 ? 2 : 1;                               // of an SM, which bounds the registers
-  static constexpr int A_BYTES = M * SLICE, STAGE_BYTES = (M + N) * SLICE;
+  static constexpr int A_BYTES = M * SLICE, B_BYTES = N * SLICE, STAGE_BYTES = A_BYTES + B_BYTES;
   static constexpr int FIT = (BLOCKS == 2 ? 112 : 225) * 1024 / STAGE_BYTES, STAGES = FIT < 5 ? FIT : 5, SLOTS = STAGES * STAGE_BYTES;
   static_assert(WM % 64 == 0 && WN % 8 == 0 && STAGES >= 3, "whole products; a slot that is read, one that may still be, one that is filled");
   static __device__ __forceinline__ int group() { return threadIdx.x / 128; }
@@ -89,15 +89,18 @@ struct GroupProduct : Sums<Tile_> {
     auto fetch = [&](int slice) {
       unsigned char* slot = shared + slice % Tile::STAGES * Tile::STAGE_BYTES;
       if (slice < slices) loader.fetch(slot, slot + Tile::A_BYTES);
-      cf_cp_commit();  // an empty group too: the count of groups is the count of slices
+      if (Loader::COPIES) cf_cp_commit();  // an empty group too: the count of groups is the count of slices
     };
 #pragma unroll
     for (int slice = 0; slice < AHEAD; ++slice) fetch(slice);
     hold();
 #pragma unroll 1
     for (int slice = 0; slice < slices; ++slice) {
-      cf_cp_wait<AHEAD - 1>();
-      cf_fence_proxy_async();
+      if (Loader::COPIES) {
+        cf_cp_wait<AHEAD - 1>();
+        cf_fence_proxy_async();
+      }
+      loader.await(slice);
       __syncthreads();
       const unsigned char* slot = shared + slice % Tile::STAGES * Tile::STAGE_BYTES;
       start(slot, slot + Tile::A_BYTES);
@@ -111,3 +114,14 @@ struct GroupProduct : Sums<Tile_> {
     __syncthreads();
   }
 };
+
+// Behind the slots: the block's taps, which are read anew for every slice since registers are short, or the sums of the bias gradient; 8 BM bytes.
+constexpr int BEHIND_TAPS = 256;
+template <class Tile>
+__device__ __forceinline__ const Taps& kept_taps(unsigned char* shared, const Geometry& g, const Block& block, bool forward) {
+  static_assert(sizeof(Taps) <= BEHIND_TAPS && BEHIND_TAPS + 64 <= 8 * Tile::M, "fits behind the slots");
+  Taps* t = reinterpret_cast<Taps*>(shared + Tile::SLOTS);
+  if (threadIdx.x == 0) *t = forward ? forward_taps(g, block) : backward_taps(g, block);
+  __syncthreads();
+  return *t;
+}

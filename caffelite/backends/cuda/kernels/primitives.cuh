@@ -18,6 +18,12 @@
 //                                   mma.m16n8. Starts it only: d is in flight until its group has been waited for
 // cf_wgmma_fence, commit, wait<N>   registers written before may be read by the next wgmma; close a group; wait until N are open at most
 // cf_hold                           keeps a register's value from being read early
+// cf_tensor_map                     a matrix in global memory and the boxes that it is read in, as the driver encodes it; a kernel's parameter,
+//                                   const and __grid_constant__. Here: 16-bit values, boxes of 64 columns, permuted as for cf_wgmma_descriptor
+// cf_load_box                       one thread: a box from a column and a row on, zeros outside the matrix, to 1024-byte aligned shared
+//                                   memory; its bytes arrive at an mbarrier
+// cf_mbarrier_init, expect, wait    count of arrivals of a phase (then cf_fence_proxy_async, and a barrier); arrive, with so many bytes to come;
+//                                   wait until the phase of this parity (0, 1, 0, ...) is complete: bytes that arrived are visible to the waiter
 #pragma once
 #ifdef CF_EMU
 #include "primitives_emu.h"
@@ -94,6 +100,24 @@ CF_DEV void cf_wgmma_wait() {
 CF_DEV void cf_hold(float& value) { asm volatile("" : "+f"(value)::"memory"); }
 CF_DEV cf_u64 cf_wgmma_descriptor(const void* start, cf_u32 leading, cf_u32 stride) {
   return (cf_u64)((cf_shared_address(start) & 0x3ffff) >> 4) | (cf_u64)(leading >> 4) << 16 | (cf_u64)(stride >> 4) << 32 | (cf_u64)1 << 62;
+}
+struct alignas(64) cf_tensor_map {
+  cf_u64 words[16];
+};
+CF_DEV void cf_mbarrier_init(cf_u64* p, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(cf_shared_address(p)), "r"(count) : "memory"); }
+CF_DEV void cf_mbarrier_expect(cf_u64* p, cf_u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(cf_shared_address(p)), "r"(bytes) : "memory");
+}
+CF_DEV void cf_mbarrier_wait(cf_u64* p, int parity) {
+  cf_u32 done;
+  do {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done) : "r"(cf_shared_address(p)), "r"(parity) : "memory");
+  } while (!done);
+}
+CF_DEV void cf_load_box(void* to, const cf_tensor_map& map, int column, int row, cf_u64* p) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(cf_shared_address(to)),
+               "l"(&map), "r"(column), "r"(row), "r"(cf_shared_address(p)) : "memory");
 }
 // The registers of 32 columns, and their names in the instruction.
 #define CF_FOUR(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])

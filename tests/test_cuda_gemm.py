@@ -4,6 +4,7 @@ the bias gradient beside the weight gradient."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from arrays import DTYPES, assert_close, rectified
 from caffelite.backends.contract import Backend
 from caffelite.backends.cuda import gemm_plan
 from caffelite.backends.cuda.gemm_plan import (
+    ARRIVALS,
     DEPTH,
     ENOUGH_BLOCKS,
     FLOAT_TILE,
@@ -22,6 +24,7 @@ from caffelite.backends.cuda.gemm_plan import (
     SMS,
     TENSOR,
     TILES,
+    UNITS,
     Tile,
     candidates,
     exact,
@@ -47,21 +50,20 @@ def as_tf32(x: np.ndarray) -> np.ndarray:
     return np.ldexp(np.sign(mantissa) * np.floor(np.abs(mantissa) * 2**11 + 0.5), exponent - 11)
 
 
-@pytest.fixture(params=["float32", "bfloat16", "wgmma"])
+@pytest.fixture(params=["float32", "bfloat16", "wgmma", "tma"])
 def dtype(cuda: Backend, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What operands are stored in: products of bfloat16 by either unit."""
     return by_unit(cuda, request.param, monkeypatch)
 
 
-@pytest.fixture(params=["float32", "tf32", "bfloat16", "wgmma"])
+@pytest.fixture(params=["float32", "tf32", "bfloat16", "wgmma", "tma"])
 def kind(cuda: Backend, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return by_unit(cuda, request.param, monkeypatch)
 
 
 def by_unit(cuda: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    unit = "wgmma" if name == "wgmma" else "mma"
-    monkeypatch.setattr(cuda.tuner, "units", (unit,))
-    return "bfloat16" if name == "wgmma" else name
+    monkeypatch.setattr(cuda.tuner, "units", (name if name in UNITS else "mma",))
+    return "bfloat16" if name in UNITS else name
 
 
 @pytest.fixture(params=TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}")
@@ -105,12 +107,13 @@ def test_tiles_follow_the_shape(rows: int, columns: int, depth: int, tile: tuple
 
 def test_the_units_cuts_follow_one_another() -> None:
     """mma's first, as they are alone; wgmma's in slices of 128 bytes."""
-    for transposed, tiles in ((False, GROUP_TILES), (True, GROUP_WEIGHT_TILES)):
+    for (transposed, tiles), unit in product(((False, GROUP_TILES), (True, GROUP_WEIGHT_TILES)), UNITS[1:]):
         sizes = {"rows": 192, "columns": 2400, "depth": 147456, "groups": 1, "outputs": 192 * 2400, "transposed": transposed}
-        alone, both = candidates("bf16", **sizes), candidates("bf16", **sizes, units=("mma", "wgmma"))
+        alone, both = candidates("bf16", **sizes), candidates("bf16", **sizes, units=("mma", unit))
         assert both[: len(alone)] == alone
-        assert both[len(alone) :] == candidates("bf16", **sizes, units=("wgmma",))
-        assert {cut.tile for cut in both[len(alone) :]} == set(tiles)
+        assert both[len(alone) :] == candidates("bf16", **sizes, units=(unit,))
+        assert {(cut.tile.rows, cut.tile.columns) for cut in both[len(alone) :]} == {(tile.rows, tile.columns) for tile in tiles}
+        assert {cut.tile.unit for cut in both[len(alone) :]} == {unit}
         for cut in both[len(alone) :]:
             assert cut.per_split % 64 == 0
             assert (cut.splits - 1) * cut.per_split < 147456 <= cut.splits * cut.per_split
@@ -119,13 +122,15 @@ def test_the_units_cuts_follow_one_another() -> None:
 @pytest.mark.parametrize(("kind", "narrow"), [("tf32", False), ("bf16", True)])
 def test_mma_makes_what_wgmma_cannot(kind: str, narrow: bool) -> None:
     sizes = {"rows": 4096, "columns": 96, "depth": 800, "groups": 1, "outputs": 4096 * 96, "narrow": narrow}
-    assert candidates(kind, **sizes, units=("wgmma",)) == candidates(kind, **sizes, units=("mma", "wgmma")) == candidates(kind, **sizes)
+    for units in (("wgmma",), ("tma",), UNITS):
+        assert candidates(kind, **sizes, units=units) == candidates(kind, **sizes)
 
 
 @pytest.mark.parametrize("tile", [*GROUP_TILES, *GROUP_WEIGHT_TILES])
 def test_blocks_of_warpgroups_fit_a_hopper(tile: Tile) -> None:
     """As many as are said, with the 1 KB that each takes for itself; an SM has 228 KB, and a block 227 at the most."""
-    assert tile.resident * (tile.shared + 1024) <= 228 * 1024
+    arrivals = ARRIVALS if tile in GROUP_WEIGHT_TILES else 0
+    assert tile.resident * (tile.shared + arrivals + 1024) <= 228 * 1024
     assert tile.shared == tile.stages * 128 * (tile.rows + tile.columns) + 8 * tile.rows <= 227 * 1024
 
 
@@ -187,6 +192,37 @@ def test_every_tile_of_warpgroups(cuda: Backend, rng: np.random.Generator, monke
     weights = gemm_plan.GROUP_WEIGHT_TILES[0]
     size = f"{group_tile.rows}, {group_tile.columns}"
     assert made == [f"wgmma_forward<{size}>", f"wgmma_data<{size}>", f"wgmma_weights<{weights.rows}, {weights.columns}>"]
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (2, 3)])
+def test_every_tile_with_boxes(cuda: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, group_tile: Tile, kernel: tuple[int, int]) -> None:
+    """Where pixels are a matrix too, and where only weights and dy are; three tiles down, two across, none of them full; wholes, as in check_tile."""
+    monkeypatch.setattr(cuda.tuner, "units", ("tma",))
+    launched = recorded(cuda, monkeypatch)
+    c, o, wide = group_tile.columns + 8, group_tile.columns + 16, group_tile.rows // 6
+    options = {"stride": (1, 1), "pad": (kernel[0] - 1, 0), "dilation": (1, 1), "group": 1}
+    out = (7 + kernel[0] - 1, wide - kernel[1] + 1)
+    (x, xs), (dy, dys) = (put(cuda, rng.integers(-2, 3, shape), "bfloat16") for shape in ((2, c, 7, wide), (2, o, *out)))
+    (w, ws), (b, bs) = put(cuda, rng.integers(-2, 3, (o, c, *kernel)), "bfloat16"), put(cuda, rng.integers(-9, 10, o), "float32")
+    y, dx, dw, db = cuda.empty((2, o, *out), "bfloat16"), cuda.empty(x.shape, "bfloat16"), cuda.empty(w.shape, "float32"), cuda.empty((o,), "float32")
+    edge = kernel[0] - 1
+    padded = np.pad(xs, ((0, 0), (0, 0), (edge, edge), (0, 0)))
+    want, want_x, want_w = np.zeros(y.shape) + bs[:, None, None], np.zeros(padded.shape), np.zeros(w.shape)
+    for r, s in np.ndindex(*kernel):
+        part = (slice(None), slice(None), slice(r, r + out[0]), slice(s, s + out[1]))
+        want += np.einsum("nchw,oc->nohw", padded[part], ws[:, :, r, s])
+        want_x[part] += np.einsum("nohw,oc->nchw", dys, ws[:, :, r, s])
+        want_w[:, :, r, s] = np.einsum("nohw,nchw->oc", dys, padded[part])
+    cuda.convolution_forward(x, w, b, y, **options, relu=False)
+    cuda.convolution_backward_data(dy, w, dx, **options)
+    cuda.convolution_backward_weights(x, dy, dw, db, **options, accumulate_w=False, accumulate_b=False)
+    np.testing.assert_array_equal(cuda.to_host(dw), want_w)
+    np.testing.assert_array_equal(cuda.to_host(db), dys.sum(axis=(0, 2, 3)))
+    assert_close(cuda.to_host(y), want, "bfloat16")
+    assert_close(cuda.to_host(dx), want_x[:, :, edge : edge + 7], "bfloat16")
+    weights, both = gemm_plan.GROUP_WEIGHT_TILES[0], str(kernel == (1, 1)).lower()
+    sizes = [f"{tile.rows}, {tile.columns}, {both}>" for tile in (group_tile, group_tile, weights)]
+    assert [name for name in launched if "tma" in name] == [f"tma_{name}<{size}" for name, size in zip(("forward", "data", "weights"), sizes)]
 
 
 def check_tile(cuda: Backend, rng: np.random.Generator, tile: Tile, kind: str) -> None:

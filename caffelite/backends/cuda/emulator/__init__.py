@@ -248,7 +248,7 @@ def _points_to(array: Array, parameter: str) -> bool:
 def _span(arg: Any) -> tuple[int, int]:
     """First address and number of bytes that an argument's elements lie in."""
     if isinstance(arg, Boxes):
-        return arg.array.address, arg.rows * arg.pitch
+        return _span(arg.array)
     if not isinstance(arg, DeviceArray) or not arg.size:
         return 0, 0
     return arg.address, sum((size - 1) * stride for size, stride in zip(arg.shape, arg.strides)) + arg.itemsize

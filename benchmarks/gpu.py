@@ -53,8 +53,8 @@ class Part(NamedTuple):
 
 def parts(out: str) -> Iterator[Part]:
     """All parts, the most important of each call first; `out`: the folder of results."""
-    quick = ("bfloat16", "wgmma-bfloat16", "tuned-bfloat16", "tf32", "float32", "eager-bfloat16", "eager-tf32")
-    slow = ("bfloat16", "wgmma-bfloat16", "tf32", "compile-bfloat16", "compile-tf32")
+    quick = ("bfloat16", "wgmma-bfloat16", "tma-bfloat16", "tuned-bfloat16", "tf32", "float32", "eager-bfloat16", "eager-tf32")
+    slow = ("bfloat16", "tuned-bfloat16", "tf32", "compile-bfloat16", "compile-tf32")
     yield Part("prepare", 0, 40, ("gpu_prepare.py",))
     yield Part("tests", 1, 360, ("gpu_tests.py", "--minutes", "MINUTES", "--out", f"{out}/tests"))
     first = ("--nets", "nin_crop48:128", "alexnet:256", "--rounds", "3", "--modes", *quick)

@@ -31,8 +31,12 @@ from nets import NETS
 from surroundings import ROOT, environment
 
 DEFAULT_NETS = ("nin_crop48:128", "alexnet:256", "nin_crop48:512", "nin:128", "nin:512", "nin_quick:128", "lenet:64")
-# What caffelite's modes find in the environment beside the rest: products by wgmma (Hopper), or timed and by whichever is fastest.
-CHOICES = {"wgmma-bfloat16": {"CAFFELITE_CUDA_PRODUCTS": "wgmma"}, "tuned-bfloat16": {"CAFFELITE_CUDA_TUNE": "1"}}
+# What caffelite's modes find in the environment beside the rest: products by wgmma (Hopper), with TMA too, or timed and by whichever is fastest.
+CHOICES = {
+    "wgmma-bfloat16": {"CAFFELITE_CUDA_PRODUCTS": "wgmma"},
+    "tma-bfloat16": {"CAFFELITE_CUDA_PRODUCTS": "tma"},
+    "tuned-bfloat16": {"CAFFELITE_CUDA_TUNE": "1"},
+}
 OURS = ("bfloat16", *CHOICES, "tf32", "float32")
 EAGER, COMPILED = ("eager-bfloat16", "eager-tf32", "eager-float32"), ("compile-bfloat16", "compile-tf32", "compile-float32")
 MODES = (*OURS, *EAGER, *COMPILED)

@@ -70,9 +70,9 @@ def test_compiled_modes_run_last_beside_ours(script) -> None:
 
 def test_ours_in_every_way_run_beside_the_compiled_ones(script) -> None:
     step = script("gpu_step")
-    words = ["--nets", "lenet:2", "--modes", "bfloat16", "wgmma-bfloat16", "tf32", "eager-bfloat16", "compile-bfloat16"]
+    words = ["--nets", "lenet:2", "--modes", "bfloat16", "wgmma-bfloat16", "tma-bfloat16", "tf32", "eager-bfloat16", "compile-bfloat16"]
     *_, beside = step.groups(step.arguments(words))
-    assert [found.mode for found in beside] == ["bfloat16", "wgmma-bfloat16", "compile-bfloat16"]
+    assert [found.mode for found in beside] == ["bfloat16", "wgmma-bfloat16", "tma-bfloat16", "compile-bfloat16"]
 
 
 def test_a_mode_finds_its_choice_in_the_environment(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,11 +254,12 @@ def test_rows_of_tiles(script) -> None:
     tiles = script("gpu_tiles")
     formula, other = "64x64, 1 splits of 128", "128x64, 2 splits of 64"
     entry = {"chosen": other, "seconds": {formula: 3e-5, other: 2e-5}}
-    assert tiles._row("nin:128", "data tf32", formula, entry) == f"| nin:128 | data tf32 | {formula} | 30.0 | {other} | 20.0 |  |  | 1.50 |  |"
-    entry["seconds"] |= {"wgmma 128x96, 1 splits of 128": 1e-5, "wgmma 128x64, 1 splits of 128": 4e-5}
-    want = f"| nin:128 | data bf16 | {formula} | 30.0 | {other} | 20.0 | 128x96, 1 splits of 128 | 10.0 | 3.00 | 2.00 |"
+    assert tiles._row("nin:128", "data tf32", formula, entry) == f"| nin:128 | data tf32 | {formula} | 30.0 | {other} | 20.0 |  |  |  |  | 1.50 |  |"
+    group, boxes = "128x96, 1 splits of 128", "128x128, 1 splits of 128"
+    entry["seconds"] |= {f"wgmma {group}": 1.25e-5, f"wgmma {boxes}": 4e-5, f"tma {boxes}": 1e-5}
+    want = f"| nin:128 | data bf16 | {formula} | 30.0 | {other} | 20.0 | {group} | 12.5 | {boxes} | 10.0 | 3.00 | 2.00 |"
     assert tiles._row("nin:128", "data bf16", formula, entry) == want
-    assert tiles._row("nin:128", "data bf16", formula, None) == f"| nin:128 | data bf16 | {formula} | | not timed | | | | | |"
+    assert tiles._row("nin:128", "data bf16", formula, None).count("|") == want.count("|")
 
 
 def test_runs_that_differ_are_told(script, tmp_path: Path) -> None:

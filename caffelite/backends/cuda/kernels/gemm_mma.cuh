@@ -24,7 +24,7 @@
 // tf32: half the FLOP a byte. Shared memory gives 128 bytes a clock: 16 FLOP a byte are 2048 a clock, what an A100's tensor cores make; an
 // H100's make 4096, of which mma.sync reaches about two thirds. Weight gradients use the transposed blocks (192x128, ...), since their m
 // are the outputs. Registers: tests/data/cuda-resources.csv. Operations: 2 M N K. Not measured.
-// Ladder: 1. one tile, 128x64, slices through registers in two slots; 2. this; 3. wgmma on Hopper (gemm_wgmma.cuh).
+// Ladder: 1. one tile, 128x64, slices through registers in two slots; 2. this; 3. wgmma on Hopper (gemm_wgmma.cuh); 4. with TMA (gemm_tma.cuh).
 #pragma once
 #include "gemm_tensor.cuh"
 

@@ -7,6 +7,7 @@
 // thread waits for it, as for its own copies, before the slice's barrier. Nothing else changes: slots are free when they were.
 // What a gather costs falls away: 8 to 20 instructions and a copy for each 16 bytes. Bytes, operations and shared memory are as in
 // gemm_wgmma.cuh, 64 bytes of mbarriers more in weight gradients (elsewhere they lie behind the taps). Not measured.
+// Ladder: 1. to 3. see gemm_wgmma.cuh; 4. this. Next: a warp of its own that loads, and blocks that go on to further tiles.
 #pragma once
 #include "gemm_wgmma.cuh"
 

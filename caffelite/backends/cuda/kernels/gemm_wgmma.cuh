@@ -27,7 +27,7 @@
 //
 // tf32 stays on mma.sync: wgmma cuts off its low 13 bits, so that operands had to be rounded in shared memory, a pass over every slice that reads
 // and writes as many bytes as the products read; and it has no operands across k. Images (3 channels, pieces of 8 bytes) stay there too.
-// Ladder: 1. one tile, slices through registers; 2. mma.sync and cp.async (gemm_mma.cuh); 3. this, not measured. Next: TMA.
+// Ladder: 1. one tile, slices through registers; 2. mma.sync and cp.async (gemm_mma.cuh); 3. this; 4. TMA (gemm_tma.cuh). Not measured.
 #pragma once
 #include "gemm_mma.cuh"
 

@@ -29,6 +29,7 @@ from caffelite.backends.cuda.gemm_plan import (
     candidates,
     exact,
 )
+from caffelite.backends.cuda.gemm_tune import HOPPER
 from caffelite.backends.cuda.launch import Module
 
 KINDS = {"float32": "float", "bfloat16": "bf16"}
@@ -61,7 +62,16 @@ def kind(cuda: Backend, request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     return by_unit(cuda, request.param, monkeypatch)
 
 
+def needs_hopper(cuda: Backend) -> None:
+    """Skips on a GPU that has no wgmma; the emulator has."""
+    facts = cuda.driver.facts()
+    if facts and facts.capability != HOPPER:
+        pytest.skip(f"{facts.name} has no wgmma")
+
+
 def by_unit(cuda: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    if name in UNITS:
+        needs_hopper(cuda)
     monkeypatch.setattr(cuda.tuner, "units", (name if name in UNITS else "mma",))
     return "bfloat16" if name in UNITS else name
 
@@ -159,6 +169,7 @@ def test_a_grid_has_one_dimension(cuda: Backend, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(params=GROUP_TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}")
 def group_tile(cuda: Backend, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tile]:
     """Each of wgmma's tiles in turn, and one of those of weight gradients, as the only ones to choose from."""
+    needs_hopper(cuda)
     number = GROUP_TILES.index(request.param)
     monkeypatch.setattr(cuda.tuner, "units", ("wgmma",))
     monkeypatch.setattr(gemm_plan, "GROUP_TILES", (request.param,))

@@ -1,27 +1,21 @@
-"""The products behind convolution and inner product: cut up by shape, on every tile, in tf32, with split sums, views off a 16-byte boundary, and
+"""The products behind convolution and inner product: on every tile, in tf32, with split sums, views off a 16-byte boundary, and
 the bias gradient beside the weight gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from arrays import DTYPES, assert_close, rectified
 
+from caffelite import backends
 from caffelite.backends.contract import Backend
 from caffelite.backends.cuda import gemm_plan
 from caffelite.backends.cuda.gemm_plan import (
-    ARRIVALS,
-    DEPTH,
-    ENOUGH_BLOCKS,
-    FLOAT_TILE,
     GROUP_TILES,
     GROUP_WEIGHT_TILES,
-    LEAST_SLICES,
-    SMS,
     TENSOR,
     TILES,
     UNITS,
@@ -83,72 +77,6 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     gemm_plan.candidates.cache_clear()
     yield request.param
     gemm_plan.candidates.cache_clear()
-
-
-@pytest.mark.parametrize(("rows", "columns", "depth", "splits"), [(5, 7, 16 * LEAST_SLICES - 1, 1), (5, 7, 32 * LEAST_SLICES, 2), (5, 7, 100_000, 261)])
-def test_long_sums_of_few_results_are_split(rows: int, columns: int, depth: int, splits: int) -> None:
-    cut = exact(rows=rows, columns=columns, depth=depth, groups=1, outputs=rows * columns)
-    assert cut.splits == splits <= ENOUGH_BLOCKS
-    assert cut.per_split % DEPTH["float"] == 0
-    assert (cut.splits - 1) * cut.per_split < depth <= cut.splits * cut.per_split
-    assert (cut.tiles_m, cut.tiles_n, cut.blocks) == (1, 1, splits)
-    assert exact(rows=FLOAT_TILE.rows * 300, columns=FLOAT_TILE.columns, depth=depth, groups=1, outputs=1).splits == 1, "enough blocks without"
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns", "depth", "tile", "splits"),
-    [
-        (147456, 192, 2400, (128, 192), 1),  # NIN's conv2 forward: many blocks, no column beyond the outputs
-        (147456, 96, 4800, (128, 96), 1),  # and its data gradient
-        (36864, 192, 1728, (128, 96), 1),  # conv3: 288 large tiles would fill 2.2 waves of 132, so smaller ones
-        (43264, 384, 2304, (128, 128), 1),  # AlexNet's conv3
-        (65536, 64, 576, (128, 64), 1),  # ResNet-18's first stage
-        (5, 7, 100, (64, 64), 1),
-        (64, 64, 147456, (64, 64), 256),  # few results of long sums
-    ],
-)
-def test_tiles_follow_the_shape(rows: int, columns: int, depth: int, tile: tuple[int, int], splits: int) -> None:
-    cut = candidates("bf16", rows=rows, columns=columns, depth=depth, groups=1, outputs=rows * columns)[0]
-    assert (cut.tile.rows, cut.tile.columns, cut.splits) == (*tile, splits)
-    assert cut.per_split % DEPTH["bf16"] == 0
-    assert (cut.splits - 1) * cut.per_split < depth <= cut.splits * cut.per_split
-    assert cut.blocks == -(-rows // tile[0]) * -(-columns // tile[1]) * splits
-
-
-def test_the_units_cuts_follow_one_another() -> None:
-    """mma's first, as they are alone; wgmma's in slices of 128 bytes."""
-    for (transposed, tiles), unit in product(((False, GROUP_TILES), (True, GROUP_WEIGHT_TILES)), UNITS[1:]):
-        sizes = {"rows": 192, "columns": 2400, "depth": 147456, "groups": 1, "outputs": 192 * 2400, "transposed": transposed}
-        alone, both = candidates("bf16", **sizes), candidates("bf16", **sizes, units=("mma", unit))
-        assert both[: len(alone)] == alone
-        assert both[len(alone) :] == candidates("bf16", **sizes, units=(unit,))
-        assert {(cut.tile.rows, cut.tile.columns) for cut in both[len(alone) :]} == {(tile.rows, tile.columns) for tile in tiles}
-        assert {cut.tile.unit for cut in both[len(alone) :]} == {unit}
-        for cut in both[len(alone) :]:
-            assert cut.per_split % 64 == 0
-            assert (cut.splits - 1) * cut.per_split < 147456 <= cut.splits * cut.per_split
-
-
-@pytest.mark.parametrize(("kind", "narrow"), [("tf32", False), ("bf16", True)])
-def test_mma_makes_what_wgmma_cannot(kind: str, narrow: bool) -> None:
-    sizes = {"rows": 4096, "columns": 96, "depth": 800, "groups": 1, "outputs": 4096 * 96, "narrow": narrow}
-    for units in (("wgmma",), ("tma",), UNITS):
-        assert candidates(kind, **sizes, units=units) == candidates(kind, **sizes)
-
-
-@pytest.mark.parametrize("tile", [*GROUP_TILES, *GROUP_WEIGHT_TILES])
-def test_blocks_of_warpgroups_fit_a_hopper(tile: Tile) -> None:
-    """As many as are said, with the 1 KB that each takes for itself; an SM has 228 KB, and a block 227 at the most."""
-    arrivals = ARRIVALS if tile in GROUP_WEIGHT_TILES else 0
-    assert tile.resident * (tile.shared + arrivals + 1024) <= 228 * 1024
-    assert tile.shared == tile.stages * 128 * (tile.rows + tile.columns) + 8 * tile.rows <= 227 * 1024
-
-
-def test_weight_gradients_use_transposed_tiles() -> None:
-    cut = candidates("bf16", rows=192, columns=2400, depth=147456, groups=1, outputs=192 * 2400, transposed=True)[0]
-    assert (cut.tile.rows, cut.tile.columns) == (192, 128)
-    assert SMS <= cut.blocks <= 2 * SMS
-    assert cut.partial_bytes == 4 * cut.splits * 192 * 2400
 
 
 def test_a_grid_has_one_dimension(cuda: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +192,28 @@ def check_tile(cuda: Backend, rng: np.random.Generator, tile: Tile, kind: str) -
             np.testing.assert_array_equal(cuda.to_host(got), values)
         else:
             assert_close(cuda.to_host(got), values, dtype)  # bfloat16 rounds whole numbers above 256
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_groups_strides_and_dilation(cuda: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    """As the numpy backend has them in float32, of small whole numbers; with a ReLU above and one below."""
+    by_unit(cuda, unit, monkeypatch)
+    plain, options = backends.get("numpy"), {"stride": (2, 1), "pad": (1, 2), "dilation": (1, 2), "group": 2}
+    shapes = {"x": (3, 48, 9, 11), "w": (80, 24, 3, 2), "b": (80,), "y": (3, 80, 5, 13), "dy": (3, 80, 5, 13)}
+    values = {name: rng.integers(-2, 3, shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def made(backend: Backend, dtype: str) -> list[np.ndarray]:
+        x, w, b, y, dy = (backend.empty(shape, "float32" if name == "b" else dtype) for name, shape in shapes.items())
+        for name, array in zip(shapes, (x, w, b, y, dy)):
+            backend.from_host(values[name], array)
+        dx, dw, db = backend.empty(x.shape, dtype), backend.empty(w.shape, "float32"), backend.empty((80,), "float32")
+        backend.convolution_forward(x, w, b, y, **options, relu=True)
+        backend.convolution_backward_data(dy, w, dx, x, **options)
+        backend.convolution_backward_weights(x, dy, dw, db, **options, accumulate_w=False, accumulate_b=False)
+        return [np.asarray(backend.to_host(array), np.float64) for array in (y, dx, dw, db)]
+
+    for got, want, stored in zip(made(cuda, "bfloat16"), made(plain, "float32"), ("bfloat16", "bfloat16", "float32", "float32")):
+        assert_close(got, want, stored)
 
 
 @pytest.mark.parametrize("deep", [75, 1100, 5000])

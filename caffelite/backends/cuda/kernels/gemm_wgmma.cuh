@@ -17,6 +17,7 @@
 // 128 x 128   2 x 1        64      3     99,328     2         43          64
 // 128 x 192   2 x 1        96      5    205,824     1         48          77
 // 256 x 96    2 x 1        96      5    227,328     1         38          70
+// 256 x 192   2 x 1       192      4    231,424     1         48         110
 //  64 x 128   1 x 2        32      4     98,816     2         32          43      these four: weight gradients, m their outputs
 // 128 x 128   2 x 1        64      3     99,328     2         43          64
 // 192 x 128   1 x 2        96      5    206,336     1         32          77
@@ -26,7 +27,7 @@
 // Registers: tests/data/cuda-resources.csv. Operations: 2 M N K. Not measured.
 //
 // tf32 stays on mma.sync: wgmma cuts off its low 13 bits, so that operands had to be rounded in shared memory, a pass over every slice that reads
-// and writes as many bytes as the products read; and it has no operands across k. Images (3 channels, pieces of 8 bytes) stay there too.
+// and writes more bytes there than the products read; and it has no operands across k. Images (3 channels, pieces of 8 bytes) stay there too.
 // Ladder: 1. one tile, slices through registers; 2. mma.sync and cp.async (gemm_mma.cuh); 3. this; 4. TMA (gemm_tma.cuh). Not measured.
 #pragma once
 #include "gemm_mma.cuh"

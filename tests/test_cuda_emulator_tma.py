@@ -98,7 +98,7 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 
 @pytest.fixture(scope="module", params=["fast", "check"])
 def program(module: Planted, request: pytest.FixtureRequest) -> EmulatedProgram:
-    return EmulatorDriver(request.param).load(module)
+    return EmulatorDriver(request.param, "up").load(module)  # what a fault does depends on the order
 
 
 def matrix(rows: int, columns: int, height: int) -> tuple[Boxes, np.ndarray]:

@@ -122,7 +122,7 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 
 @pytest.fixture(scope="module", params=["fast", "check"])
 def program(module: Planted, request: pytest.FixtureRequest) -> EmulatedProgram:
-    return EmulatorDriver(request.param).load(module)
+    return EmulatorDriver(request.param, "up").load(module)  # what a fault does depends on the order
 
 
 def laid_out(matrix: np.ndarray, across: int, leading: int, stride: int, size: int) -> np.ndarray:

@@ -51,7 +51,7 @@ class Geometry:
     @property
     def plain(self) -> bool:
         """Whether pixels of y are those of x, and their windows these pixels."""
-        return self.cells == 1 and self.stride == (1, 1) and self.pad == (0, 0)
+        return self.cells == prod(self.stride) == 1 and not any(self.pad)
 
     @property
     def class_rows(self) -> int:
@@ -119,7 +119,7 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positi
             ops.launch(GEMM, "gemm_data", cut.blocks, cut.tile.threads, left, right, dx, positive, partial, g.struct(cut), aligned)
         else:
             windows = _boxes(left, dy.size // g.y[1], fit.channels, cut.tile.rows) if g.plain and g.group == 1 else None
-            filters = _boxes(right, g.w[1] * g.group, g.cells * fit.channels, cut.tile.columns) if g.stride == (1, 1) else None
+            filters = _boxes(right, g.w[1] * g.group, g.cells * fit.channels, cut.tile.columns) if prod(g.stride) == 1 else None
             name, operands = _loaded("data", kind, cut, VECTOR, (left, right), (windows, filters))
             _launch(ops, name, cut, *operands, dx, positive, partial, g.struct(cut, outputs=fit.channels))
         if partial is not None:

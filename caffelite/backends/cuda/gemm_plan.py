@@ -5,9 +5,8 @@ The choice is a plain function of the product's sizes, not of the machine at han
 run repeats bit for bit anywhere: sums depend on the splits. `candidates` compares, for each tile and a few numbers of splits, an estimate of
 clock cycles on a GPU of SMS multiprocessors: blocks that each must make, times the clocks of a block, and the bytes of partial sums. Its
 constants are estimates from arithmetic (kernels/gemm_mma.cuh), not measured.
-A unit is a kind of tensor core instruction: mma (mma.sync, everywhere) or wgmma (Hopper alone, bfloat16), this also as tma, with what can be
-loaded by TMA loaded so. Estimates of two units are not
-compared: which one is faster only a measurement can tell.
+A unit is what makes a product: mma (mma.sync, everywhere), wgmma (Hopper alone, bfloat16), or tma (wgmma too, with operands that TMA loads where it
+can). Estimates of two units are not compared: which one is faster only a measurement can tell.
 """
 
 from __future__ import annotations

@@ -57,16 +57,16 @@ class Part(NamedTuple):
 
 def parts(out: str) -> Iterator[Part]:
     """All parts, the most important of each call first; `out`: the folder of results."""
-    quick = ("bfloat16", "tf32", "float32", "eager-bfloat16", "eager-tf32")
-    slow = ("bfloat16", "tf32", "compile-bfloat16", "compile-tf32")
+    quick = ("bfloat16", "wgmma-bfloat16", "tma-bfloat16", "tuned-bfloat16", "tf32", "float32", "eager-bfloat16", "eager-tf32")
+    slow = ("bfloat16", "tuned-bfloat16", "tf32", "compile-bfloat16", "compile-tf32")
     yield Part("prepare", 0, 40, ("gpu_prepare.py",))
     yield Part("tests", 1, 360, ("gpu_tests.py", "--minutes", "MINUTES", "--out", f"{out}/tests"))
     first = ("--nets", "nin_crop48:128", "alexnet:256", "--rounds", "3", "--modes", *quick)
     yield Part("first_steps", 1, 140, ("gpu_step.py", "--minutes", "MINUTES", "--out", f"{out}/first_steps", *first))
-    yield Part("steps", 2, 220, ("gpu_step.py", "--minutes", "MINUTES", "--out", f"{out}/steps", "--nets", *NETS, "--rounds", "4", "--modes", *quick))
+    yield Part("steps", 2, 200, ("gpu_step.py", "--minutes", "MINUTES", "--out", f"{out}/steps", "--nets", *NETS, "--rounds", "4", "--modes", *quick))
     yield Part("rate", 2, 90, ("gpu_rate.py", "--seconds", "5"))
     yield Part("layers", 2, 60, ("gpu_layers.py", "--out", f"{out}/layers"))
-    yield Part("tiles", 2, 40, ("gpu_tiles.py",))
+    yield Part("tiles", 2, 60, ("gpu_tiles.py",))
     first = ("--nets", "nin_crop48:128", "--rounds", "3", "--modes", *slow)
     yield Part("compiled", 2, 90, ("gpu_step.py", "--minutes", "MINUTES", "--out", f"{out}/compiled", *first))
     yield Part("training", 3, 70, ("gpu_training.py", "--net", "nin_crop48"))

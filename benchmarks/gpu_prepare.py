@@ -68,7 +68,7 @@ def main() -> int:
     print(f"driver {driver.name}: {driver.facts() or 'no GPU'}", flush=True)
     if driver.name != "cupy":
         return 0
-    modules = list(runpy.run_path(str(ROOT / "tools" / "cuda_resources.py"))["modules"]())
+    modules = [module for module in runpy.run_path(str(ROOT / "tools" / "cuda_resources.py"))["modules"]() if module.only in ("", driver.architecture)]
     return compile_all(modules, driver.architecture, driver._cuda)
 
 

@@ -32,7 +32,13 @@ from nets import NETS
 from surroundings import ROOT, environment
 
 DEFAULT_NETS = (*gpu.NETS, *gpu.MORE_NETS)
-OURS = ("bfloat16", "tf32", "float32")
+# What caffelite's modes find in the environment beside the rest: products by wgmma (Hopper), with TMA too, or timed and by whichever is fastest.
+CHOICES = {
+    "wgmma-bfloat16": {"CAFFELITE_CUDA_PRODUCTS": "wgmma"},
+    "tma-bfloat16": {"CAFFELITE_CUDA_PRODUCTS": "tma"},
+    "tuned-bfloat16": {"CAFFELITE_CUDA_TUNE": "1"},
+}
+OURS = ("bfloat16", *CHOICES, "tf32", "float32")
 EAGER, COMPILED = ("eager-bfloat16", "eager-tf32", "eager-float32"), ("compile-bfloat16", "compile-tf32", "compile-float32")
 MODES = (*OURS, *EAGER, *COMPILED)
 DEFAULT_MODES = (*OURS, *EAGER[:2], *COMPILED[:2])
@@ -52,7 +58,9 @@ class Candidate:
 
     @property
     def engine(self) -> str:
-        return "caffelite" if self.mode in OURS else "PyTorch compiled" if self.mode in COMPILED else "PyTorch eager"
+        if self.mode in OURS:
+            return " ".join(["caffelite", self.mode.rpartition("-")[0]]).strip()
+        return "PyTorch compiled" if self.mode in COMPILED else "PyTorch eager"
 
     @property
     def precision(self) -> str:
@@ -81,11 +89,11 @@ class Failed(Exception):
 
 
 class Process:
-    """A worker that runs; its error stream goes to `log`."""
+    """A worker that runs, with `values` in its environment; its error stream goes to `log`."""
 
-    def __init__(self, command: Sequence[str], log: TextIO) -> None:
+    def __init__(self, command: Sequence[str], log: TextIO, **values: str) -> None:
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, env=environment(), stdin=pipe, stdout=pipe, stderr=log, text=True)
+        self._process = subprocess.Popen(command, env=environment(**values), stdin=pipe, stdout=pipe, stderr=log, text=True)
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -152,7 +160,7 @@ def run_group(rows: Sequence[Candidate], args: argparse.Namespace, report: Repor
         for row in rows:
             row.failed = ""
             log = (report.folder / f"{row.net}-{row.batch}-{row.mode}.log").open("a")
-            running.append((row, Process(row.command(args.device), log), log))
+            running.append((row, Process(row.command(args.device), log, **CHOICES.get(row.mode, {})), log))
         for row, process, _ in running:
             box = args.compile_seconds if row.mode in COMPILED else args.start_seconds
             _try(row, partial(process.ask, "start", min(box, end - time.perf_counter())))
@@ -248,7 +256,7 @@ def groups(args: argparse.Namespace) -> list[list[Candidate]]:
     rows = {(net, batch, mode): Candidate(net, batch, mode) for net, batch in args.nets for mode in MODES if mode in args.modes}
     quick = [[row for (*found, mode), row in rows.items() if tuple(found) == net and mode not in COMPILED] for net in args.nets]
     slow = [[row for (*found, mode), row in rows.items() if tuple(found) == net and mode in COMPILED] for net in args.nets]
-    beside = [[row for row in first if f"compile-{row.mode}" in args.modes] for first in quick]
+    beside = [[row for row in first if row.mode in OURS and f"compile-{row.precision}" in args.modes] for first in quick]
     alone = [first for first, again, late in zip(quick, beside, slow) if first and not (late and first == again)]
     return alone + [[*ours, *late] for ours, late in zip(beside, slow) if late]
 

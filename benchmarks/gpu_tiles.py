@@ -3,7 +3,8 @@
     python benchmarks/gpu_tiles.py [--nets nin_crop48:128 alexnet:256] [--precisions bfloat16 tf32]
 
 Trains a few steps with CAFFELITE_CUDA_TUNE=1, in a table of its own, and prints it: for each product the formula's choice, the fastest of those
-tried, and how much longer the formula's takes. The formula's choice is the first that is tried.
+tried by mma.sync and, where the GPU is a Hopper and the product is of bfloat16, by wgmma and by wgmma with TMA, how much longer the formula's takes
+than the fastest of all, and mma.sync's fastest than the faster of the other two. The formula's choice is the first that is tried.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from nets import on_constants, write_solver
 
 from caffelite import backends, environment
 from caffelite.backends.cuda import gemm_tune
-from caffelite.backends.cuda.gemm_plan import Cut
+from caffelite.backends.cuda.gemm_plan import UNITS, Cut
 from caffelite.schema import read_solver
 from caffelite.solver.loop import Solver
 
@@ -61,9 +62,18 @@ def tiles(net: str, batch: int, precision: str, folder: Path) -> list[str]:
 
 def _row(net: str, shape: str, formula: str, entry: dict[str, Any] | None) -> str:
     if entry is None:
-        return f"| {net} | {shape} | {formula} | | not timed | | |"
-    own, best = (entry["seconds"][name] * 1e6 for name in (formula, entry["chosen"]))
-    return f"| {net} | {shape} | {formula} | {own:.1f} | {entry['chosen']} | {best:.1f} | {own / best:.2f} |"
+        return f"| {net} | {shape} | {formula} | | not timed |{' |' * 7}"
+    microseconds = {name: 1e6 * seconds for name, seconds in entry["seconds"].items()}
+    best: dict[str, tuple[float, str]] = {}
+    for name, time in microseconds.items():
+        unit, _, cut = (name if name[0].isalpha() else f"mma {name}").partition(" ")
+        best[unit] = min(best.get(unit, (time, cut)), (time, cut))
+    cells = [formula, f"{microseconds[formula]:.1f}"]
+    for unit in UNITS:
+        cells += [best[unit][1], f"{best[unit][0]:.1f}"] if unit in best else ["", ""]
+    hopper = min((time for unit, (time, _) in best.items() if unit != "mma"), default=None)
+    cells += [f"{microseconds[formula] / min(microseconds.values()):.2f}", f"{best['mma'][0] / hopper:.2f}" if hopper else ""]
+    return f"| {net} | {shape} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -72,7 +82,9 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=("bfloat16", "tf32"), default=["bfloat16", "tf32"])
     args = parser.parse_args()
     os.environ[environment.CUDA_TUNE] = "1"
-    print("| net | product | formula's | us | fastest | us | formula's / fastest |\n|---|---|---|---:|---|---:|---:|")
+    units = " | ".join(f"fastest {unit} | us" for unit in UNITS)
+    print(f"| net | product | formula's | us | {units} | formula's / fastest | mma / fastest other |")
+    print(f"|---|---|---|---:|{'---|---:|' * len(UNITS)}---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         for precision in args.precisions:
             for net, batch in args.nets:

@@ -33,8 +33,7 @@ def test_a_module_is_made_of_its_file_and_what_that_includes() -> None:
     assert used == {*FOLDER.glob("*.cu"), *FOLDER.glob("*.cuh")}
 
 
-@pytest.mark.parametrize("architecture", tool.ARCHITECTURES)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(("name", "architecture"), [(name, architecture) for name, module in MODULES.items() for architecture in tool.architectures(module)])
 def test_resources(name: str, architecture: str) -> None:
     found = tool.measure(MODULES[name], architecture)
     assert [row for row in found if row.spills or row.stack] == []
@@ -55,6 +54,30 @@ def test_a_report_is_of_the_text_as_it_is(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(nvrtc, "compile_cubin", None)  # a further compilation would fail
     assert [row[:5] for row in tool.measure(module, "sm_80")] == [("made", "k", "sm_80", 4, 16)]
     assert registers == [[2], [2], [4]]
+
+
+def test_products_that_wait_for_one_another_are_refused(tmp_path, monkeypatch) -> None:
+    """The assembler does so where accumulators are touched in flight."""
+    monkeypatch.setenv("CAFFELITE_CACHE", str(tmp_path / "cache"))
+    source, module = tmp_path / "made.cu", launch.Module("made", ["k"], only="sm_90a")
+    text = """#include "primitives.cuh"
+        extern "C" __global__ void k(float* y, cf_u64 a) {
+          float d[8][4] = {};
+          for (int i = 0; i < 9; ++i) {
+            cf_wgmma_fence();
+            cf_wgmma_m64k16_bf16<0, 0>(d, a, a);
+            cf_wgmma_commit();
+            TOUCH
+            cf_wgmma_wait<0>();
+          }
+          for (int i = 0; i < 32; ++i) y[32 * threadIdx.x + i] = d[i / 4][i % 4];
+        }"""
+    monkeypatch.setattr(launch.Module, "path", source)
+    source.write_text(text.replace("TOUCH", ""))
+    assert [row[:3] for row in tool.measure(module, "sm_90a")] == [("made", "k", "sm_90a")]
+    source.write_text(text.replace("TOUCH", "d[3][1] += y[i];"))
+    with pytest.raises(BackendError, match=r"made: the assembler puts wgmma one after another:\n.*C75"):
+        tool.measure(module, "sm_90a")
 
 
 REPORT = """ptxas info    : Compiling entry function '_Z1k' for 'sm_80'

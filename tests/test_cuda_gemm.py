@@ -1,4 +1,4 @@
-"""The products behind convolution and inner product: cut up by shape, on every tile, in tf32, with split sums, views off a 16-byte boundary, and
+"""The products behind convolution and inner product: on every tile, in tf32, with split sums, views off a 16-byte boundary, and
 the bias gradient beside the weight gradient."""
 
 from __future__ import annotations
@@ -10,9 +10,20 @@ import numpy as np
 import pytest
 from arrays import DTYPES, assert_close, rectified
 
+from caffelite import backends
 from caffelite.backends.contract import Backend
 from caffelite.backends.cuda import gemm_plan
-from caffelite.backends.cuda.gemm_plan import DEPTH, ENOUGH_BLOCKS, FLOAT_TILE, LEAST_SLICES, SMS, TENSOR, TILES, Tile, candidates, exact
+from caffelite.backends.cuda.gemm_plan import (
+    GROUP_TILES,
+    GROUP_WEIGHT_TILES,
+    TENSOR,
+    TILES,
+    UNITS,
+    Tile,
+    candidates,
+    exact,
+)
+from caffelite.backends.cuda.gemm_tune import HOPPER
 from caffelite.backends.cuda.launch import Module
 
 KINDS = {"float32": "float", "bfloat16": "bf16"}
@@ -34,6 +45,31 @@ def as_tf32(x: np.ndarray) -> np.ndarray:
     return np.ldexp(np.sign(mantissa) * np.floor(np.abs(mantissa) * 2**11 + 0.5), exponent - 11)
 
 
+@pytest.fixture(params=["float32", "bfloat16", "wgmma", "tma"])
+def dtype(cuda: Backend, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What operands are stored in: products of bfloat16 by either unit."""
+    return by_unit(cuda, request.param, monkeypatch)
+
+
+@pytest.fixture(params=["float32", "tf32", "bfloat16", "wgmma", "tma"])
+def kind(cuda: Backend, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return by_unit(cuda, request.param, monkeypatch)
+
+
+def needs_hopper(cuda: Backend) -> None:
+    """Skips on a GPU that has no wgmma; the emulator has."""
+    facts = cuda.driver.facts()
+    if facts and facts.capability != HOPPER:
+        pytest.skip(f"{facts.name} has no wgmma")
+
+
+def by_unit(cuda: Backend, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    if name in UNITS:
+        needs_hopper(cuda)
+    monkeypatch.setattr(cuda.tuner, "units", (name if name in UNITS else "mma",))
+    return "bfloat16" if name in UNITS else name
+
+
 @pytest.fixture(params=TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}")
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tile]:
     """Each tile in turn, as the only one to choose from."""
@@ -41,43 +77,6 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     gemm_plan.candidates.cache_clear()
     yield request.param
     gemm_plan.candidates.cache_clear()
-
-
-@pytest.mark.parametrize(("rows", "columns", "depth", "splits"), [(5, 7, 16 * LEAST_SLICES - 1, 1), (5, 7, 32 * LEAST_SLICES, 2), (5, 7, 100_000, 261)])
-def test_long_sums_of_few_results_are_split(rows: int, columns: int, depth: int, splits: int) -> None:
-    cut = exact(rows=rows, columns=columns, depth=depth, groups=1, outputs=rows * columns)
-    assert cut.splits == splits <= ENOUGH_BLOCKS
-    assert cut.per_split % DEPTH["float"] == 0
-    assert (cut.splits - 1) * cut.per_split < depth <= cut.splits * cut.per_split
-    assert (cut.tiles_m, cut.tiles_n, cut.blocks) == (1, 1, splits)
-    assert exact(rows=FLOAT_TILE.rows * 300, columns=FLOAT_TILE.columns, depth=depth, groups=1, outputs=1).splits == 1, "enough blocks without"
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns", "depth", "tile", "splits"),
-    [
-        (147456, 192, 2400, (128, 192), 1),  # NIN's conv2 forward: many blocks, no column beyond the outputs
-        (147456, 96, 4800, (128, 96), 1),  # and its data gradient
-        (36864, 192, 1728, (128, 96), 1),  # conv3: 288 large tiles would fill 2.2 waves of 132, so smaller ones
-        (43264, 384, 2304, (128, 128), 1),  # AlexNet's conv3
-        (65536, 64, 576, (128, 64), 1),  # ResNet-18's first stage
-        (5, 7, 100, (64, 64), 1),
-        (64, 64, 147456, (64, 64), 256),  # few results of long sums
-    ],
-)
-def test_tiles_follow_the_shape(rows: int, columns: int, depth: int, tile: tuple[int, int], splits: int) -> None:
-    cut = candidates("bf16", rows=rows, columns=columns, depth=depth, groups=1, outputs=rows * columns)[0]
-    assert (cut.tile.rows, cut.tile.columns, cut.splits) == (*tile, splits)
-    assert cut.per_split % DEPTH["bf16"] == 0
-    assert (cut.splits - 1) * cut.per_split < depth <= cut.splits * cut.per_split
-    assert cut.blocks == -(-rows // tile[0]) * -(-columns // tile[1]) * splits
-
-
-def test_weight_gradients_use_transposed_tiles() -> None:
-    cut = candidates("bf16", rows=192, columns=2400, depth=147456, groups=1, outputs=192 * 2400, transposed=True)[0]
-    assert (cut.tile.rows, cut.tile.columns) == (192, 128)
-    assert SMS <= cut.blocks <= 2 * SMS
-    assert cut.partial_bytes == 4 * cut.splits * 192 * 2400
 
 
 def test_a_grid_has_one_dimension(cuda: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +94,77 @@ def test_a_grid_has_one_dimension(cuda: Backend, monkeypatch: pytest.MonkeyPatch
     assert main == [g] * 6
 
 
+@pytest.fixture(params=GROUP_TILES, ids=lambda tile: f"{tile.rows}x{tile.columns}")
+def group_tile(cuda: Backend, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tile]:
+    """Each of wgmma's tiles in turn, and one of those of weight gradients, as the only ones to choose from."""
+    needs_hopper(cuda)
+    number = GROUP_TILES.index(request.param)
+    monkeypatch.setattr(cuda.tuner, "units", ("wgmma",))
+    monkeypatch.setattr(gemm_plan, "GROUP_TILES", (request.param,))
+    monkeypatch.setattr(gemm_plan, "GROUP_WEIGHT_TILES", (GROUP_WEIGHT_TILES[number % len(GROUP_WEIGHT_TILES)],))
+    gemm_plan.candidates.cache_clear()
+    yield request.param
+    gemm_plan.candidates.cache_clear()
+
+
+def recorded(cuda: Backend, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are launched from now on."""
+    launch, launched = type(cuda).launch, []
+
+    def told(self: Backend, module: Module, kernel: str, *args: Any, **options: Any) -> None:
+        launched.append(kernel)
+        launch(self, module, kernel, *args, **options)
+
+    monkeypatch.setattr(type(cuda), "launch", told)
+    return launched
+
+
 @pytest.mark.parametrize("kind", TENSOR)
 def test_every_tile(cuda: Backend, rng: np.random.Generator, tile: Tile, kind: str) -> None:
+    check_tile(cuda, rng, tile, kind)
+
+
+def test_every_tile_of_warpgroups(cuda: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, group_tile: Tile) -> None:
+    launched = recorded(cuda, monkeypatch)
+    check_tile(cuda, rng, group_tile, "bf16")
+    made = [kernel for kernel in launched if "mma" in kernel]
+    weights = gemm_plan.GROUP_WEIGHT_TILES[0]
+    size = f"{group_tile.rows}, {group_tile.columns}"
+    assert made == [f"wgmma_forward<{size}>", f"wgmma_data<{size}>", f"wgmma_weights<{weights.rows}, {weights.columns}>"]
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (2, 3)])
+def test_every_tile_with_boxes(cuda: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, group_tile: Tile, kernel: tuple[int, int]) -> None:
+    """Where pixels are a matrix too, and where only weights and dy are; three tiles down, two across, none of them full; wholes, as in check_tile."""
+    monkeypatch.setattr(cuda.tuner, "units", ("tma",))
+    launched = recorded(cuda, monkeypatch)
+    c, o, wide = group_tile.columns + 8, group_tile.columns + 16, group_tile.rows // 6
+    options = {"stride": (1, 1), "pad": (kernel[0] - 1, 0), "dilation": (1, 1), "group": 1}
+    out = (7 + kernel[0] - 1, wide - kernel[1] + 1)
+    (x, xs), (dy, dys) = (put(cuda, rng.integers(-2, 3, shape), "bfloat16") for shape in ((2, c, 7, wide), (2, o, *out)))
+    (w, ws), (b, bs) = put(cuda, rng.integers(-2, 3, (o, c, *kernel)), "bfloat16"), put(cuda, rng.integers(-9, 10, o), "float32")
+    y, dx, dw, db = cuda.empty((2, o, *out), "bfloat16"), cuda.empty(x.shape, "bfloat16"), cuda.empty(w.shape, "float32"), cuda.empty((o,), "float32")
+    edge = kernel[0] - 1
+    padded = np.pad(xs, ((0, 0), (0, 0), (edge, edge), (0, 0)))
+    want, want_x, want_w = np.zeros(y.shape) + bs[:, None, None], np.zeros(padded.shape), np.zeros(w.shape)
+    for r, s in np.ndindex(*kernel):
+        part = (slice(None), slice(None), slice(r, r + out[0]), slice(s, s + out[1]))
+        want += np.einsum("nchw,oc->nohw", padded[part], ws[:, :, r, s])
+        want_x[part] += np.einsum("nohw,oc->nchw", dys, ws[:, :, r, s])
+        want_w[:, :, r, s] = np.einsum("nohw,nchw->oc", dys, padded[part])
+    cuda.convolution_forward(x, w, b, y, **options, relu=False)
+    cuda.convolution_backward_data(dy, w, dx, **options)
+    cuda.convolution_backward_weights(x, dy, dw, db, **options, accumulate_w=False, accumulate_b=False)
+    np.testing.assert_array_equal(cuda.to_host(dw), want_w)
+    np.testing.assert_array_equal(cuda.to_host(db), dys.sum(axis=(0, 2, 3)))
+    assert_close(cuda.to_host(y), want, "bfloat16")
+    assert_close(cuda.to_host(dx), want_x[:, :, edge : edge + 7], "bfloat16")
+    weights, both = gemm_plan.GROUP_WEIGHT_TILES[0], str(kernel == (1, 1)).lower()
+    sizes = [f"{tile.rows}, {tile.columns}, {both}>" for tile in (group_tile, group_tile, weights)]
+    assert [name for name in launched if "tma" in name] == [f"tma_{name}<{size}" for name, size in zip(("forward", "data", "weights"), sizes)]
+
+
+def check_tile(cuda: Backend, rng: np.random.Generator, tile: Tile, kind: str) -> None:
     """Three tiles down, two across, in pixels and channels that fill none; small whole numbers, of which every sum is exact."""
     dtype, tf32 = ("float32", True) if kind == "tf32" else ("bfloat16", False)
     c, o, size = tile.columns + 8, tile.columns + 16, (7, tile.rows // 6)
@@ -124,6 +192,28 @@ def test_every_tile(cuda: Backend, rng: np.random.Generator, tile: Tile, kind: s
             np.testing.assert_array_equal(cuda.to_host(got), values)
         else:
             assert_close(cuda.to_host(got), values, dtype)  # bfloat16 rounds whole numbers above 256
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_groups_strides_and_dilation(cuda: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    """As the numpy backend has them in float32, of small whole numbers; with a ReLU above and one below."""
+    by_unit(cuda, unit, monkeypatch)
+    plain, options = backends.get("numpy"), {"stride": (2, 1), "pad": (1, 2), "dilation": (1, 2), "group": 2}
+    shapes = {"x": (3, 48, 9, 11), "w": (80, 24, 3, 2), "b": (80,), "y": (3, 80, 5, 13), "dy": (3, 80, 5, 13)}
+    values = {name: rng.integers(-2, 3, shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def made(backend: Backend, dtype: str) -> list[np.ndarray]:
+        x, w, b, y, dy = (backend.empty(shape, "float32" if name == "b" else dtype) for name, shape in shapes.items())
+        for name, array in zip(shapes, (x, w, b, y, dy)):
+            backend.from_host(values[name], array)
+        dx, dw, db = backend.empty(x.shape, dtype), backend.empty(w.shape, "float32"), backend.empty((80,), "float32")
+        backend.convolution_forward(x, w, b, y, **options, relu=True)
+        backend.convolution_backward_data(dy, w, dx, x, **options)
+        backend.convolution_backward_weights(x, dy, dw, db, **options, accumulate_w=False, accumulate_b=False)
+        return [np.asarray(backend.to_host(array), np.float64) for array in (y, dx, dw, db)]
+
+    for got, want, stored in zip(made(cuda, "bfloat16"), made(plain, "float32"), ("bfloat16", "bfloat16", "float32", "float32")):
+        assert_close(got, want, stored)
 
 
 @pytest.mark.parametrize("deep", [75, 1100, 5000])
@@ -191,11 +281,10 @@ def test_images(cuda: Backend, rng: np.random.Generator, channels: int, offset: 
     np.testing.assert_array_equal(cuda.to_host(dw), want_w)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("relu", [False, True])
 def test_split_sums(cuda: Backend, rng: np.random.Generator, dtype: str, relu: bool) -> None:
     m, n, k = 5, 7, 1100
-    plan = exact if dtype == "float32" else lambda **sizes: candidates("bf16", **sizes)[0]
+    plan = exact if dtype == "float32" else lambda **sizes: candidates("bf16", **sizes, units=cuda.tuner.units)[0]
     assert plan(rows=m, columns=n, depth=k, groups=1, outputs=m * n).splits > 1
     (x, xs), (w, ws), (b, bs) = (put(cuda, rng.standard_normal(shape), t) for shape, t in (((m, k), dtype), ((n, k), dtype), ((n,), "float32")))
     y = cuda.empty((m, n), dtype)
@@ -211,7 +300,6 @@ def test_split_sums(cuda: Backend, rng: np.random.Generator, dtype: str, relu: b
     assert_close(cuda.to_host(dw), 2 + dys.T @ lefts, "float32")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_split_sums_go_on_through_a_relu(cuda: Backend, rng: np.random.Generator, dtype: str) -> None:
     (dy, dys), (w, ws), (positive, above) = (put(cuda, rng.standard_normal(shape), dtype) for shape in ((5, 1100), (1100, 7), (5, 7)))
     dx, through = cuda.empty((5, 7), dtype), cuda.empty((5, 7), dtype)
@@ -221,7 +309,6 @@ def test_split_sums_go_on_through_a_relu(cuda: Backend, rng: np.random.Generator
     np.testing.assert_array_equal(cuda.to_host(through), rectified(np.asarray(cuda.to_host(dx)), above))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("odd", ["x", "w", "y"])
 def test_views_off_a_vector_boundary(cuda: Backend, rng: np.random.Generator, dtype: str, odd: str) -> None:
     offsets = {name: 4 if name == odd else 0 for name in "xwy"}
@@ -238,7 +325,6 @@ def test_views_off_a_vector_boundary(cuda: Backend, rng: np.random.Generator, dt
     assert_close(cuda.to_host(dw)[:, :, 0, 0], np.einsum("nohw,nchw->oc", ys, xs), "float32")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sum_of_nothing_is_zero(cuda: Backend, dtype: str) -> None:
     x, dy, dw = cuda.empty((0, 3, 5, 5), dtype), cuda.empty((0, 4, 5, 5), dtype), put(cuda, np.ones((4, 3, 1, 1)), "float32")[0]
     cuda.convolution_forward(x, put(cuda, np.ones((4, 3, 1, 1)), dtype)[0], None, dy, **ONE)
@@ -275,17 +361,10 @@ BIASES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("name", BIASES)
 def test_the_bias_gradient_is_summed_beside_the_weights(cuda: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
     c, dtype, axes = BIASES[name], "bfloat16" if kind == "bfloat16" else "float32", len(BIASES[name].size)
-    launch, launched = type(cuda).launch, []
-
-    def told(self: Backend, module: Module, kernel: str, *args: Any, **options: Any) -> None:
-        launched.append(kernel)
-        launch(self, module, kernel, *args, **options)
-
-    monkeypatch.setattr(type(cuda), "launch", told)
+    launched = recorded(cuda, monkeypatch)
     monkeypatch.setattr(type(cuda), "bias_backward", None)  # no second pass over dy
     options = {"stride": (1,) * axes, "pad": (c.kernel // 2,) * axes, "dilation": (1,) * axes, "group": c.group, "tf32": kind == "tf32"}
     x, dy = (put(cuda, 1 + rng.standard_normal((c.batch, channels, *c.size)), dtype)[0] for channels in (c.channels, c.outputs))
@@ -303,7 +382,6 @@ def test_the_bias_gradient_is_summed_beside_the_weights(cuda: Backend, rng: np.r
     assert ("gemm_weights_finish" in launched) == c.split
 
 
-@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("slices", [5, 61])
 def test_slices_and_splits_of_the_bias_gradient_are_added_in_double(cuda: Backend, kind: str, slices: int) -> None:
     """2^30, small numbers that float would lose beside it, and -2^30."""
@@ -317,7 +395,6 @@ def test_slices_and_splits_of_the_bias_gradient_are_added_in_double(cuda: Backen
     np.testing.assert_array_equal(cuda.to_host(db), (rows - 66) * np.arange(1, 8))
 
 
-@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16"])
 def test_a_bias_gradient_that_is_not_finite_stays_in_its_place(cuda: Backend, kind: str) -> None:
     values = np.ones((40, 5))
     values[3, 1], values[35, 2], values[2, 3], values[36, 3] = np.inf, np.nan, np.inf, -np.inf

@@ -12,8 +12,9 @@ import pytest
 from caffelite import backends
 from caffelite.backends.contract import Backend
 from caffelite.backends.cuda import gemm_plan, gemm_tune
+from caffelite.backends.cuda.gemm_plan import UNITS
 from caffelite.backends.cuda.peaks import Facts
-from caffelite.errors import BackendError
+from caffelite.errors import BackendError, CaffeliteError
 
 M, K, N = 70, 600, 24
 GPU = Facts("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98e9, 2.6e9, 5120)
@@ -55,25 +56,30 @@ def gradient(backend: Backend) -> np.ndarray:
     return backend.to_host(dw)
 
 
-def test_the_fastest_is_kept(made, tmp_path: Path) -> None:
-    cuts = gemm_plan.candidates("bf16", rows=N, columns=K, depth=M, groups=1, outputs=N * K, transposed=True)[: gemm_tune.TRIED]
-    assert len(cuts) >= 4
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_fastest_is_kept(made, tmp_path: Path, unit: str) -> None:
+    sizes = {"rows": N, "columns": K, "depth": M, "groups": 1, "outputs": N * K, "transposed": True}
+    cuts = [cut for unit in UNITS for cut in gemm_plan.candidates("bf16", **sizes, units=(unit,))[: gemm_tune.TRIED]]
+    assert len(cuts) >= 12
     taken = [9.0] * gemm_tune.RUNS * len(cuts)
-    taken[2 * gemm_tune.RUNS + 1] = 0.5  # one run of the third
+    number = [cut.tile.unit for cut in cuts].index(unit) + 2
+    taken[number * gemm_tune.RUNS + 1] = 0.5  # one run of one of them
     backend = made(taken)
     gradient(backend)
     ((shape, entry),) = json.loads((tmp_path / "tiles.json").read_text()).items()
     assert shape == f"weights bf16: x, w, stride, pad, dilation {M}x{K}x1x1 {N}x{K}x1x1 1x1 0x0 1x1 group 1"
-    assert entry["chosen"] == f"{cuts[2].tile.rows}x{cuts[2].tile.columns}, {cuts[2].splits} splits of {cuts[2].per_split}"
+    best = cuts[number]
+    assert best.tile.unit == unit
+    assert entry["chosen"] == f"{'' if unit == 'mma' else unit + ' '}{best.tile.rows}x{best.tile.columns}, {best.splits} splits of {best.per_split}"
     assert sorted(entry["seconds"].values()) == [0.5] + [9.0] * (len(cuts) - 1)
-    assert list(backend.tuner._picked.values()) == [cuts[2]]
+    assert list(backend.tuner._picked.values()) == [best]
     later = made(None)  # another run finds the choice
     gradient(later)
-    assert list(later.tuner._picked.values()) == [cuts[2]]
+    assert list(later.tuner._picked.values()) == [best]
 
 
 def test_shapes_of_several_runs_share_the_file(made, tmp_path: Path) -> None:
-    first, second = made([1.0] * 99), made([1.0] * 99)
+    first, second = made([1.0] * 199), made([1.0] * 199)
     for backend in (first, second):
         gradient(backend)
     x, y = second.empty((8, 16), "bfloat16"), second.empty((8, 16), "bfloat16")
@@ -103,6 +109,43 @@ def test_the_formula_decides_on_the_emulator(cuda: Backend, made, tmp_path: Path
     (picked,) = backend.tuner._picked.values()
     assert picked == gemm_plan.candidates("bf16", rows=N, columns=K, depth=M, groups=1, outputs=N * K, transposed=True)[0]
     assert not (tmp_path / "tiles.json").exists()
+
+
+@pytest.mark.parametrize(("capability", "offered"), [((9, 0), UNITS), ((8, 0), ("mma",)), ((10, 0), ("mma",))])
+def test_units_are_timed_against_each_other_where_there_are_both(made, capability: tuple[int, int], offered: tuple[str, ...]) -> None:
+    backend = made([])
+    backend.driver.facts = lambda: GPU._replace(capability=capability)
+    assert backend.tuner.units == offered
+
+
+def test_mma_makes_everything_unless_something_is_asked_for(cuda: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CAFFELITE_CUDA_TUNE", raising=False)
+    monkeypatch.delenv("CAFFELITE_CUDA_PRODUCTS", raising=False)
+    monkeypatch.setattr(cuda.driver, "facts", lambda: GPU)
+    assert gemm_tune.Tuner(cuda.driver).units == ("mma",)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("tuned", ["0", "1"])
+def test_a_unit_that_is_asked_for_makes_everything(cuda: Backend, monkeypatch: pytest.MonkeyPatch, unit: str, tuned: str) -> None:
+    monkeypatch.setenv("CAFFELITE_CUDA_TUNE", tuned)
+    monkeypatch.setenv("CAFFELITE_CUDA_PRODUCTS", unit)
+    monkeypatch.setattr(cuda.driver, "facts", lambda: GPU)
+    tuner = gemm_tune.Tuner(cuda.driver)
+    assert tuner.units == (unit,)
+    assert f"-{unit}-" in tuner.path.name, "what else was timed stays as it is"
+
+
+def test_units_that_there_are_not(cuda: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda.driver, "facts", lambda: GPU._replace(name="NVIDIA A100", capability=(8, 0)))
+    for value, message in (
+        ("wmma", r"CAFFELITE_CUDA_PRODUCTS is 'wmma' in the environment\n  did you mean 'wgmma'\?"),
+        ("tma", r"CAFFELITE_CUDA_PRODUCTS is 'tma', which NVIDIA A100 does not have"),
+        ("wgmma", r"which NVIDIA A100 does not have: it needs compute capability 9.0, found 8.0\n  unset CAFFELITE_CUDA_PRODUCTS, or choose mma"),
+    ):
+        monkeypatch.setenv("CAFFELITE_CUDA_PRODUCTS", value)
+        with pytest.raises(CaffeliteError, match=message):
+            gemm_tune.Tuner(cuda.driver)
 
 
 def test_a_table_belongs_to_a_device_and_to_kernels(cuda: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

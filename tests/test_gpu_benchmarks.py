@@ -42,12 +42,13 @@ def row(script, mode: str, steps: list[float], peak: float | None = None):
 
 def test_table_of_steps(script) -> None:
     rows = [row(script, "bfloat16", [2.0, 9.0, 1.0], 500), row(script, "float32", [8.0]), row(script, "eager-bfloat16", [3.0, 3.0, 4.0], 2000)]
-    rows += [row(script, "compile-bfloat16", [1.6], 1000), row(script, "compile-tf32", [])]
+    rows += [row(script, "wgmma-bfloat16", [1.5], 500), row(script, "compile-bfloat16", [1.6], 1000), row(script, "compile-tf32", [])]
     rows[-1].failed = "no answer within 180 s"
     assert script("gpu_step").text(rows).splitlines()[2:] == [
         "| nin | 128 | caffelite | bfloat16 | 64,000 | 2.000 | 1.50 | 0.80 | 500 | 0.25 | 0.50 |",
         "| nin | 128 | caffelite | float32 | 16,000 | 8.000 |  |  |  |  |  |",
         "| nin | 128 | PyTorch eager | bfloat16 | 42,667 | 3.000 | 1.00 | 0.53 | 2,000 | 1.00 | 2.00 |",
+        "| nin | 128 | caffelite wgmma | bfloat16 | 85,333 | 1.500 | 2.00 | 1.07 | 500 | 0.25 | 0.50 |",
         "| nin | 128 | PyTorch compiled | bfloat16 | 80,000 | 1.600 | 1.88 | 1.00 | 1,000 | 0.50 | 1.00 |",
         "",
         "Not measured, or cut short:",
@@ -65,6 +66,25 @@ def test_compiled_modes_run_last_beside_ours(script) -> None:
     (group,) = step.groups(step.arguments(["--nets", "lenet:2", "--modes", "tf32", "compile-tf32"]))
     assert [found.mode for found in group] == ["tf32", "compile-tf32"]
     assert step.arguments(["--dry-run", "--nets", "nin:128"]).nets == [("lenet", 2)]
+
+
+def test_ours_in_every_way_run_beside_the_compiled_ones(script) -> None:
+    step = script("gpu_step")
+    words = ["--nets", "lenet:2", "--modes", "bfloat16", "wgmma-bfloat16", "tma-bfloat16", "tf32", "eager-bfloat16", "compile-bfloat16"]
+    *_, beside = step.groups(step.arguments(words))
+    assert [found.mode for found in beside] == ["bfloat16", "wgmma-bfloat16", "tma-bfloat16", "compile-bfloat16"]
+
+
+def test_a_mode_finds_its_choice_in_the_environment(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = script("gpu_step")
+    told = "import os; input(); print('result {\"step_ms\": %d}' % (os.environ.get('CAFFELITE_CUDA_PRODUCTS') == 'wgmma'), flush=True); input()"
+    monkeypatch.setattr(step.Candidate, "command", lambda self, device: [sys.executable, "-c", told])
+    asked, ask = [], step.Process.ask
+    monkeypatch.setattr(step.Process, "ask", lambda self, line, seconds: asked.append(ask(self, line, seconds)) or asked[-1])
+    rows = [step.Candidate("nin", 128, mode) for mode in ("bfloat16", "wgmma-bfloat16")]
+    step.run_group(rows, step.arguments(["--rounds", "0"]), step.Report(tmp_path, rows), time.perf_counter() + 100)
+    assert asked == [{"step_ms": 0}, {"step_ms": 1}]
+    assert [row.command("cuda")[0] for row in rows] == [sys.executable] * 2
 
 
 @pytest.mark.parametrize("word", ["vgg:128", "nin", "nin:0", "nin:x"])
@@ -232,9 +252,14 @@ def test_what_a_command_started_is_killed_with_it(script) -> None:
 
 def test_rows_of_tiles(script) -> None:
     tiles = script("gpu_tiles")
-    entry = {"chosen": "128x64, 2 splits of 64", "seconds": {"64x64, 1 splits of 128": 3e-5, "128x64, 2 splits of 64": 2e-5}}
-    found = tiles._row("nin:128", "forward bf16", "64x64, 1 splits of 128", entry)
-    assert found == "| nin:128 | forward bf16 | 64x64, 1 splits of 128 | 30.0 | 128x64, 2 splits of 64 | 20.0 | 1.50 |"
+    formula, other = "64x64, 1 splits of 128", "128x64, 2 splits of 64"
+    entry = {"chosen": other, "seconds": {formula: 3e-5, other: 2e-5}}
+    assert tiles._row("nin:128", "data tf32", formula, entry) == f"| nin:128 | data tf32 | {formula} | 30.0 | {other} | 20.0 |  |  |  |  | 1.50 |  |"
+    group, boxes = "128x96, 1 splits of 128", "128x128, 1 splits of 128"
+    entry["seconds"] |= {f"wgmma {group}": 1.25e-5, f"wgmma {boxes}": 4e-5, f"tma {boxes}": 1e-5}
+    want = f"| nin:128 | data bf16 | {formula} | 30.0 | {other} | 20.0 | {group} | 12.5 | {boxes} | 10.0 | 3.00 | 2.00 |"
+    assert tiles._row("nin:128", "data bf16", formula, entry) == want
+    assert tiles._row("nin:128", "data bf16", formula, None).count("|") == want.count("|")
 
 
 def test_runs_that_differ_are_told(script, tmp_path: Path) -> None:

@@ -19,9 +19,11 @@ from typing import NamedTuple
 from caffelite.backends import cuda
 from caffelite.backends.cuda import cache, nvrtc
 from caffelite.backends.cuda.launch import FOLDER, Module, digest
+from caffelite.errors import BackendError
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "data" / "cuda-resources.csv"
 ARCHITECTURES = ("sm_80", "sm_90a")
+SERIALIZED = re.compile(r"\(C75\d\d\)|wgmma.* serialized")  # what the assembler says of products that do not overlap
 
 
 class Resources(NamedTuple):
@@ -47,8 +49,14 @@ def modules() -> Iterator[Module]:
     yield from found.values()
 
 
+def architectures(module: Module) -> tuple[str, ...]:
+    """Those that a module is compiled for."""
+    return (module.only,) if module.only else ARCHITECTURES
+
+
 def measure(module: Module, architecture: str) -> list[Resources]:
-    """The kernels of a module in their own order, compiled unless the same text was before. BackendError when it does not compile."""
+    """The kernels of a module in their own order, compiled unless the same text was before. BackendError when it does not compile, or only
+    with products by wgmma that wait for one another."""
     key = digest(*module.sources(), Path(__file__), Path(nvrtc.__file__), module.names, nvrtc.version())
     kept = cache.folder("resources") / f"{module.name}-{architecture}-{key}.json"
     cache.once(kept, lambda out: out.write_text(json.dumps(_compiled(module, architecture))))
@@ -59,6 +67,10 @@ def _compiled(module: Module, architecture: str) -> dict[str, tuple[int, int, in
     """Registers, shared memory, stack and spills of each kernel, as the compiler says now."""
     options = [f"-I{FOLDER}", "--ptxas-options=-v"]
     _, symbols, log = nvrtc.compile_cubin(module.path.read_text(), str(module.path), architecture, module.names, options)
+    slow = [line for line in log.split("\n") if SERIALIZED.search(line)]
+    if slow:
+        told = "\n".join([f"{module.name}: the assembler puts wgmma one after another:", *slow])
+        raise BackendError(told, hint="leave accumulators alone between wgmma and wait")
     reports = dict(_reports(log))
     return {name: reports[symbols[name]] for name in module.names}
 
@@ -79,7 +91,7 @@ def read() -> list[Resources]:
 
 
 def main() -> None:
-    rows = [row for module in modules() for architecture in ARCHITECTURES for row in measure(module, architecture)]
+    rows = [row for module in modules() for architecture in architectures(module) for row in measure(module, architecture)]
     with TABLE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Resources._fields)

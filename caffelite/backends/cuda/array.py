@@ -1,7 +1,8 @@
-"""DeviceArray: what an Array is on the CUDA backend, whatever the driver."""
+"""DeviceArray: what an Array is on the CUDA backend, whatever the driver; Boxes: a matrix as TMA reads it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -70,3 +71,22 @@ def _reshaped(outline: Any, shape: Any) -> Any:
     view = outline.view()
     view.shape = shape
     return view
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """An array of 16-bit elements as a matrix (rows, columns), row after row, which a kernel reads in boxes of `height` rows (256 at the most) and
+    BOX_COLUMNS columns: an argument for the parameter cf_tensor_map (kernels/primitives.cuh). Rows are whole pieces of 16 bytes, as is the address."""
+
+    array: DeviceArray
+    rows: int
+    columns: int
+    height: int
+
+    @property
+    def pitch(self) -> int:
+        """Bytes from one row to the next."""
+        return self.columns * self.array.itemsize
+
+
+BOX_COLUMNS = 64  # 128 bytes, as many as a 128-byte swizzle takes

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from caffelite.backends.contract import Array, Ints, is_usual, strides_of
-from caffelite.backends.cuda.array import DeviceArray
+from caffelite.backends.cuda.array import Boxes, DeviceArray
 from caffelite.backends.cuda.driver import Driver, Program
 from caffelite.backends.cuda.gemm_tune import Tuner
 from caffelite.backends.cuda.launch import Module
@@ -100,12 +100,12 @@ class Base:
         self._held: list[Any] | None = None
 
     def launch(self, module: Module, name: str, grid: int | Ints, block: int | Ints, *args: Any, shared: int = 0) -> None:
-        """Runs a kernel of a module. args: arrays, None or NumPy scalars. A grid without blocks runs nothing."""
+        """Runs a kernel of a module. args: arrays, None, NumPy scalars or Boxes. A grid without blocks runs nothing."""
         grid, block = _three(grid), _three(block)
         if not prod(grid):
             return
         for number, arg in enumerate(args):
-            if not (arg is None or isinstance(arg, (np.generic, DeviceArray))):
+            if not (arg is None or isinstance(arg, (np.generic, DeviceArray, Boxes))):
                 raise TypeError(f"{name}: argument {number} is a {type(arg).__name__}, expected an array, None or a NumPy scalar")
         program = self._programs.get(module.name)
         if program is None:

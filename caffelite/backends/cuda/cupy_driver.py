@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from caffelite.backends.contract import Array, Ints
-from caffelite.backends.cuda import cache, nvrtc
-from caffelite.backends.cuda.array import DeviceArray
+from caffelite.backends.cuda import cache, nvrtc, tensor_map
+from caffelite.backends.cuda.array import Boxes, DeviceArray
 from caffelite.backends.cuda.driver import refuse_while_capturing
 from caffelite.backends.cuda.launch import FOLDER, Module, digest
 from caffelite.backends.cuda.meter import Meter
@@ -324,6 +324,8 @@ def _parameter(arg: Any) -> Any:
         return ctypes.c_uint64(0)
     if isinstance(arg, DeviceArray):
         return ctypes.c_uint64(arg.address)
+    if isinstance(arg, Boxes):
+        return tensor_map.encoded(arg)
     return ctypes.create_string_buffer(arg.tobytes(), arg.dtype.itemsize)
 
 

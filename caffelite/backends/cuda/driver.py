@@ -22,8 +22,8 @@ class Program(Protocol):
     """A compiled Module."""
 
     def launch(self, name: str, grid: Ints, block: Ints, args: Sequence[Any], shared: int) -> None:
-        """Runs the kernel of that name expression. args: arrays of the driver, None (a null pointer) or NumPy scalars, which are
-        passed by value in their own size. shared: bytes of dynamic shared memory. BackendError when it cannot run."""
+        """Runs the kernel of that name expression. args: arrays of the driver, None (a null pointer), NumPy scalars, which are
+        passed by value in their own size, or Boxes. shared: bytes of dynamic shared memory. BackendError when it cannot run."""
         ...
 
 

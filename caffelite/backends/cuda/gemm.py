@@ -1,4 +1,5 @@
-"""The products behind convolution and inner product; kernels/gemm.cu (float32 that is exact) and gemm_mma.cu (bfloat16 and tf32)."""
+"""The products behind convolution and inner product; kernels/gemm.cu (float32 that is exact), gemm_mma.cu (bfloat16 and tf32), and
+gemm_wgmma.cu and gemm_tma.cu (bfloat16 on Hopper)."""
 
 from __future__ import annotations
 
@@ -9,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from caffelite.backends.contract import Array, Ints
+from caffelite.backends.cuda.array import Boxes
 from caffelite.backends.cuda.common import FLOAT32, THREADS, Base, blocks, cname
-from caffelite.backends.cuda.gemm_plan import EXACT, ITEM, Cut, candidates, exact, module_of
+from caffelite.backends.cuda.gemm_plan import EXACT, ITEM, Cut, candidates, exact, kernel, module_of
 from caffelite.backends.cuda.launch import Module, typed
 from caffelite.backends.cuda.space import Space
 
 GEMM = Module("gemm", ["gemm_forward", "gemm_data", "gemm_weights", "gemm_weights_finish", *typed("gemm_finish"), *typed("gemm_pack", "gemm_pad", arguments=2)])
 IMAGE_CHANNELS = 4  # at most so many channels are an image's, whose float32 products are added in Caffe's order
+BOX_PIXELS = 64  # rows of a box of the weight gradient: columns k of a slice
 VECTOR = 16  # bytes of a piece that tensor cores' operands are copied by
 
 _INTS = (
@@ -44,6 +47,11 @@ class Geometry:
     @property
     def group_outputs(self) -> int:
         return self.w[0] // self.group
+
+    @property
+    def plain(self) -> bool:
+        """Whether pixels of y are those of x, and their windows these pixels."""
+        return self.cells == prod(self.stride) == 1 and not any(self.pad)
 
     @property
     def class_rows(self) -> int:
@@ -80,13 +88,15 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
             right = _packed(ops, w, room, (1, g.w[1], 1, g.w[0]), fit.channels) if transposed else _padded(ops, w, room, g.w[1], fit.channels)
         bias, partial = space.floats(b), space.part("partial", "float32")
         final = (bias, np.bool_(relu)) if partial is None else (None, np.bool_(False))
-        name = f"mma_forward<{kind}, {cut.tile.rows}, {cut.tile.columns}, {fit.piece}>"
-        _launch(ops, name, cut, left, right, final[0], y, partial, g.struct(cut, channels=fit.channels), final[1])
+        windows = _boxes(left, y.size // g.y[1], fit.channels, cut.tile.rows) if g.plain and g.group == 1 else None
+        filters = _boxes(right, g.w[0], g.cells * fit.channels, cut.tile.columns)
+        name, operands = _loaded("forward", kind, cut, fit.piece, (left, right), (windows, filters))
+        _launch(ops, name, cut, *operands, final[0], y, partial, g.struct(cut, channels=fit.channels), final[1])
         if partial is not None:
             _finish(ops, partial, bias, y, cut, columns=g.y[1], relu=relu)
 
     sizes = {"rows": y.size // g.y[1], "columns": g.group_outputs, "depth": g.cells * fit.channels, "groups": g.group, "outputs": y.size}
-    run(ops.tuner.pick(_shape("forward", kind, g), candidates(kind, **sizes, narrow=fit.piece < VECTOR), run))
+    run(ops.tuner.pick(_shape("forward", kind, g), candidates(kind, **sizes, narrow=fit.piece < VECTOR, units=ops.tuner.units), run))
     return None
 
 
@@ -108,8 +118,10 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positi
             aligned = np.bool_(_whole_vectors(g.group_outputs, left, right))
             ops.launch(GEMM, "gemm_data", cut.blocks, cut.tile.threads, left, right, dx, positive, partial, g.struct(cut), aligned)
         else:
-            name = f"mma_data<{kind}, {cut.tile.rows}, {cut.tile.columns}>"
-            _launch(ops, name, cut, left, right, dx, positive, partial, g.struct(cut, outputs=fit.channels))
+            windows = _boxes(left, dy.size // g.y[1], fit.channels, cut.tile.rows) if g.plain and g.group == 1 else None
+            filters = _boxes(right, g.w[1] * g.group, g.cells * fit.channels, cut.tile.columns) if prod(g.stride) == 1 else None
+            name, operands = _loaded("data", kind, cut, VECTOR, (left, right), (windows, filters))
+            _launch(ops, name, cut, *operands, dx, positive, partial, g.struct(cut, outputs=fit.channels))
         if partial is not None:
             _finish(ops, partial, None, dx, cut, columns=g.x[1], positive=positive)
 
@@ -117,7 +129,7 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positi
     if kind == EXACT:
         run(exact(**sizes, classes=prod(g.stride)))
     else:
-        run(ops.tuner.pick(_shape("data", kind, g), candidates(kind, **sizes, classes=prod(g.stride)), run))
+        run(ops.tuner.pick(_shape("data", kind, g), candidates(kind, **sizes, classes=prod(g.stride), units=ops.tuner.units), run))
 
 
 @dataclass(frozen=True)
@@ -157,16 +169,18 @@ def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients,
         right = _padded(ops, x, space.part("x", x.dtype), g.w[1], fit.channels) if fit.copy else x
         left = _padded(ops, dy, space.part("dy", dy.dtype), g.group_outputs, fit_dy.channels) if fit_dy.copy else dy
         partial = (space.part("partial", "float32"), space.part("partial_b", "float64"))
-        name = f"mma_weights<{kind}, {cut.tile.rows}, {cut.tile.columns}, {fit.piece}>"
+        pixels = dy.size // g.y[1]
+        boxes = (_boxes(left, pixels, g.group * fit_dy.channels, BOX_PIXELS), _boxes(right, pixels, g.group * fit.channels, BOX_PIXELS) if g.plain else None)
+        name, operands = _loaded("weights", kind, cut, fit.piece, (right, left), boxes)
         adds = (np.bool_(to.add_w), np.bool_(to.add_b))
-        _launch(ops, name, cut, right, left, to.dw, to.db, *partial, g.struct(cut, fit.channels, fit_dy.channels), *adds)
+        _launch(ops, name, cut, *operands, to.dw, to.db, *partial, g.struct(cut, fit.channels, fit_dy.channels), *adds)
         _finish_weights(ops, partial, to, cut)
 
     def trial(cut: Cut) -> None:  # not into what gradients have been added to
         run(cut, to.spare(ops))
 
     sizes = {"rows": g.group_outputs, "columns": g.cells * fit.channels, "depth": dy.size // g.y[1], "groups": g.group, "outputs": to.dw.size}
-    cuts = candidates(kind, **sizes, transposed=True, narrow=fit.piece < VECTOR)
+    cuts = candidates(kind, **sizes, transposed=True, narrow=fit.piece < VECTOR, units=ops.tuner.units)
     run(ops.tuner.pick(_shape("weights", kind, g), cuts, trial), to)
     return None
 
@@ -248,6 +262,21 @@ def _shape(product: str, kind: str, g: Geometry) -> str:
 
 def _launch(ops: Base, name: str, cut: Cut, *args: Any) -> None:
     ops.launch(module_of(name), name, cut.blocks, cut.tile.threads, *args, shared=cut.tile.shared)
+
+
+def _boxes(x: Array, rows: int, columns: int, height: int) -> Boxes | None:
+    """A matrix for TMA; None where it is empty, or has more rows than an index counts."""
+    return Boxes(x, rows, columns, height) if 0 < rows < 1 << 31 else None
+
+
+def _loaded(
+    product: str, kind: str, cut: Cut, piece: int, arrays: tuple[Array, Array], boxes: tuple[Boxes | None, Boxes | None]
+) -> tuple[str, tuple[Array | Boxes, ...]]:
+    """The kernel and its operands: two arrays; or, where TMA loads, the first array, which is gathered unless both come in boxes, and A and B."""
+    left, right = boxes
+    count = (left is not None) + (right is not None)
+    name = kernel(product, kind, cut.tile, piece, count)
+    return name, (arrays[0], left or right, right or left) if cut.tile.unit == "tma" and count else arrays
 
 
 def _whole_vectors(channels: int, *operands: Array) -> bool:

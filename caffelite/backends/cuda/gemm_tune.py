@@ -1,13 +1,17 @@
-"""Choosing how a product is cut by timing it: CAFFELITE_CUDA_TUNE=1, on GPUs.
+"""Choosing how a product is cut by timing it: CAFFELITE_CUDA_TUNE=1, on GPUs. And which unit makes it: CAFFELITE_CUDA_PRODUCTS.
 
 At the first use of a shape the cuts that gemm_plan's formula likes best run a few times each, and the fastest is kept, in memory and in a
 file beside the compiled kernels, named after the device and the text of the kernels, so that later runs choose alike and repeat bit for bit.
 The file is JSON: for each shape the tile, the splits and the seconds of all that were tried. Without the variable, on the emulator, or
 where a shape is first met while work is being recorded, the formula decides.
+
+Units (gemm_plan.py) are timed against each other where the GPU has both; without timing mma makes all products. CAFFELITE_CUDA_PRODUCTS=mma,
+wgmma or tma names one for all that it can make, timed or not, with a file of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -18,20 +22,34 @@ from typing import Any
 from caffelite import environment
 from caffelite.backends.cuda import cache, gemm_plan
 from caffelite.backends.cuda.driver import Driver
-from caffelite.backends.cuda.gemm_plan import Cut
+from caffelite.backends.cuda.gemm_plan import UNITS, Cut
 from caffelite.backends.cuda.launch import digest
 from caffelite.errors import BackendError
 
-TRIED, RUNS = 6, 3  # cuts, and timed runs of each, of which the fastest counts
+TRIED, RUNS = 6, 3  # cuts of each unit, and timed runs of each cut, of which the fastest counts
+HOPPER = (9, 0)  # the compute capability that has wgmma
 
 
 class Tuner:
-    """Picks cuts for one driver."""
+    """Picks cuts for one driver. SpecError where the environment names no unit, BackendError where it names one that the device does not have."""
 
     def __init__(self, driver: Driver) -> None:
-        self._driver, self.on = driver, environment.switch(environment.CUDA_TUNE)
+        self._driver, self.on, self._unit = driver, environment.switch(environment.CUDA_TUNE), environment.one_of(environment.CUDA_PRODUCTS, UNITS)
+        facts = driver.facts() if self._unit in UNITS[1:] else None
+        if facts and facts.capability != HOPPER:
+            found = ".".join(map(str, facts.capability))
+            needed = f"{environment.CUDA_PRODUCTS} is '{self._unit}', which {facts.name} does not have: it needs compute capability 9.0, found {found}"
+            raise BackendError(needed, hint=f"unset {environment.CUDA_PRODUCTS}, or choose mma")
         self._picked: dict[str, Cut] = {}
         self._table: dict[str, Any] | None = None
+
+    @functools.cached_property
+    def units(self) -> tuple[str, ...]:
+        """The units whose cuts are to choose from, the one that is taken without timing first."""
+        if self._unit:
+            return (self._unit,)
+        facts = self._driver.facts() if self.on else None
+        return UNITS if facts and facts.capability == HOPPER else UNITS[:1]
 
     def pick(self, shape: str, cuts: Sequence[Cut], trial: Callable[[Cut], None]) -> Cut:
         """One of `cuts`, the formula's favourite first, for the product that `shape` names. trial(cut) runs it, changing nothing that counts."""
@@ -47,7 +65,8 @@ class Tuner:
         facts = self._driver.facts()
         device = re.sub(r"\W+", "-", facts.name if facts else "none")
         texts = sorted({path for module in gemm_plan.MODULES for path in module.sources()})
-        return cache.folder("cuda") / f"tiles-{device}-{digest(*texts, Path(gemm_plan.__file__))}.json"
+        forced = f"{self._unit}-" if self._unit else ""
+        return cache.folder("cuda") / f"tiles-{device}-{forced}{digest(*texts, Path(gemm_plan.__file__))}.json"
 
     def _remembered(self, shape: str, cuts: Sequence[Cut]) -> Cut | None:
         if self._table is None:
@@ -59,10 +78,11 @@ class Tuner:
         if self._driver.capturing or self._driver.facts() is None:
             return cuts[0]
         seconds: dict[str, float] = {}
-        for cut in cuts[:TRIED]:
+        tried = [cut for unit in UNITS for cut in [cut for cut in cuts if cut.tile.unit == unit][:TRIED]]
+        for cut in tried:
             trial(cut)  # compiles, and warms up
             seconds[_name(cut)] = min(self._seconds(cut, trial) for _ in range(RUNS))
-        best = min(cuts[:TRIED], key=lambda cut: seconds[_name(cut)])
+        best = min(tried, key=lambda cut: seconds[_name(cut)])
         self._write(shape, {"chosen": _name(best), "seconds": seconds})
         return best
 
@@ -85,7 +105,8 @@ class Tuner:
 
 
 def _name(cut: Cut) -> str:
-    return f"{cut.tile.rows}x{cut.tile.columns}, {cut.splits} splits of {cut.per_split}"
+    unit = "" if cut.tile.unit == "mma" else f"{cut.tile.unit} "
+    return f"{unit}{cut.tile.rows}x{cut.tile.columns}, {cut.splits} splits of {cut.per_split}"
 
 
 def _read(path: Path) -> dict[str, Any]:

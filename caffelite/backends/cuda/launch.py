@@ -14,10 +14,11 @@ TYPES = ("float", "bf16")  # how activations are stored
 class Module:
     """kernels/<stem>.cu with the name expressions of kernels in it, such as "relu_forward<bf16>".
 
-    part: names one of several modules that share a file and divide its kernels, each compiled when one of its own is needed."""
+    part: names one of several modules that share a file and divide its kernels, each compiled when one of its own is needed. only: the one
+    architecture that it compiles for, such as "sm_90a"; else it compiles for all."""
 
-    def __init__(self, stem: str, names: list[str], part: str = "") -> None:
-        self.stem, self.names = stem, tuple(names)
+    def __init__(self, stem: str, names: list[str], part: str = "", only: str = "") -> None:
+        self.stem, self.names, self.only = stem, tuple(names), only
         self.name = f"{stem}-{part}" if part else stem
 
     @property

@@ -21,7 +21,7 @@ import numpy as np
 
 from caffelite import environment
 from caffelite.backends.contract import Array, Ints
-from caffelite.backends.cuda.array import DeviceArray
+from caffelite.backends.cuda.array import BOX_COLUMNS, Boxes, DeviceArray
 from caffelite.backends.cuda.driver import refuse_while_capturing
 from caffelite.backends.cuda.emulator.build import MODES, build
 from caffelite.backends.cuda.emulator.traffic import EmulatedEvent, Traffic
@@ -33,6 +33,16 @@ from caffelite.errors import BackendError, OutOfMemoryError
 ALIGN = 64
 ORDERS = ("up", "down", "random", "lifo")
 KINDS = {"f": "f", "d": "f", "i": "iu", "l": "iu", "s": "iu", "b": "b", "S": "V"}  # a parameter's letter: the NumPy kinds that fit
+
+# struct emu::TensorMap of emulator/cuda_emu.h.
+BOXES = np.dtype(
+    {
+        "names": ["address", "pitch", "columns", "rows", "box_columns", "box_rows"],
+        "formats": [np.uint64, np.uint64, *[np.uint32] * 4],
+        "offsets": [0, 8, 16, 20, 24, 28],
+        "itemsize": 128,
+    }
+)
 
 
 class EmulatorDriver:
@@ -203,6 +213,10 @@ def _value(name: str, number: int, arg: Any, parameter: str) -> Any:
         if "P" not in parameter[:1] or (arg is not None and not _points_to(arg, parameter)):
             raise BackendError(f"{name}, argument {number}: an array of {arg.dtype if arg is not None else 'nothing'} for the parameter {parameter}")
         return ctypes.c_void_p(0 if arg is None else arg.address)
+    if isinstance(arg, Boxes):
+        if parameter != f"S{BOXES.itemsize}":
+            raise BackendError(f"{name}, argument {number}: a matrix in boxes for the parameter {parameter}")
+        arg = np.void((arg.array.address, arg.pitch, arg.columns, arg.rows, BOX_COLUMNS, arg.height), BOXES)
     if arg.dtype.kind not in KINDS.get(parameter[0], "") or arg.dtype.itemsize != int(parameter[1:]):
         raise BackendError(f"{name}, argument {number}: a {arg.dtype} of {arg.dtype.itemsize} bytes for the parameter {parameter}")
     return ctypes.create_string_buffer(arg.tobytes(), arg.dtype.itemsize)
@@ -218,6 +232,8 @@ def _points_to(array: Array, parameter: str) -> bool:
 
 def _span(arg: Any) -> tuple[int, int]:
     """First address and number of bytes that an argument's elements lie in."""
+    if isinstance(arg, Boxes):
+        return _span(arg.array)
     if not isinstance(arg, DeviceArray) or not arg.size:
         return 0, 0
     return arg.address, sum((size - 1) * stride for size, stride in zip(arg.shape, arg.strides)) + arg.itemsize

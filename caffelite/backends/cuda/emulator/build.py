@@ -18,7 +18,7 @@ from caffelite.backends.cuda.launch import FOLDER, digest
 from caffelite.errors import BackendError
 
 HERE = Path(__file__).parent
-OWN = (HERE / "cuda_emu.h", HERE / "primitives_emu.h", HERE / "emu_core.cpp")
+OWN = (HERE / "cuda_emu.h", HERE / "primitives_emu.h", HERE / "emu_core.cpp", HERE / "wgmma_emu.h", HERE / "tma_emu.h")
 COMMON = (
     "-std=c++17",
     "-DCF_EMU",

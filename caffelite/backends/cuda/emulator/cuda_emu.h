@@ -67,6 +67,28 @@ void bad_shfl(unsigned lane, unsigned src, unsigned mask);
 void cp_async(void* s, const void* gp, unsigned n, unsigned src);
 void cp_commit();
 void cp_wait(int n);
+struct Wgmma {  // one thread's part of a wgmma; n: columns of d; across: the matrix lies along m, or n, and not along k
+  float* d;
+  uint64_t a, b;
+  int n;
+  bool across_a, across_b;
+  const void* pc;
+};
+void wgmma(Wgmma w);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int n);
+void proxy_fence();
+uint32_t shared_address(const void* p);
+struct alignas(64) TensorMap {  // a matrix of 16-bit values in global memory, pitch in bytes, and its boxes
+  uint64_t address, pitch;
+  uint32_t columns, rows, box_columns, box_rows;
+  uint32_t unused[22];
+};
+void mbarrier_init(const void* p, int count);
+void mbarrier_expect(const void* p, uint32_t bytes);
+void mbarrier_wait(const void* p, int parity);
+void load_box(void* to, const TensorMap& map, int column, int row, const void* p);
 struct Kernel {
   void (*bind)(void**);
   void (*call)();

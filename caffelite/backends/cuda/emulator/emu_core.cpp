@@ -1,4 +1,4 @@
-// emu_core.cpp - scheduler (fibers), block/warp barriers, cp.async queue, and the optional checker.
+// emu_core.cpp - scheduler (fibers), block/warp barriers, cp.async queue, wgmma (wgmma_emu.h), TMA (tma_emu.h), and the optional checker.
 // The checker is the runtime behind g++ -fsanitize=thread: the compiler inserts __tsan_readN/__tsan_writeN calls in
 // the kernel TU; we link our own definitions of them instead of libtsan, so no LD_PRELOAD and no real threads.
 #include <sys/mman.h>
@@ -25,6 +25,11 @@ struct Copy {
   const char* s;
   unsigned n, src, grp;
 };
+struct Acc {  // accumulators of wgmma; value: what they hold while `pending` of them are in flight
+  float* d;
+  int n, pending;
+  std::vector<float> value;
+};
 struct Fib : Thread {
   Ctx* ctx;
   unsigned char state;
@@ -33,6 +38,10 @@ struct Fib : Thread {
   const char* what;
   int grp_open;
   std::vector<Copy> cp;
+  std::vector<Acc> acc;
+  std::vector<uint32_t> proxy;  // the barrier epochs of its proxy fences
+  bool fenced;                  // wgmma.fence, since its accumulators were free
+  std::vector<uint32_t> boxes;  // phases of mbarriers that it has waited for, by their numbers
 };
 enum { READY, WAIT, DONE };
 enum { AC_ISSUE = 3, AC_DONE = 4, VR = 5 };  // checker: cp.async issued/completed, volatile read
@@ -319,10 +328,13 @@ void group_collective(int n, void* rec, CollFn fn, const char* what) {
     block_me();
   }
 }
+static void products_exit(Fib* f);
+static void boxes_end();
 static void finish() {
   Fib* f = me();
+  products_exit(f);
   f->state = DONE;
-  --alive;
+  if (!--alive) boxes_end();
   f->cp.clear();
   if (bar[0].n && bar[0].n == alive) {
     fail("BARRIER DIVERGENCE: thread exits while the %d others wait at the barrier at pc +%p", alive, bar[0].pc);
@@ -360,6 +372,9 @@ struct Cell {
   uint32_t wblk, wep, wwep, rblk, rep, rwep;
   uint16_t wtid, rtid;
   uint8_t wmask, rmask, wat, rmulti;
+  uint16_t reading;  // by how many warps' wgmma, in flight
+  uint32_t wfences;  // proxy fences of the writer before
+  uint32_t box;      // written by TMA: the number of its phase, ~0 while in flight
   const void *wpc, *rpc;
 };
 struct Region {
@@ -388,6 +403,7 @@ static void report(const char* kind, Region& r, const char* p, unsigned n, const
   fail("%s: %u bytes at %s+%ld, pc +0x%lx%s%s0x%lx other thread %u", kind, n, r.name, (long)(p - r.lo), (long)((char*)pc - img_lo), pc2 ? " vs pc " : "",
        pc2 ? "+" : " ", pc2 ? (long)((char*)pc2 - img_lo) : 0l, other);
 }
+static bool seen_box(const Fib* f, uint32_t number);
 static void touch(Region& r, const char* p, unsigned n, int kind, const void* pc) {
   Fib* f = me();
   uint16_t t = f->lin;
@@ -403,10 +419,11 @@ static void touch(Region& r, const char* p, unsigned n, int kind, const void* pc
       c.rblk = 0;
       c.rmulti = 0;
     }
-    if (sh && c.wblk && (c.wmask & m) && c.wat == AC_ISSUE && kind != AC_DONE) report("ACCESS TO IN-FLIGHT cp.async", r, p, n, pc, c.wpc, c.wtid);
+    if (sh && c.wblk && (c.wmask & m) && c.wat == AC_ISSUE && kind != AC_DONE) report(c.box ? "ACCESS TO A BOX IN FLIGHT" : "ACCESS TO IN-FLIGHT cp.async", r, p, n, pc, c.wpc, c.wtid);
+    if (c.reading && !rd) report("WRITE TO WHAT A wgmma IN FLIGHT READS", r, p, n, pc, nullptr, 0);
     if (sh && rd && !c.wblk) report("UNINITIALISED SHARED READ", r, p, n, pc, nullptr, 0);
     if (c.wblk && (c.wmask & m) && !((kind == AT || kind == VR) && c.wat == AT) && !(kind == AC_DONE && c.wtid == t)) {  // against the last write
-      bool ordered = c.wblk == blk ? c.wtid == t || c.wep < bepoch || (c.wtid / 32 == t / 32 && c.wwep < we) : across(c.wblk, c.wep);
+      bool ordered = c.wblk == blk ? c.wtid == t || c.wep < bepoch || (c.box && seen_box(f, c.box)) || (c.wtid / 32 == t / 32 && c.wwep < we) : across(c.wblk, c.wep);
       if (!ordered) report(rd ? "RACE read-after-write" : "RACE write-after-write", r, p, n, pc, c.wpc, c.wtid);
     }
     if (!rd && c.rblk && (c.rmask & m)) {  // against earlier reads
@@ -434,15 +451,21 @@ static void touch(Region& r, const char* p, unsigned n, int kind, const void* pc
       c.wtid = t;
       c.wmask |= m;
       c.wat = kind == WR ? 0 : kind;
+      c.wfences = f->proxy.size();
+      c.box = 0;
       c.wpc = pc;
     }
   }
 }
 static Region* last;
+static void touch_accumulators(Fib* f, const char* p, unsigned n, const void* pc);
 static inline void chk(const volatile void* vp, unsigned n, int kind, const void* pc) {
   const char* p = (const char*)vp;
   if (!opt.check || !cur) return;
-  if ((size_t)(p - arena) < arena_sz || (size_t)(p - (char*)fb) < nth * sizeof(Fib)) return;  // fiber stacks and records: private
+  if ((size_t)(p - arena) < arena_sz || (size_t)(p - (char*)fb) < nth * sizeof(Fib)) {  // fiber stacks and records: private
+    if (!me()->acc.empty()) touch_accumulators(me(), p, n, pc);
+    return;
+  }
   if (last && (size_t)(p - last->lo) + n <= last->n && p >= last->lo) return touch(*last, p, n, kind, pc);
   for (auto& r : regs)
     if (p >= r.lo && p + n <= r.lo + r.n) {
@@ -480,6 +503,8 @@ void access(const volatile void* p, unsigned n, int kind) {
   API void __tsan_volatile_read##N(void* p) { chk(p, N, VR, RA); }   \
   API void __tsan_volatile_write##N(void* p) { chk(p, N, AT, RA); }
 }  // namespace emu
+#include "wgmma_emu.h"
+#include "tma_emu.h"
 using namespace emu;
 TSAN(1) TSAN(2) TSAN(4) TSAN(8) TSAN(16) API void __tsan_read_range(void* p, unsigned long n) { chk(p, n, RD, RA); }
 API void __tsan_write_range(void* p, unsigned long n) { chk(p, n, WR, RA); }
@@ -564,6 +589,7 @@ API int emu_launch(Kernel (*getk)(), const unsigned* grid, const unsigned* block
     return 1;
   }
   static std::vector<Fib> store;
+  products.clear();
   if ((int)store.size() < nth) store.resize(nth);
   fb = store.data();
   unsigned need = 1;
@@ -615,6 +641,8 @@ API int emu_launch(Kernel (*getk)(), const unsigned* grid, const unsigned* block
     if (dyn) memset(g.dyn, 0xff, dyn);
     if (tls_n) memset(tls_lo, 0xff, tls_n);  // poison: NaN / -1
     warps.assign((nth + 31) / 32, Warp{0, 1});
+    products_begin();
+    boxes_begin();
     bepoch = 1;
     rh = rt = 0;
     alive = nth;

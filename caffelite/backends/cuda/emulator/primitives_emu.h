@@ -2,6 +2,7 @@
 #pragma once
 #include "cuda_emu.h"
 typedef unsigned int cf_u32;
+typedef unsigned long long cf_u64;
 namespace emu {
 static inline float bf(uint32_t r, int hi) { return emu_bits<float, unsigned>(hi ? (r & 0xffff0000u) : (r << 16)); }
 static inline float tf(uint32_t r) { return emu_bits<float, unsigned>(r & 0xffffe000u); }  // hardware ignores the low 13 bits
@@ -105,6 +106,26 @@ static inline void cf_ldmatrix_x4(cf_u32 (&r)[4], const void* row) { emu::ldm(r,
 static inline void cf_ldmatrix_x2(cf_u32 (&r)[2], const void* row) { emu::ldm(r, row, 2, 0); }
 static inline void cf_ldmatrix_x4_trans(cf_u32 (&r)[4], const void* row) { emu::ldm(r, row, 4, 1); }
 static inline void cf_ldmatrix_x2_trans(cf_u32 (&r)[2], const void* row) { emu::ldm(r, row, 2, 1); }
+static inline void cf_fence_proxy_async() { emu::proxy_fence(); }
+static inline void cf_wgmma_fence() { emu::wgmma_fence(); }
+static inline void cf_wgmma_commit() { emu::wgmma_commit(); }
+template <int N>
+static inline void cf_wgmma_wait() {
+  emu::wgmma_wait(N);
+}
+static inline void cf_hold(float&) {}
+static inline cf_u64 cf_wgmma_descriptor(const void* start, cf_u32 leading, cf_u32 stride) {
+  return (emu::shared_address(start) & 0x3ffff) >> 4 | (cf_u64)(leading >> 4) << 16 | (cf_u64)(stride >> 4) << 32 | 1ull << 62;
+}
+template <int ACROSS_A, int ACROSS_B, int J>
+static inline void cf_wgmma_m64k16_bf16(float (&d)[J][4], cf_u64 a, cf_u64 b) {
+  emu::wgmma({&d[0][0], a, b, 8 * J, ACROSS_A != 0, ACROSS_B != 0, nullptr});
+}
+typedef emu::TensorMap cf_tensor_map;
+static inline void cf_mbarrier_init(cf_u64* p, int count) { emu::mbarrier_init(p, count); }
+static inline void cf_mbarrier_expect(cf_u64* p, cf_u32 bytes) { emu::mbarrier_expect(p, bytes); }
+static inline void cf_mbarrier_wait(cf_u64* p, int parity) { emu::mbarrier_wait(p, parity); }
+static inline void cf_load_box(void* to, const cf_tensor_map& map, int column, int row, cf_u64* p) { emu::load_box(to, map, column, row, p); }
 static inline void cf_bar_sync(int id, int nthreads) { emu::block_barrier(id, nthreads, 0, 0); }
 static inline unsigned short cf_bf16_bits(float x) {
   unsigned u = __float_as_uint(x);

@@ -27,8 +27,17 @@ from typing import NamedTuple
 from surroundings import ROOT, environment, gpu_driver
 
 FIRST = ("test_op_inner_product", "test_op_convolution", "test_cuda_gemm")
-PATTERNS = ("test_op_*", "test_layer_*", "test_golden_*", "test_net", "test_net_random", "test_fusion", "test_solver_resume", "test_solver_footprint")
-PATTERNS += ("test_cuda_training", "test_cuda_repeat", "test_cuda_input", "test_cuda_uploads", "test_cuda_tune", "test_data_raw", "test_pycaffe*")
+PATTERNS = ("test_op_*", "test_layer_*", "test_golden_*", "test_net", "test_net_random", "test_fusion", "test_sharing", "test_solver_resume")
+PATTERNS += (
+    "test_solver_footprint",
+    "test_cuda_training",
+    "test_cuda_repeat",
+    "test_cuda_input",
+    "test_cuda_uploads",
+    "test_cuda_tune",
+    "test_data_raw",
+    "test_pycaffe*",
+)
 ALONE = 24  # failed tests that run once more
 TOLD = 30  # failed tests that the last lines name
 CUT_OFF = -1

@@ -1,13 +1,14 @@
 """Fusions: layers whose work another layer's op does on its way, so that a blob is read and written fewer times.
 
 In-place layers are fused away, so that every blob still holds what the file says when the pass has gone by; and an LRN whose top max pooling
-alone takes, on backends whose pooling had better do it: that top then lies nowhere (BlobInfo.absent). A net made to be observed is not fused at
+alone takes, where the backend's pooling had better do it: that top then lies nowhere (BlobInfo.absent). A net made to be observed is not fused at
 all. Marks are left in Node.forward_fused and Node.backward_fused, and in the layers that take the work over. To be called once, on a graph that
 is legal, before memory is planned: it changes what layers read in backward.
 """
 
 from __future__ import annotations
 
+from caffelite.backends.contract import Backend
 from caffelite.graph import BlobInfo, Graph, Node
 from caffelite.layer import SIGN, TOP
 from caffelite.layers.batch_norm import BatchNorm
@@ -19,12 +20,13 @@ from caffelite.schema import pb
 from caffelite.sharing import share
 
 
-def fuse(graph: Graph, *, pools_along: bool = False) -> None:
-    """Marks all fusions of `graph`, and lays blobs inside others where that saves a copy. pools_along: as backends say it of themselves."""
+def fuse(graph: Graph, backend: Backend | None = None) -> None:
+    """Marks all fusions of `graph`, and lays blobs inside others where that saves a copy. backend: the one that says what it had better do at
+    once; None: nothing that depends on it."""
     for node in graph.nodes:
-        if pools_along and isinstance(node.layer, LRN):
-            _fuse_lrn(node, node.layer)
-        if pools_along and isinstance(node.layer, Pooling):
+        if backend is not None and isinstance(node.layer, LRN):
+            _fuse_lrn(node, node.layer, backend)
+        if backend is not None and backend.pools_along and isinstance(node.layer, Pooling):
             _fuse_dropout(node, node.layer)
     for node in graph.nodes:
         if isinstance(node.layer, BatchNorm):
@@ -103,7 +105,7 @@ def _fuse_batch_norm(graph: Graph, norm: Node, layer: BatchNorm) -> None:
         node.forward_fused = node.backward_fused = True
 
 
-def _fuse_lrn(norm: Node, layer: LRN) -> None:
+def _fuse_lrn(norm: Node, layer: LRN, backend: Backend) -> None:
     """Max pooling does forward and backward of the LRN across channels whose top it alone takes: it reads that one's bottom."""
     between, blob = norm.tops[0], norm.bottoms[0]
     if layer.within or between.persistent or between.writers != [norm] or len(between.readers) != 1:
@@ -112,6 +114,9 @@ def _fuse_lrn(norm: Node, layer: LRN) -> None:
     if not (isinstance(pool.layer, Pooling) and pool.layer.is_max) or between.dtype != blob.dtype:
         return
     if (pool.needs_backward, pool.propagate_down) != (norm.needs_backward, norm.propagate_down):
+        return
+    g = pool.layer.geometry(blob.shape)
+    if not backend.lrn_max_pool_pays(blob.shape, blob.dtype, size=layer.size, kernel=g.kernel, stride=g.stride):
         return
     pool.layer.lrn = layer
     pool.bottoms, between.absent = [blob], True

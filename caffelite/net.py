@@ -77,7 +77,7 @@ class Net:
         self.graph: Graph = build_graph(spec, phase=phase, level=level, stages=stages, compute=self.compute, prepare=prepare or _nothing)
         self.has_backward = self.graph.has_backward and (observe or phase == pb.TRAIN)
         if not observe:
-            fuse(self.graph, pools_along=backend.pools_along)
+            fuse(self.graph, backend)
         self.name = self.graph.name
         self.layers = [node.layer for node in self.graph.nodes]
         self.layer_names = [layer.name for layer in self.layers]

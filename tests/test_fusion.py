@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
+from caffelite import backends
 from caffelite.fusion import fuse
 from caffelite.graph import Graph, Node, build_graph
 from caffelite.memory import plan_memory
@@ -151,6 +155,7 @@ def test_memory_of_what_average_pooling_reads_again(reference) -> None:
 
 # --- LRN and max pooling -----------------------------------------------------------------------------------------------------
 
+ALONG: Any = SimpleNamespace(pools_along=True, lrn_max_pool_pays=lambda *args, **options: True)  # a backend that always had better
 LRN, MAX = layer("LRN", "n", "a", "h"), layer("Pooling", "p", "h", "z", "pooling_param { kernel_size: 3 stride: 2 }")
 ALEX = FIRST + LRN + MAX
 POOLED = {
@@ -203,6 +208,7 @@ CHAINS = POOLED | NOT_POOLED | {f"dropout: {name}": text for name, text in (DROP
 def test_pooling_that_does_more_changes_no_bit(backend, monkeypatch, name: str, precision: str) -> None:
     """On every backend: those that had better do one after the other can do both."""
     monkeypatch.setattr(type(backend), "pools_along", True)
+    monkeypatch.setattr(type(backend), "lrn_max_pool_pays", ALONG.lrn_max_pool_pays)
     text = DATA + CHAINS[name] + LOSS
     results = []
     for observe in (False, True):
@@ -220,9 +226,9 @@ def test_pooling_that_does_more_changes_no_bit(backend, monkeypatch, name: str, 
         np.testing.assert_array_equal(got, want)
 
 
-def pooled(text: str, *, pools_along: bool = True) -> dict[str, Node]:
+def pooled(text: str, backend: Any = ALONG) -> dict[str, Node]:
     graph = build_graph(net_from_text(DATA + text + LOSS), phase=pb.TRAIN)
-    fuse(graph, pools_along=pools_along)
+    fuse(graph, backend)
     return {node.name: node for node in graph.nodes}
 
 
@@ -246,7 +252,7 @@ def test_no_other_lrn_is_part_of_pooling(name: str) -> None:
 
 
 def test_pooling_normalises_only_where_the_backend_wants_it() -> None:
-    assert pooled(ALEX, pools_along=False)["p"].layer.lrn is None
+    assert pooled(ALEX, backends.get("numpy"))["p"].layer.lrn is None
 
 
 @pytest.mark.parametrize("name", DROPPED)
@@ -256,7 +262,7 @@ def test_pooling_drops(name: str) -> None:
     assert (nodes["q"].forward_fused, nodes["q"].backward_fused) == (True, True)
     if "relu" in nodes:
         assert nodes["p"].layer.relu_bottoms == {0}
-    assert pooled(DROPPED[name], pools_along=False)["p"].layer.dropout is None
+    assert pooled(DROPPED[name], backends.get("numpy"))["p"].layer.dropout is None
 
 
 @pytest.mark.parametrize("name", NOT_DROPPED)
@@ -269,14 +275,14 @@ def test_no_other_dropout_is_part_of_pooling(name: str) -> None:
 def test_pooling_keeps_no_mask_of_dropout_but_for_averages(reference) -> None:
     for name, kept in (("max", ["p"]), ("average", ["p"]), ("nothing learns below, average", [])):
         graph = build_graph(net_from_text(DATA + DROPPED[name] + LOSS), phase=pb.TRAIN)
-        fuse(graph, pools_along=True)
+        fuse(graph, ALONG)
         plan = plan_memory(graph, reference, backward=True)
         assert [region.key[1] for region in plan.regions if region.dtype == "uint8"] == kept
 
 
 def test_what_pooling_normalises_lies_nowhere(reference) -> None:
     graph = build_graph(net_from_text(DATA + ALEX + LOSS), phase=pb.TRAIN)
-    fuse(graph, pools_along=True)
+    fuse(graph, ALONG)
     plan, steps = plan_memory(graph, reference, backward=True), {node.name: i for i, node in enumerate(graph.nodes)}
     assert not [region for region in plan.regions if region.key[1] in ("h", "n")]
     assert plan.by_key["data", "a"].last == 2 * len(steps) - 1 - steps["p"]

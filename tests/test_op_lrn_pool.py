@@ -94,3 +94,18 @@ def test_what_is_not_finite(backend, make, dtype: str) -> None:
     assert np.isfinite(got[[*range(7), *range(10, 16)], 1]).all()
     assert numbers[7:10, 1].tolist() == [255] * 3
     assert numbers[[6, 10], 1].tolist() == [0, 0]
+
+
+def test_where_it_pays(backend) -> None:
+    """On CUDA where there is a kernel for it: whole vectors of channels, boxes of 3 or 5, windows that fit a byte and shared memory."""
+    window: dict[str, Any] = {"kernel": (3, 3), "stride": (2, 2)}
+    found = [
+        backend.lrn_max_pool_pays((2, 96, 55, 55), "bfloat16", size=5, **window),
+        backend.lrn_max_pool_pays((2, 12, 55, 55), "float32", size=3, **window),
+        backend.lrn_max_pool_pays((2, 12, 55, 55), "bfloat16", size=3, **window),
+        backend.lrn_max_pool_pays((2, 96, 55, 55), "bfloat16", size=7, **window),
+        backend.lrn_max_pool_pays((2, 96, 55, 55), "bfloat16", size=5, kernel=(16, 16), stride=(1, 1)),
+        backend.lrn_max_pool_pays((2, 128, 55, 55), "bfloat16", size=5, kernel=(15, 15), stride=(1, 1)),
+        backend.lrn_max_pool_pays((2, 4096, 5, 5), "bfloat16", size=5, **window),
+    ]
+    assert found == [backend.name == "cuda"] * 2 + [False] * 5

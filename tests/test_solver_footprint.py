@@ -84,7 +84,7 @@ def test_parts_are_those_of_the_plan() -> None:
     write_solver("long", RULES["sgd"], "")
     found, (_, nets) = foretold("bfloat16"), choices()
     graph = build_graph(nets[0].spec, phase=pb.TRAIN, compute="bfloat16")
-    fuse(graph, pools_along=True)
+    fuse(graph, backends.counting())
     plan = plan_memory(graph, backends.counting(), backward=True)
     parameters = 4 * sum(-(-prod(p.spec.shape) // 16) * 16 for p in graph.owners)
     assert (found.parameters, found.gradients, found.histories, found.copies) == (parameters, parameters, parameters, parameters // 2)

@@ -134,8 +134,7 @@ class Backend(Protocol):
     """All ops, grouped by stem: the first word of a section's head, and the name of the file that holds them in each backend and of their test.
 
     runs_ahead: ops may return before they have run, so that reading a result waits.
-    pools_along: pooling had better do the LRN across channels before it (lrn_max_pool_forward) or the dropout after it
-    (max_pool_dropout_forward) than leave them to passes of their own.
+    pools_along: pooling had better do the dropout after it (max_pool_dropout_forward) than leave it to a pass of its own.
     """
 
     name: str
@@ -344,6 +343,10 @@ class Backend(Protocol):
         ...
 
     # --- lrn_pool: max pooling of what lrn_forward gives, which need not lie anywhere ------------------------------
+
+    def lrn_max_pool_pays(self, shape: Ints, dtype: str, *, size: int, kernel: Ints, stride: Ints) -> bool:
+        """Whether these two ops had better be used for an x of this shape and type than lrn_* and max_pool_* one after the other."""
+        ...
 
     def lrn_max_pool_forward(
         self, x: Array, y: Array, mask: Array | None, *, size: int, alpha: float, beta: float, k: float, kernel: Ints, stride: Ints, pad: Ints

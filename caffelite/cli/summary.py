@@ -118,7 +118,7 @@ def summarise(choice: NetChoice, args: argparse.Namespace, backend: Backend) -> 
     images = Images(args.image)
     graph = build_graph(choice.spec, phase=choice.phase, level=choice.level, stages=choice.stages, compute=compute, prepare=images)
     try:
-        fuse(graph, pools_along=backend.pools_along)
+        fuse(graph, backend)
         training = choice.phase == pb.TRAIN and graph.has_backward
         plan = plan_memory(graph, backend, backward=training)
         parameters = sum(prod(p.spec.shape) for p in graph.owners)

@@ -89,7 +89,8 @@ class Pooling(Layer):
         if any(pad >= size for pad, size in zip(self.pad, kernel)) and any(self.pad):
             raise self.fail(f"pad {self.pad} is not smaller than the kernel {kernel}", FIELD, self._written("pad"), hint="each window has to reach the image")
 
-    def _geometry(self, shape: Shape) -> Geometry:
+    def geometry(self, shape: Shape) -> Geometry:
+        """The windows over a bottom of this shape. SpecError where they do not fit."""
         if len(shape) != 4:
             raise self.fail(f"Pooling needs a bottom with 4 axes (N,C,H,W), found shape {shape}", "bottom")
         kernel = tuple(shape[2:]) if self.options.global_pooling else self.kernel
@@ -111,13 +112,13 @@ class Pooling(Layer):
         return Geometry(kernel, self.stride, self.pad, (shape[0], shape[1], *pooled))
 
     def infer_shapes(self, bottoms: Sequence[Shape]) -> list[Shape]:
-        return [self._geometry(bottoms[0]).top] * len(self.param.top)
+        return [self.geometry(bottoms[0]).top] * len(self.param.top)
 
     def top_dtypes(self, bottoms: Sequence[str], compute: str) -> list[str]:
         return [compute, "float32"][: len(self.param.top)]
 
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
-        geometry = self._geometry(bottoms[0])
+        geometry = self.geometry(bottoms[0])
         wanted = self.keeps and (self.is_max or self.dropout is not None)
         if not wanted and len(self.param.top) == 1:
             return {}
@@ -134,7 +135,7 @@ class Pooling(Layer):
         return True
 
     def forward(self, ops: Backend, bottoms: Sequence[Blob], tops: Sequence[Blob]) -> None:
-        x, y, mask, g = bottoms[0].data, tops[0].data, self.buffers.get("mask"), self._geometry(bottoms[0].shape)
+        x, y, mask, g = bottoms[0].data, tops[0].data, self.buffers.get("mask"), self.geometry(bottoms[0].shape)
         window: dict[str, Any] = {"kernel": g.kernel, "stride": g.stride, "pad": g.pad}
         if self.dropout is not None:
             run = ops.max_pool_dropout_forward if self.is_max else ops.ave_pool_dropout_forward
@@ -151,7 +152,7 @@ class Pooling(Layer):
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
         if not propagate_down[0]:
             return
-        dy, dx, mask, g = tops[0].diff, bottoms[0].diff, self.buffers.get("mask"), self._geometry(bottoms[0].shape)
+        dy, dx, mask, g = tops[0].diff, bottoms[0].diff, self.buffers.get("mask"), self.geometry(bottoms[0].shape)
         window: dict[str, Any] = {"kernel": g.kernel, "stride": g.stride, "pad": g.pad}
         positive = None if not self.relu_bottoms else tops[0].data if self.is_max else bottoms[0].data
         if self.dropout is not None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints
+from caffelite.backends.contract import Array, Ints, pool_mask_dtype
 from caffelite.backends.cuda.channels import MOST_IMAGES, tiles, vector_of
-from caffelite.backends.cuda.common import THREADS, cname
+from caffelite.backends.cuda.common import DTYPES, THREADS, cname
 from caffelite.backends.cuda.launch import TYPES, Module
 from caffelite.backends.cuda.lrn import NEAR, Lrn, across
 from caffelite.backends.cuda.pooling import STRIDES, Pooling, known, windows
@@ -20,6 +20,11 @@ LRN_POOL = Module("lrn_pool", [*FORWARD, *BACKWARD])
 
 
 class LrnPool(Pooling, Lrn):
+    def lrn_max_pool_pays(self, shape: Ints, dtype: str, *, size: int, kernel: Ints, stride: Ints) -> bool:
+        vector = VECTOR // DTYPES[dtype].itemsize
+        fits = shape[1] % vector == 0 and shape[1] <= vector * THREADS and pool_mask_dtype(kernel) == "uint8"
+        return fits and size in NEAR and _bytes(1, kernel, stride, min(shape[1] // vector, MOST_GROUPS)) <= MOST_SHARED
+
     def lrn_max_pool_forward(
         self, x: Array, y: Array, mask: Array | None, *, size: int, alpha: float, beta: float, k: float, kernel: Ints, stride: Ints, pad: Ints
     ) -> None:

@@ -10,6 +10,9 @@ from caffelite.backends.numpy.pooling import Pooling
 
 
 class LrnPool(Pooling, Lrn):
+    def lrn_max_pool_pays(self, shape: Ints, dtype: str, *, size: int, kernel: Ints, stride: Ints) -> bool:
+        return False
+
     def lrn_max_pool_forward(
         self, x: Array, y: Array, mask: Array | None, *, size: int, alpha: float, beta: float, k: float, kernel: Ints, stride: Ints, pad: Ints
     ) -> None:

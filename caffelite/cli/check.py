@@ -108,8 +108,8 @@ def _net_check(choice: NetChoice, lines: list[str], outputs: set[str] | None = N
         try:
             for layer in (node.layer for node in graph.nodes if isinstance(node.layer, DataLayer)):
                 layer.source.check_sizes()
-                if choice.phase == pb.TRAIN and len(layer.param.top) > 1 and (note := layer.source.order_note()):
-                    lines.append(f"warning: layer '{layer.name}': {note}")
+                if choice.phase == pb.TRAIN and (note := layer.order_note()):
+                    lines.append(f"warning: {note}")
         finally:
             for node in graph.nodes:
                 node.layer.close()

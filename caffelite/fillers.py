@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from math import ceil, prod, sqrt
 
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from caffelite.blob import Shape
-from caffelite.errors import SpecError
+from caffelite.errors import SpecError, did_you_mean
 from caffelite.schema import pb
 
 Values = npt.NDArray[np.float32]
@@ -23,8 +22,7 @@ def check_filler(filler: pb.FillerParameter, shape: Shape, fail: Fail) -> None:
     Refused: an unknown type, an empty blob, `sparse` on anything but gaussian, parameters or shapes that the filler cannot use.
     """
     if filler.type not in _MAKE:
-        near = difflib.get_close_matches(filler.type.lower(), _MAKE, n=1)
-        raise fail(f"unknown filler type '{filler.type}': " + (f"did you mean '{near[0]}'?" if near else "known types are " + ", ".join(sorted(_MAKE))))
+        raise fail(f"unknown filler type '{filler.type}': {did_you_mean(filler.type, sorted(_MAKE))}")
     if prod(shape) == 0:
         raise fail(f"a filler of type {filler.type} cannot fill a blob of shape {tuple(shape)}: it has no elements")
     if filler.sparse != -1 and filler.type != "gaussian":

@@ -15,6 +15,7 @@ from caffelite.errors import CaffeliteError, LabelError, SpecError
 from caffelite.fusion import fuse
 from caffelite.graph import Graph, Node, ParamInfo, build_graph
 from caffelite.layer import Layer, RunContext
+from caffelite.layers.data import DataLayer
 from caffelite.memory import ITEM_BYTES, MemoryPlan, plan_memory
 from caffelite.params import ParamArena, initial_values
 from caffelite.schema import NetSpec, pb
@@ -82,7 +83,7 @@ class Net:
         self.layers = [node.layer for node in self.graph.nodes]
         self.layer_names = [layer.name for layer in self.layers]
         self.inputs, self.outputs = self.graph.inputs, self.graph.outputs
-        self.data_layers = [layer for layer in self.layers if hasattr(layer, "source")]
+        self.data_layers = [layer for layer in self.layers if isinstance(layer, DataLayer)]
         self.blobs = {name: Blob(name, info.shape, info.dtype) for name, info in self.graph.blobs.items()}
         self.steps = [Step(n, n.layer, [self.blobs[b.name] for b in n.bottoms], [self.blobs[t.name] for t in n.tops]) for n in self.graph.nodes]
         self.prepare = prepare

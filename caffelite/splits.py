@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Sequence
 
-from caffelite.errors import SpecError
+from caffelite.errors import SpecError, nearest
 from caffelite.schema import SourceMap, pb
 
 LayerEntry = tuple[pb.LayerParameter, SourceMap]
@@ -33,8 +32,8 @@ def insert_splits(entries: Sequence[LayerEntry]) -> list[LayerEntry]:
 
 
 def _undefined_bottom(bottom: str, j: int, param: pb.LayerParameter, where: SourceMap, known: dict[str, Place]) -> SpecError:
-    near = difflib.get_close_matches(bottom, list(known), n=1)
-    hint = f"did you mean '{near[0]}'?" if near else "a bottom has to be the top of an earlier layer of the same phase"
+    near = nearest(bottom, known)
+    hint = f"did you mean '{near}'?" if near else "a bottom has to be the top of an earlier layer of the same phase"
     return SpecError(f"bottom '{bottom}' is not produced by any layer before this one", where=where.at("bottom", j), layer=param.name, hint=hint)
 
 

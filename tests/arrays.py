@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
 
+from caffelite.backends.contract import DropoutKey
+
 Array = Any
+Shape = tuple[int, ...]
 DTYPES = ("float32", "bfloat16")
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8, "uint8": 1, "int32": 4}
 GUARD = 192  # bytes before and after each array
@@ -100,3 +103,18 @@ def numeric_gradient(run: Callable[[np.ndarray], np.ndarray], at: np.ndarray, dy
 def last(values: np.ndarray) -> np.ndarray:
     """The same values with the channels last in memory where there are 4 axes."""
     return np.moveaxis(np.moveaxis(values, 1, -1).copy(), -1, 1) if values.ndim == 4 else values.copy()
+
+
+def pooled(shape: Shape, kernel: Shape, stride: Shape, pad: Shape, rounding: Callable[[float], int] = ceil) -> Shape:
+    """Caffe's extents of what is pooled along the last two axes: rounded up unless told otherwise; clipped only with padding."""
+    out = [rounding((s + 2 * p - k) / t) + 1 for s, p, k, t in zip(shape[-2:], pad, kernel, stride)]
+    if any(pad):
+        out = [o - ((o - 1) * t >= s + p) for o, t, s, p in zip(out, stride, shape[-2:], pad)]
+    return (*shape[:-2], *out)
+
+
+def dropout_key(backend: Any, seed: int, layer: int, iteration: int) -> DropoutKey:
+    """The key with its iteration in a cell, where ops look for it."""
+    cell = backend.empty((1,), "float64")
+    backend.assign(cell, [iteration])
+    return DropoutKey(seed, layer, cell)

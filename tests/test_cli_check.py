@@ -43,3 +43,11 @@ def test_a_best_output_that_is_there_and_a_missing_max_iter(capsys: pytest.Captu
     assert (out.splitlines()[0], err) == ("s.prototxt: note: it has no max_iter; train it with --iterations", "")
     assert "error: s.prototxt:1:1: max_iter is missing or 0" in said(capsys, "train", "--solver", "s.prototxt", "--backend", "numpy", status=2)[1]
     said(capsys, "train", "--solver", "s.prototxt", "--backend", "numpy", "--iterations", "1")
+
+
+def test_faults_come_with_a_traceback_where_the_environment_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("net.prototxt").write_text(NET.replace("InnerProduct", "Inner"))
+    assert "Traceback" not in said(capsys, "check", "net.prototxt", "none.prototxt", status=2)[1]
+    monkeypatch.setenv("CAFFELITE_DEBUG", "1")
+    err = said(capsys, "check", "net.prototxt", "none.prototxt", status=2)[1]
+    assert err.count("\ncaffelite.errors.SpecError: ") == 3  # in both phases, and of the file that is not there

@@ -63,7 +63,7 @@ def test_gray_images_and_fewer_than_asked_for(tmp_path: Path, capsys: pytest.Cap
     image = np.arange(35, dtype=np.uint8).reshape(1, 5, 7)
     write_lmdb(tmp_path / "gray", [raw(image), raw(image + 9)])
     Path("net.prototxt").write_text(NET.replace('"db"', '"gray"').replace("EXTRA", "").replace("TRANSFORM", "scale: 0.5"))
-    said(capsys, "preview", "net.prototxt", "out.png", "--draws", "1")
+    assert "from gray, each as stored and once as drawn with seed 0" in said(capsys, "preview", "net.prototxt", "out.png", "--draws", "1")[0]
     with Image.open("out.png") as picture:
         assert (picture.mode, picture.size) == ("L", (2 * (7 + GAP) + GAP, 2 * (5 + GAP) + GAP))
         np.testing.assert_array_equal(np.asarray(picture)[-GAP - 5 : -GAP, -GAP - 7 : -GAP], image[0] + 9)

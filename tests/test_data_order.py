@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from caffelite.data.order import Order, class_by_class, four_words_at, permutation, words_at
+from caffelite.data.order import Order, class_by_class, permutation, warp_words_at, words_at
 
 
 def test_words_do_not_depend_on_where_reading_began() -> None:
@@ -20,14 +20,14 @@ def test_words_are_numpys_philox() -> None:
     np.testing.assert_array_equal(words_at(5, 6, 2**42, 8), generator.random_raw(8))
 
 
-def test_four_words_of_a_position_do_not_depend_on_where_reading_began_and_are_others() -> None:
-    whole = four_words_at(5, 6, 0, 50)
+def test_warp_words_of_a_position_do_not_depend_on_where_reading_began_and_are_others() -> None:
+    whole = warp_words_at(5, 6, 0, 50)
     assert whole.shape == (50, 4)
     for start, count in ((0, 1), (1, 7), (37, 13)):
-        np.testing.assert_array_equal(four_words_at(5, 6, start, count), whole[start : start + count])
+        np.testing.assert_array_equal(warp_words_at(5, 6, start, count), whole[start : start + count])
     assert len(np.unique(np.concatenate([whole.ravel(), words_at(5, 6, 0, 200)]))) == 400
     generator = np.random.Philox(key=[5, 6], counter=[2**40, 0, 0, 3])
-    np.testing.assert_array_equal(four_words_at(5, 6, 2**40, 2).ravel(), generator.random_raw(8))
+    np.testing.assert_array_equal(warp_words_at(5, 6, 2**40, 2).ravel(), generator.random_raw(8))
 
 
 @pytest.mark.parametrize(("seed", "stream"), [(6, 6), (5, 7), (-1, 6)])

@@ -198,29 +198,32 @@ def test_backend_left_out_reads_an_lmdb_but_leveldb_is_refused(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("labels", "batch", "shuffle", "noted"),
     [
-        ([0] * 10 + [1] * 10, 4, False, True),
-        ([0] * 10 + [1] * 10, 4, True, False),
-        ([0] * 10 + [1] * 10, 11, False, False),  # the first batch has both
-        ([0] * 10 + [1] * 10 + [0] * 5, 4, False, False),
-        ([0, 1] * 10, 4, False, False),
-        ([7] * 20, 4, False, False),
-        ([number // 3 for number in range(600)], 3, False, True),  # so many classes that each record looked at has one of its own
-        (list(range(20)), 1, False, False),
-        ([0] * 5 + [1], 8, False, False),
+        ([0] * 10 + [1] * 10, 4, False, 1),
+        ([0] * 10 + [1] * 10, 4, True, 0),
+        ([0] * 10 + [1] * 10, 11, False, 0),  # the first batch has both
+        ([0] * 10 + [1] * 10 + [0] * 5, 4, False, 0),
+        ([0, 1] * 10, 4, False, 0),
+        ([7] * 20, 4, False, 0),
+        ([number // 3 for number in range(600)], 3, False, 1),  # so many classes that each record looked at has one of its own
+        ([number // 40 for number in range(160)], 50, False, 2),
+        ([number // 40 for number in range(160)], 121, False, 0),
+        ([0, 0, 1, 0] + [1] * 60 + [2] * 60, 4, False, 0),  # mixed where the batch is
+        (list(range(20)), 1, False, 0),
+        (list(range(20)), 5, False, 0),
+        ([0] * 5 + [1], 8, False, 0),
     ],
 )
-def test_batches_of_one_class_are_noted(tmp_path: Path, labels: list[int], batch: int, shuffle: bool, noted: bool) -> None:
+def test_batches_of_few_classes_are_noted(tmp_path: Path, labels: list[int], batch: int, shuffle: bool, noted: int) -> None:
     image = np.zeros((1, 2, 2), np.uint8)
     path = write_lmdb(tmp_path / "db", [raw(image, label) for label in labels])
     source = source_of(path, batch, shuffle=shuffle)
     note = source.order_note()
     source.close()
-    assert (note is not None) == noted
-    if noted:
-        assert note == (
-            f"the records of {path} lie class by class, and so every batch is of one class or two: "
-            "add shuffle: true to data_param, or convert the images again with --shuffle"
-        )
+    told = (
+        f"the records of {path} lie class by class, and so a batch holds few of the classes, the first one {noted}: "
+        "add shuffle: true to data_param, or convert the images again with --shuffle"
+    )
+    assert note == (told if noted else None)
 
 
 def test_a_record_that_cannot_be_read_is_not_noted_but_told_in_its_turn(tmp_path: Path) -> None:

@@ -112,11 +112,11 @@ def test_settings_together(rng: np.random.Generator, tmp_path: Path, crop: int, 
     subject = transformer(**fields)
     shape = subject.output_shape(SHAPE)
     items = [rng.integers(0, 256, SHAPE).astype(dtype) for _ in range(6)]
-    words, four = rng.integers(0, 2**64, 6, np.uint64), rng.integers(0, 2**64, (6, 4), np.uint64)
+    words, warp_words = rng.integers(0, 2**64, 6, np.uint64), rng.integers(0, 2**64, (6, 4), np.uint64)
     out = np.empty((6, shape[1], shape[2], 3), np.float32)
-    subject.apply(items, words, out, four)
+    subject.apply(items, words, out, warp_words)
     places = subject.places(words, SHAPE[1] - shape[1], SHAPE[2] - shape[2])
-    for item, place, draws, found in zip(items, places.tolist(), four.tolist(), out):
+    for item, place, draws, found in zip(items, places.tolist(), warp_words.tolist(), out):
         u = [part / 2**32 for word in draws for part in divmod(word, 2**32)]
         factors = 0.5 * np.concatenate(
             [np.sqrt(-2 * np.log(1 - u[i])) * np.array([np.cos(2 * np.pi * u[i + 1]), np.sin(2 * np.pi * u[i + 1])]) for i in (2, 4)]
@@ -179,9 +179,9 @@ def test_float_images_of_differing_sizes(rng: np.random.Generator) -> None:
     items = [rng.normal(0, 1, (1, *size)).astype(np.float32) for size in ((8, 8), (12, 9), (6, 20))]
     subject = transformer(crop_size=6, rotation=180)
     subject.output_shape((1, 8, 8))
-    words, four = np.zeros(3, np.uint64), np.full((3, 4), 0xFFFFFFFFFFFFFFFF, np.uint64)
+    words, warp_words = np.zeros(3, np.uint64), np.full((3, 4), 0xFFFFFFFFFFFFFFFF, np.uint64)
     out = np.empty((3, 6, 6, 1), np.float32)
-    subject.apply(items, words, out, four)
+    subject.apply(items, words, out, warp_words)
     for item, found in zip(items, out):  # turned by all but 180 degrees
         np.testing.assert_allclose(found[:, :, 0], item[0, 5::-1, 5::-1], atol=1e-4)
 

@@ -121,7 +121,7 @@ def test_the_generator_decides_everything(kind: str) -> None:
     ("text", "shape", "message"),
     [
         ('type: "guassian"', (3,), "unknown filler type 'guassian': did you mean 'gaussian'?"),
-        ('type: "zzz"', (3,), "known types are bilinear, constant, gaussian"),
+        ('type: "zzz"', (3,), "known ones: bilinear, constant, gaussian"),
         ("", (3, 0), "cannot fill a blob of shape (3, 0): it has no elements"),
         ('type: "xavier" sparse: 3', (3,), "sparse belongs to gaussian fillers only, found it on 'xavier'"),
         ('type: "constant" sparse: 0', (3,), "sparse belongs to gaussian fillers only"),

@@ -44,9 +44,13 @@ def test_a_named_library_that_is_missing_says_what_to_do(tmp_path: Any) -> None:
     assert "CAFFELITE_DNNL" in done.stdout
 
 
-def test_auto_is_numpy_where_the_library_is_missing(tmp_path: Any) -> None:
-    done = python("from caffelite import backends; print(backends.get('auto').name)", CAFFELITE_DNNL=str(tmp_path / "none.so"))
+def test_auto_is_numpy_where_the_library_is_missing_unless_it_is_named(tmp_path: Any) -> None:
+    missing = str(tmp_path / "none.so")
+    code = "from caffelite import backends\nfrom caffelite.backends.onednn import library\n"
+    done = python(f"{code}library.candidates = lambda: iter([{missing!r}])\nprint(backends.get('auto').name)")
     assert done.stdout.strip() == "numpy", done.stderr
+    done = python(f"{code}print(backends.get('auto').name)", CAFFELITE_DNNL=missing)
+    assert (done.stdout, f"libdnnl.so.3 cannot be loaded ({missing}" in done.stderr) == ("", True), done.stderr
 
 
 def test_a_library_that_is_not_onednn_is_refused() -> None:

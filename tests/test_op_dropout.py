@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arrays import DTYPES, assert_close, rectified
-
-from caffelite.backends.contract import DropoutKey
+from arrays import DTYPES, assert_close, dropout_key, rectified
 
 KEYS = [(1, 2, 3), (2**64 - 1, 2**32 - 1, 2**40)]
 Key = tuple[int, int, int]  # as DropoutKey has them
-
-
-def key_of(backend, key: Key) -> DropoutKey:
-    seed, layer, iteration = key
-    cell = backend.empty((1,), "float64")
-    backend.assign(cell, [iteration])
-    return DropoutKey(seed, layer, cell)
 
 
 def philox_words(count: int, key: Key) -> list[int]:
@@ -52,7 +43,7 @@ def test_mask_and_values(backend, make, rng, shape, key: Key, dtype: str, layout
     for ratio in (0.5, 0.3):
         x, dy = (make(rng.standard_normal(shape), dtype, layout) for _ in range(2))
         y, dx, mask = make.empty(shape, dtype, layout), make.empty(shape, dtype, layout), make.empty(shape, "uint8", layout)
-        backend.dropout_forward(x, y, mask, ratio=ratio, key=key_of(backend, key))
+        backend.dropout_forward(x, y, mask, ratio=ratio, key=dropout_key(backend, *key))
         want = wanted_mask(shape, ratio, key)
         np.testing.assert_array_equal(make.host(mask), want)
         assert_close(make.host(y), make.host(x) * want / (1 - ratio), dtype)
@@ -61,7 +52,7 @@ def test_mask_and_values(backend, make, rng, shape, key: Key, dtype: str, layout
         through = make.empty(shape, dtype, layout)
         backend.dropout_backward(dy, mask, through, y, ratio=ratio)
         np.testing.assert_array_equal(make.host(through), rectified(make.host(dx), make.host(y)))
-        backend.dropout_forward(x, x, mask, ratio=ratio, key=key_of(backend, key))
+        backend.dropout_forward(x, x, mask, ratio=ratio, key=dropout_key(backend, *key))
         np.testing.assert_array_equal(make.host(x), make.host(y))
         backend.dropout_backward(dy, mask, dy, ratio=ratio)
         np.testing.assert_array_equal(make.host(dy), make.host(dx))
@@ -71,7 +62,7 @@ def test_a_long_mask_is_one_stream(backend, make) -> None:
     """Long enough for several pieces or threads, and of no even length."""
     count, key = 300_007, (5, 7, 11)
     x, y, mask = make(np.ones(count)), make.empty((count,)), make.empty((count,), "uint8")
-    backend.dropout_forward(x, y, mask, ratio=0.25, key=key_of(backend, key))
+    backend.dropout_forward(x, y, mask, ratio=0.25, key=dropout_key(backend, *key))
     generator = np.random.Philox(key=np.array([5, 7], np.uint64), counter=np.array([0, 0, 11, 0], np.uint64))
     words = generator.random_raw(-(-count // 4))
     drawn = np.stack([(words >> np.uint64(s)) & np.uint64(0xFFFF) for s in (0, 16, 32, 48)], axis=1).reshape(-1)[:count]
@@ -84,12 +75,12 @@ def test_other_layers_seeds_and_iterations_draw_other_masks(backend, make) -> No
     masks = []
     for key in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4)):
         mask = make.empty((101,), "uint8")
-        backend.dropout_forward(make(np.ones(101)), make.empty((101,)), mask, ratio=0.5, key=key_of(backend, key))
+        backend.dropout_forward(make(np.ones(101)), make.empty((101,)), mask, ratio=0.5, key=dropout_key(backend, *key))
         masks.append(tuple(make.host(mask)))
     assert len(set(masks)) == 4
 
 
 def test_ratio_zero_keeps_all(backend, make) -> None:
     x, y, mask = make(np.arange(11.0)), make.empty((11,)), make.empty((11,), "uint8")
-    backend.dropout_forward(x, y, mask, ratio=0.0, key=key_of(backend, (1, 2, 3)))
+    backend.dropout_forward(x, y, mask, ratio=0.0, key=dropout_key(backend, 1, 2, 3))
     assert make.host(y).tolist() == list(range(11))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from math import ceil
 from typing import Any
 
 import numpy as np
 import pytest
-from arrays import DTYPES, assert_close, last, rectified
+from arrays import DTYPES, Shape, assert_close, last, pooled, rectified
 
 from caffelite.backends.contract import pool_mask_dtype
 
@@ -27,14 +26,6 @@ SHAPES = [
     (2, 32, 17, 16),
     (3, 136, 16, 17),
 ]  # fast paths want whole vectors of channels; 136 are more than a block takes of bfloat16 or float32
-Shape = tuple[int, ...]
-
-
-def pooled(shape: Shape, kernel: Shape, stride: Shape, pad: Shape) -> Shape:
-    out = [ceil((s + 2 * p - k) / t) + 1 for s, p, k, t in zip(shape[2:], pad, kernel, stride)]
-    if any(pad):
-        out = [o - ((o - 1) * t >= s + p) for o, t, s, p in zip(out, stride, shape[2:], pad)]
-    return (*shape[:2], *out)
 
 
 def one_after_the_other(ops: Any, x: Any, dy: Any, mask_dtype: str, new: Any, n: dict, p: dict) -> list[Any]:

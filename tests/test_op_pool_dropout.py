@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from math import ceil
 from typing import Any
 
 import numpy as np
 import pytest
-from arrays import DTYPES, rectified
+from arrays import DTYPES, Shape, dropout_key, pooled, rectified
 
-from caffelite.backends.contract import DropoutKey, pool_mask_dtype
+from caffelite.backends.contract import pool_mask_dtype
 
 POOLS = {
     "3x3 stride 2": {"kernel": (3, 3), "stride": (2, 2), "pad": (0, 0)},
@@ -20,20 +19,6 @@ POOLS = {
 }
 SHAPES = [(2, 5, 17, 18), (3, 24, 17, 16)]  # fast paths want whole vectors of channels; 24 are one and a half blocks of random bits
 SEED, LAYER, ITERATION = 2**63 + 5, 7, 2**40
-Shape = tuple[int, ...]
-
-
-def pooled(shape: Shape, kernel: Shape, stride: Shape, pad: Shape) -> Shape:
-    out = [ceil((s + 2 * p - k) / t) + 1 for s, p, k, t in zip(shape[2:], pad, kernel, stride)]
-    if any(pad):
-        out = [o - ((o - 1) * t >= s + p) for o, t, s, p in zip(out, stride, shape[2:], pad)]
-    return (*shape[:2], *out)
-
-
-def key_of(backend: Any) -> DropoutKey:
-    cell = backend.empty((1,), "float64")
-    backend.assign(cell, [ITERATION])
-    return DropoutKey(SEED, LAYER, cell)
 
 
 def wanted_mask(shape: Shape, ratio: float) -> np.ndarray:
@@ -52,7 +37,7 @@ def wanted_mask(shape: Shape, ratio: float) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["max", "ave"])
 def test_both_in_one(backend, make, rng, kind: str, pool: str, shape: Shape, ratio: float, dtype: str, layout: str) -> None:
     p, out = POOLS[pool], pooled(shape, **POOLS[pool])
-    key, mask_dtype = key_of(backend), pool_mask_dtype(p["kernel"]) if kind == "max" else "uint8"
+    key, mask_dtype = dropout_key(backend, SEED, LAYER, ITERATION), pool_mask_dtype(p["kernel"]) if kind == "max" else "uint8"
     op = {way: getattr(backend, f"{kind}_pool_dropout_{way}") for way in ("forward", "backward")}
     x, dy = make(rng.standard_normal(shape), dtype, layout), make(rng.standard_normal(out), dtype, layout)
     y, mask, dx, through = (make.empty(s, d, layout) for s, d in ((out, dtype), (out, mask_dtype), (shape, dtype), (shape, dtype)))

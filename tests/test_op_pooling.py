@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil, floor
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-from arrays import DTYPES, assert_close, last, numeric_gradient, rectified
+from arrays import DTYPES, Shape, assert_close, last, numeric_gradient, pooled, rectified
 
 from caffelite.backends.contract import pool_mask_dtype
 
@@ -19,15 +20,11 @@ class Case(NamedTuple):
     kernel: tuple[int, int]
     stride: tuple[int, int]
     pad: tuple[int, int]
-    rounding: object = ceil
+    rounding: Callable[[float], int] = ceil
 
     @property
-    def out(self) -> tuple[int, int]:
-        """Caffe's extents: rounded up unless FLOOR; clipped only with padding."""
-        out = [self.rounding((s + 2 * p - k) / t) + 1 for s, p, k, t in zip(self.size, self.pad, self.kernel, self.stride)]
-        if any(self.pad):
-            out = [o - ((o - 1) * t >= s + p) for o, t, s, p in zip(out, self.stride, self.size, self.pad)]
-        return (out[0], out[1])
+    def out(self) -> Shape:
+        return pooled(self.size, self.kernel, self.stride, self.pad, self.rounding)
 
     @property
     def options(self) -> dict[str, tuple[int, int]]:

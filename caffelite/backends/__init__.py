@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from caffelite import environment
 from caffelite.backends.contract import Backend
 from caffelite.errors import BackendError
 
@@ -12,12 +13,15 @@ def get(name: str = "auto", threads: int | None = None, device: int = 0) -> Back
     """The backend of that name: "numpy", "onednn", "cuda", or "auto" for the fastest CPU backend that loads here.
 
     threads: how many CPU threads it may use; None leaves the choice to the environment and the machine. device: the GPU's number, for "cuda".
-    BackendError: the name is unknown, its library cannot be loaded, there is no such GPU, or threads is less than 1.
+    BackendError: the name is unknown, its library cannot be loaded (for "auto": one that CAFFELITE_DNNL names), there is no such GPU, or threads is
+    less than 1.
     """
     if name == "auto":
         try:
             return _onednn(threads)
         except BackendError:
+            if environment.text(environment.DNNL):  # a library that was asked for is not done without in silence
+                raise
             return _numpy(threads)
     if name == "onednn":
         return _onednn(threads)

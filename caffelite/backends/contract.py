@@ -140,7 +140,7 @@ class Backend(Protocol):
     name: str
     runs_ahead: bool
     pools_along: bool
-    raw_images: bool  # images had better come as bytes, to be cropped, mirrored and scaled by `transform`, than as finished floats
+    raw_images: bool  # images had better come as bytes, for `transform` to crop, warp and scale, than as finished floats
 
     # --- memory ----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from caffelite.cli.common import Parser, add_state_flags
+from caffelite.cli.common import Parser, add_state_flags, trace
 from caffelite.cli.specs import gpu_of, gpu_place, is_solver
 from caffelite.errors import CaffeliteError, SnapshotError
 from caffelite.graph import build_graph, select_layers
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             lines, faults = check_solver_file(read_solver(file), args) if is_solver(file) else check_net_file(read_net(file), args)
         except CaffeliteError as error:
+            trace(error)
             lines, faults = [], [str(error)]
         bad += bool(faults)
         for fault in dict.fromkeys(faults):  # both phases may have the same
@@ -58,6 +59,7 @@ def faults_of(checks: Iterable[Callable[[], object]]) -> list[str]:
         try:
             check()
         except CaffeliteError as error:  # noqa: PERF203 (each check fails on its own)
+            trace(error)
             faults.append(str(error))
     return faults
 
@@ -108,8 +110,8 @@ def _net_check(choice: NetChoice, lines: list[str], outputs: set[str] | None = N
         try:
             for layer in (node.layer for node in graph.nodes if isinstance(node.layer, DataLayer)):
                 layer.source.check_sizes()
-                if choice.phase == pb.TRAIN and len(layer.param.top) > 1 and (note := layer.source.order_note()):
-                    lines.append(f"warning: layer '{layer.name}': {note}")
+                if choice.phase == pb.TRAIN and (note := layer.order_note()):
+                    lines.append(f"warning: {note}")
         finally:
             for node in graph.nodes:
                 node.layer.close()

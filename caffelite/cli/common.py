@@ -217,8 +217,7 @@ def report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("caffelite: interrupted", file=sys.stderr)
         return 130
-    if environment.text(environment.DEBUG):
-        traceback.print_exception(type(error), error, error.__traceback__)
+    trace(error)
     known = _known(error)
     if known:
         print(f"caffelite: error: {known}", file=sys.stderr)
@@ -226,6 +225,12 @@ def report(error: BaseException) -> int:
     print(f"caffelite: internal error: {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
     print(f"  this is a fault in caffelite, not in your files; {_keep_traceback(error)}", file=sys.stderr)
     return 1
+
+
+def trace(error: BaseException) -> None:
+    """Prints where an error came from, if the environment asks for it."""
+    if environment.text(environment.DEBUG):
+        traceback.print_exception(type(error), error, error.__traceback__)
 
 
 def _known(error: BaseException) -> CaffeliteError | None:

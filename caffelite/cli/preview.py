@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         layer.close()
     png = encode_image(pixels, "png")
     write_atomically(args.out, lambda file: file.write(png))
-    print(f"{args.out}: images of layer '{layer.name}' from {param.data_param.source}, each as stored and {args.draws} times as drawn with seed {args.seed}")
+    often = "once" if args.draws == 1 else f"{args.draws} times"
+    print(f"{args.out}: images of layer '{layer.name}' from {param.data_param.source}, each as stored and {often} as drawn with seed {args.seed}")
     return 0
 
 

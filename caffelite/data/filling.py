@@ -12,7 +12,7 @@ from caffelite.data.cache import DeviceCache
 from caffelite.data.datum import DatumDecoder, placed
 from caffelite.data.images import Pixels
 from caffelite.data.lmdb_source import Database
-from caffelite.data.order import Order, four_words_at, words_at
+from caffelite.data.order import Order, warp_words_at, words_at
 from caffelite.data.raw import RawBatch, Words
 from caffelite.data.transformer import ItemError, Transformer
 from caffelite.errors import DataError
@@ -25,15 +25,15 @@ class Batch:
         self.data: npt.NDArray[Any] = np.zeros(shape, dtype)
         self.labels = np.zeros(shape[0], np.float32)
 
-    def store(self, items: Sequence[Pixels], words: Words, four: Words | None, transformer: Transformer) -> None:
+    def store(self, items: Sequence[Pixels], words: Words, warp_words: Words | None, transformer: Transformer) -> None:
         """Takes the images; see Transformer.apply for the words and the errors."""
-        transformer.apply(items, words, self.data, four)
+        transformer.apply(items, words, self.data, warp_words)
 
 
 def _words(order: Order, position: int, count: int, transformer: Transformer) -> tuple[Words, Words | None]:
     """The random words of these positions, as Transformer.apply takes them."""
     key = (order.seed, order.stream, position, count)
-    return words_at(*key), four_words_at(*key) if transformer.warp.draws else None
+    return words_at(*key), warp_words_at(*key) if transformer.warp.draws else None
 
 
 class Filler:

@@ -25,7 +25,7 @@ def words_at(seed: int, stream: int, position: int, count: int) -> npt.NDArray[n
     return words[skip:]
 
 
-def four_words_at(seed: int, stream: int, position: int, count: int) -> npt.NDArray[np.uint64]:
+def warp_words_at(seed: int, stream: int, position: int, count: int) -> npt.NDArray[np.uint64]:
     """(count,4): four more random words for each of the positions position..position+count-1 (rotation, zoom and lighting)."""
     words: npt.NDArray[np.uint64] = _philox(seed, stream, [position, 0, 0, _WARP]).random_raw(count * _WORDS)
     return words.reshape(count, _WORDS)

@@ -66,26 +66,26 @@ class RawBatch:
         self.floats: npt.NDArray[np.float32] = np.empty(0, np.float32)
         self.raw = True
 
-    def place(self, records: Any, words: Words, four: Words | None, transformer: Transformer) -> None:
+    def place(self, records: Any, words: Words, warp_words: Words | None, transformer: Transformer) -> None:
         """Says that the batch is these records of the planes, each cropped, mirrored and warped as its random words say."""
         self.places[:, 0] = records
         self.places[:, 1:] = transformer.places(words, *transformer.room(self.layout.image))
-        warps = transformer.warps(four, self.places[:, 1:], transformer.cropped(self.layout.image))
+        warps = transformer.warps(warp_words, self.places[:, 1:], transformer.cropped(self.layout.image))
         if warps is not None:
             self.warps[...] = warps
         self.raw = True
 
-    def store(self, items: Sequence[Pixels], words: Words, four: Words | None, transformer: Transformer) -> None:
+    def store(self, items: Sequence[Pixels], words: Words, warp_words: Words | None, transformer: Transformer) -> None:
         """Takes the images; see Transformer.apply for the words and the errors."""
         if all(item.dtype == np.uint8 and item.shape == self.layout.image for item in items):
             for image, item in zip(self.images, items):
                 image[...] = item
-            self.place(np.arange(self.layout.batch), words, four, transformer)
+            self.place(np.arange(self.layout.batch), words, warp_words, transformer)
             return
         channels, height, width = transformer.cropped(self.layout.image)
         self.raw = False
         self.floats = self.floats if self.floats.size else np.empty((self.layout.batch, height, width, channels), np.float32)
-        transformer.apply(items, words, self.floats, four)
+        transformer.apply(items, words, self.floats, warp_words)
 
 
 class RawFeed:

@@ -24,6 +24,7 @@ from caffelite.errors import DataError, Where
 from caffelite.schema import parse_datum, pb
 
 MOST_PREFETCH = 1000  # batches; each has memory of its own
+LOOKED_AT = 64  # records at most, to see whether they lie class by class
 
 
 class BatchSource:
@@ -118,17 +119,22 @@ class BatchSource:
                     found = DataError(f"the images are not all of one size: {sizes} are among them (height x width)", hint=hint)
                     raise self._at_source(placed(found, self.param.source, key))
 
-    def order_note(self, most: int = 64) -> str | None:
-        """What to say where batches would be of one class: the first one is, and among `most` records from all over the database the classes follow
-        each other. None where `shuffle` mixes them, and for a record that cannot be read, which is told when its turn comes. Errors as for `database`."""
-        first, step = range(min(self.count, max(self.param.batch_size, 2))), max(1, self.count // most)
+    def order_note(self) -> str | None:
+        """What to say where batches would be of a few classes alone: in the first one, and among LOOKED_AT records from all over the database, the
+        classes follow each other, and the batch lacks some of them. None where `shuffle` mixes them, where a batch has no class twice and so shows
+        nothing, and for a record that cannot be read, which is told when its turn comes. Errors as for `database`."""
+        if self.param.shuffle:
+            return None
         try:
-            if self.param.shuffle or len(set(self._labels(first))) > 1 or not class_by_class(self._labels(range(0, self.count, step))):
-                return None
+            first = self._labels(range(min(self.count, max(self.param.batch_size, 2))))
+            spread = self._labels(range(0, self.count, -(-self.count // LOOKED_AT)))
         except DataError:
             return None
+        found = set(first)
+        if len(found) == len(first) or not (len(found) == 1 or class_by_class(first)) or not class_by_class(spread) or found >= set(spread):
+            return None
         return (
-            f"the records of {self.param.source} lie class by class, and so every batch is of one class or two: "
+            f"the records of {self.param.source} lie class by class, and so a batch holds few of the classes, the first one {len(found)}: "
             "add shuffle: true to data_param, or convert the images again with --shuffle"
         )
 

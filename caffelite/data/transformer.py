@@ -93,15 +93,15 @@ class Transformer:
 
     # --- running -------------------------------------------------------------------------------------------------------
 
-    def apply(self, items: Sequence[Pixels], words: npt.NDArray[np.uint64], out: npt.NDArray[Any], four: npt.NDArray[np.uint64] | None = None) -> None:
+    def apply(self, items: Sequence[Pixels], words: npt.NDArray[np.uint64], out: npt.NDArray[Any], warp_words: npt.NDArray[np.uint64] | None = None) -> None:
         """Transforms `items`, uint8 or float32 (C,H,W) each, into out, C-contiguous (N,H,W,C), float32 or rounded from it.
 
-        words[i] is item i's random number, see `places`, and four[i] (see `warps`) more of them. DataError for an item whose size does not fit.
+        words[i] is item i's random number, see `places`, and warp_words[i] (see `warps`) more of them. DataError for an item whose size does not fit.
         """
         floats = out if out.dtype == np.float32 else self._staging(out.shape, np.float32)
         rooms = np.array([self._checked_room(item.shape, out.shape[1:], i) for i, item in enumerate(items)])
         places = self.places(words, rooms[:, 0], rooms[:, 1])
-        warps = self.warps(four, places, (out.shape[3], out.shape[1], out.shape[2]))
+        warps = self.warps(warp_words, places, (out.shape[3], out.shape[1], out.shape[2]))
         if warps is not None and self.warp.moves:
             self._sample(items, warps, floats)
         else:
@@ -148,14 +148,14 @@ class Transformer:
             places[:, 2] = words >> 63
         return places
 
-    def warps(self, four: npt.NDArray[np.uint64] | None, places: npt.NDArray[np.int32], image: tuple[int, int, int]) -> Floats | None:
+    def warps(self, warp_words: npt.NDArray[np.uint64] | None, places: npt.NDArray[np.int32], image: tuple[int, int, int]) -> Floats | None:
         """(N,6+C) as Backend.transform takes them, for crops (C,H,W) `image` at these places; None where images are only cropped and mirrored.
 
-        four: (N,4) random words; needed where there is something to be drawn."""
-        if not self.warp.width(image[0]):
+        warp_words: (N,4) random words; needed where there is something to be drawn."""
+        if not self.warp.draws:
             return None
-        assert four is not None
-        return self.warp.rows(four, places, image)
+        assert warp_words is not None
+        return self.warp.rows(warp_words, places, image)
 
     def room(self, item: tuple[int, int, int]) -> tuple[int, int]:
         """By how many rows and columns items (C,H,W) are larger than the crop."""

@@ -49,5 +49,10 @@ class DataLayer(Layer):
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
         """Nothing: no gradient leaves a data layer."""
 
+    def order_note(self) -> str | None:
+        """BatchSource.order_note with the layer's name before it; None where no labels are asked for. Errors as there."""
+        note = self.source.order_note() if len(self.param.top) > 1 else None
+        return note and f"layer '{self.name}': {note}"
+
     def close(self) -> None:
         self.source.close()

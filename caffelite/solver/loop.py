@@ -131,8 +131,8 @@ class Solver:
         elif (p.snapshot or p.snapshot_after_train) and (other := self.snapshots.another_run()):
             self.tell(other, "solver.cpp", "W")
         for layer in self.net.data_layers:
-            if len(layer.param.top) > 1 and (note := layer.source.order_note()):
-                self.tell(f"layer '{layer.name}': {note}", DATA_LAYER, "W")
+            if note := layer.order_note():
+                self.tell(note, DATA_LAYER, "W")
         self._event("on_start", self)
         self.tell("Starting Optimization", "caffe.cpp")
         self.tell(f"Solving {self.net.name}", "solver.cpp")

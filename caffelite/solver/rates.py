@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import struct
 from collections.abc import Callable
 
-from caffelite.errors import SpecError
+from caffelite.errors import SpecError, did_you_mean
 from caffelite.schema import SolverSpec, pb
 
 # What each policy needs: fields that must be in the file, because their default 0 would make the rate 0 or nothing at all.
@@ -46,12 +45,10 @@ def check_policy(spec: SolverSpec) -> None:
 
 
 def _unknown(spec: SolverSpec) -> SpecError:
-    policy, known = spec.param.lr_policy, ", ".join(NEEDED)
+    policy = spec.param.lr_policy
     if not policy:
-        return SpecError("lr_policy is missing", where=spec.where.at(), hint=f"choose one of {known}")
-    near = difflib.get_close_matches(policy.lower(), NEEDED, n=1, cutoff=0.6)
-    hint = f"did you mean '{near[0]}'?" if near else f"choose one of {known}"
-    return SpecError(f"unknown lr_policy '{policy}'", where=spec.where.at("lr_policy"), hint=hint)
+        return SpecError("lr_policy is missing", where=spec.where.at(), hint=f"choose one of {', '.join(NEEDED)}")
+    return SpecError(f"unknown lr_policy '{policy}'", where=spec.where.at("lr_policy"), hint=did_you_mean(policy, NEEDED))
 
 
 def as_float32(value: float) -> float:

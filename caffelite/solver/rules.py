@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from caffelite.backends.contract import Array, Backend, Update
-from caffelite.errors import SpecError
+from caffelite.errors import SpecError, did_you_mean
 from caffelite.schema import SolverSpec, pb
 
 Settings = Callable[[pb.SolverParameter], dict[str, Any]]
@@ -87,10 +86,8 @@ def check_rule(spec: SolverSpec) -> None:
 
 
 def _unknown(spec: SolverSpec) -> SpecError:
-    folded = {name.lower(): name for name in RULES}
-    near = difflib.get_close_matches(spec.param.type.lower(), folded, n=1, cutoff=0.5)
-    hint = f"did you mean '{folded[near[0]]}'?" if near else f"known types: {', '.join(RULES)}"
-    return SpecError(f"unknown solver type '{spec.param.type}'", where=spec.where.at("type"), hint=hint)
+    found = spec.param.type
+    return SpecError(f"unknown solver type '{found}'", where=spec.where.at("type"), hint=did_you_mean(found, RULES))
 
 
 def apply_rule(param: pb.SolverParameter, ops: Backend, weights: Array, gradients: Array, states: Sequence[Array], how: Update) -> None:

@@ -68,6 +68,7 @@ def run(name: str, tests: Sequence[str], args: argparse.Namespace, end: float) -
     """Runs tests in a process of its own."""
     log, junit = args.out / f"{name}.log", args.out / f"{name}.xml"
     command = [*shlex.split(args.prefix), sys.executable, "-m", "pytest", "--backend", "cuda", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-W", "default"]  # what other versions of packages warn of is not the backend's fault
     # Whatever plugins are installed there have no say.
     around = environment(CAFFELITE_CUDA_DRIVER=gpu_driver(), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     started = time.perf_counter()

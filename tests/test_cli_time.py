@@ -1,12 +1,17 @@
-"""caffelite time --solver: which parts of a solver it leaves out, and which it keeps."""
+"""caffelite time: which parts of a solver it leaves out, and which it keeps; what a GPU does while it is asked for layers."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_harness import said
+
+from caffelite.cli import time as timing
+from caffelite.net import Net
+from caffelite.schema import net_from_text, pb
 
 NET = """name: "leveled"
 layer { name: "data" type: "DummyData" top: "data" top: "label" include { min_level: 1 }
@@ -45,3 +50,25 @@ def test_a_device_that_runs_ahead_is_timed_over_several_steps(cuda: object, time
     assert json.loads(said(capsys, *there, "--json")[0])["steps_at_once"] == 2
     assert "(median of runs of 2 steps;" in said(capsys, *there)[0]
     assert json.loads(said(capsys, *timed)[0])["steps_at_once"] == 1
+
+
+def test_a_gpu_is_busy_while_a_round_is_asked_for(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a short layer would take as long as the host needs to ask for it."""
+    net = Net(net_from_text(NET), phase=pb.TRAIN, backend=cuda, level=1)
+    lead, layers, told = timing.Lead(net, cuda), [timing.LayerTimes(step) for step in net.steps], []
+    play, mark = lead._play, cuda.mark
+    monkeypatch.setattr(lead, "_play", lambda: (told.append("play"), play()))
+    monkeypatch.setattr(cuda, "mark", lambda: (told.append("mark"), mark())[1])
+    timing._time_round(net, layers, cuda, lead)
+    assert set(told) == {"mark"}, "nothing is known of the host yet"
+    assert lead.host > 0
+    told.clear()
+    lead.host, lead._seconds = 1e-9, 0.4e-9
+    timing._time_round(net, layers, cuda, lead)
+    assert told[:1] == ["play"], "at least a play, of a microsecond or more"
+    lead.host, lead._seconds = 2.0, 1.0
+    told.clear()
+    timing._time_round(net, layers, cuda, lead)
+    assert told[:4] == ["play"] * 3 + ["mark"]
+    assert 0 < lead.host < 2
+    assert all(len(layer.forward) == 3 and min(layer.forward) >= 0 for layer in layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import importlib.util
+import struct
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,28 @@ def test_resources(name: str, architecture: str) -> None:
     assert [row for row in found if row.spills or row.stack] == []
     kept = [row for row in tool.read() if (row.module, row.architecture) == (name, architecture)]
     assert found == kept, "run tools/cuda_resources.py and look at the difference"
+
+
+def instructions(cubin: bytes) -> dict[str, bytes]:
+    """Each kernel's machine code by its symbol: the .text. sections of an ELF file."""
+    (table,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + size * number) for number in range(count)]  # name, type, flags, address, start, bytes
+    strings = headers[names][4]
+    found = {cubin[strings + name :].split(b"\0", 1)[0].decode(): cubin[start : start + nbytes] for name, _, _, _, start, nbytes in headers}
+    return {name.removeprefix(".text."): code for name, code in found.items() if name.startswith(".text.")}
+
+
+@pytest.mark.parametrize("name", ["lrn", "lrn_pool", "pool_dropout", "pooling", "transform", "updates"])
+def test_no_rounding_is_left_to_the_compiler(name: str) -> None:
+    """Ops that are to give the same bits as others, or as the host, say themselves where a product is fused with a sum; the emulator never fuses any.
+    Sums of a whole array promise no bits."""
+    module = MODULES[name]
+    made = []
+    for fused in ("true", "false"):
+        options = [f"-I{FOLDER}", f"--fmad={fused}"]
+        cubin, symbols, _ = nvrtc.compile_cubin(module.path.read_text(), str(module.path), "sm_90a", module.names, options)
+        made.append({kernel: instructions(cubin)[symbol] for kernel, symbol in symbols.items()})
+    assert [kernel for kernel in module.names if made[0][kernel] != made[1][kernel] and not kernel.startswith("sum_")] == []
 
 
 def test_a_report_is_of_the_text_as_it_is(tmp_path, monkeypatch) -> None:

@@ -222,7 +222,8 @@ def test_what_failed_is_told(script, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tests, "ROOT", tmp_path)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--backend')\n")
-    text = "import pytest\nheld = []\n@pytest.mark.parametrize('n', [1, 2, 3])\ndef test_it(n):\n"
+    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    text = "import pytest, warnings\nheld = []\n@pytest.mark.parametrize('n', [1, 2, 3])\ndef test_it(n):\n    warnings.warn('old', stacklevel=1)\n"
     text += "    held.append(n)\n    assert n != 2, 'two is wrong'\n    assert held in ([1], [3]), 'broken by one before'\n"
     (tmp_path / "tests" / "test_some.py").write_text(text)
     args = argparse.Namespace(prefix="", out=tmp_path)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import ceil, inf
 from statistics import median
 from typing import Any
 
@@ -34,6 +35,7 @@ from caffelite.solver.config import NetChoice
 HEAD = ("layer", "type", "forward ms", "GFLOP/s", "backward ms", "GFLOP/s")
 WARM_UP_STEPS = 3
 RUNS = 10  # of several steps each, where a device runs ahead
+ZEROS, MOST_PLAYS = 100, 1000  # of gradients in a play of Lead; plays before a round
 Marks = tuple[Any, Any] | None  # before and after what is timed; None where nothing ran
 
 
@@ -104,12 +106,12 @@ def _timed_layers(args: argparse.Namespace, backend: Backend, spec: NetSpec) -> 
     try:
         _time_round(net, [LayerTimes(step) for step in net.steps], backend)
         initial_loss = net.loss()
-        layers = [LayerTimes(step) for step in net.steps]
+        layers, peaks = [LayerTimes(step) for step in net.steps], backend.peaks(args.precision)
+        lead = Lead(net, backend) if peaks and net.learnable else None
         for _ in range(args.iterations):
-            _time_round(net, layers, backend)
+            _time_round(net, layers, backend, lead)
     finally:
         net.close()
-    peaks = backend.peaks(args.precision)
     rows = [_layer_row(layer) for layer in layers]
     if backend.name == "cuda":
         rows = [row | roofline_row(layer.step, row, peaks) for row, layer in zip(rows, layers)]
@@ -133,9 +135,35 @@ def _timed_layers(args: argparse.Namespace, backend: Backend, spec: NetSpec) -> 
     }
 
 
-def _time_round(net: Net, layers: list[LayerTimes], backend: Backend) -> None:
+class Lead:
+    """Work that keeps a GPU busy while the host asks for a round: else a layer would take at least as long as asking for it does.
+
+    It is zeroing the gradients again and again, recorded; half as much again as the host needed for the quickest round so far."""
+
+    def __init__(self, net: Net, backend: Backend) -> None:
+        def zeros() -> None:
+            for _ in range(ZEROS):
+                net.zero_grads()
+
+        self._play = backend.repeatable(zeros)
+        for _ in range(2):  # once as it is, once to be recorded
+            self._play()
+        start = backend.mark()
+        self._play()
+        self._seconds = backend.seconds_between(start, backend.mark())
+        self.host = 0.0  # seconds that the host needed for a round
+
+    def take(self) -> None:
+        for _ in range(min(MOST_PLAYS, ceil(1.5 * self.host / max(self._seconds, 1e-6)))):
+            self._play()
+
+
+def _time_round(net: Net, layers: list[LayerTimes], backend: Backend, lead: Lead | None = None) -> None:
     net.refresh()  # brings the weights' bfloat16 copies up to date, outside every layer's time
+    if lead:
+        lead.take()
     net.zero_grads()
+    started = time.perf_counter()
     marks: list[tuple[list[float], Marks]] = []
     for layer in layers:
         fused = layer.step.node.forward_fused
@@ -143,6 +171,8 @@ def _time_round(net: Net, layers: list[LayerTimes], backend: Backend) -> None:
     for layer in reversed(layers):
         runs = net.has_backward and layer.step.node.runs_backward
         marks += [(layer.backward, _marked(net.backward_step, layer.step, backend) if runs else None)]
+    if lead:
+        lead.host = min(lead.host or inf, time.perf_counter() - started)  # the host may have waited for room in the device's queue
     for seconds, pair in marks:  # read after the round, so that a GPU does not wait between layers
         seconds.append(backend.seconds_between(*pair) if pair else 0.0)
 

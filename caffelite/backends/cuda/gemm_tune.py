@@ -1,9 +1,10 @@
 """Choosing how a product is cut by timing it: CAFFELITE_CUDA_TUNE=1, on GPUs. And which unit makes it: CAFFELITE_CUDA_PRODUCTS.
 
-At the first use of a shape the cuts that gemm_plan's formula likes best run a few times each, and the fastest is kept, in memory and in a
-file beside the compiled kernels, named after the device and the text of the kernels, so that later runs choose alike and repeat bit for bit.
-The file is JSON: for each shape the tile, the splits and the seconds of all that were tried. Without the variable, on the emulator, or
-where a shape is first met while work is being recorded, the formula decides.
+At the first use of a shape the cuts that gemm_plan's formula likes best run a few times each, recorded, as in training: started one by one from
+Python, a product of a few microseconds would take as long as starting it does. The fastest is kept, in memory and in a file beside the compiled
+kernels, named after the device and the text of the kernels, so that later runs choose alike and repeat bit for bit. The file is JSON: for each
+shape the tile, the splits and the seconds of all that were tried. Without the variable, on the emulator, or where a shape is first met while work
+is being recorded, the formula decides.
 
 Units (gemm_plan.py) are timed against each other where the GPU has both; without timing mma makes all products. CAFFELITE_CUDA_PRODUCTS=mma,
 wgmma or tma names one for all that it can make, timed or not, with a file of its own.
@@ -27,6 +28,7 @@ from caffelite.backends.cuda.launch import digest
 from caffelite.errors import BackendError
 
 TRIED, RUNS = 6, 3  # cuts of each unit, and timed runs of each cut, of which the fastest counts
+IN_A_ROW = 5  # products in a run: what starts it falls on all of them
 HOPPER = (9, 0)  # the compute capability that has wgmma
 
 
@@ -81,15 +83,24 @@ class Tuner:
         tried = [cut for unit in UNITS for cut in [cut for cut in cuts if cut.tile.unit == unit][:TRIED]]
         for cut in tried:
             trial(cut)  # compiles, and warms up
-            seconds[_name(cut)] = min(self._seconds(cut, trial) for _ in range(RUNS))
+            seconds[_name(cut)] = self._seconds(cut, trial)
         best = min(tried, key=lambda cut: seconds[_name(cut)])
         self._write(shape, {"chosen": _name(best), "seconds": seconds})
         return best
 
     def _seconds(self, cut: Cut, trial: Callable[[Cut], None]) -> float:
-        start = self._driver.mark()
-        trial(cut)
-        return self._driver.seconds_between(start, self._driver.mark())
+        """Of one product, in the fastest of a few runs."""
+
+        def in_a_row() -> None:
+            for _ in range(IN_A_ROW):
+                trial(cut)
+
+        record, found = self._driver.capture(in_a_row), []
+        for _ in range(RUNS):
+            start = self._driver.mark()
+            record.play()
+            found.append(self._driver.seconds_between(start, self._driver.mark()))
+        return min(found) / IN_A_ROW
 
     def _write(self, shape: str, entry: dict[str, Any]) -> None:
         """Adds an entry to the file; what another process has added meanwhile stays."""

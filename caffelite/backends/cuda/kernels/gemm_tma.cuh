@@ -4,7 +4,9 @@
 //
 // One thread asks for a slice's boxes of 128 bytes along memory: BM, or BN, rows of an operand that lies along k, or 64 pixels k for each
 // 64 columns of one that lies across. An mbarrier for each slot counts their bytes, its phases are the rounds of the slots, and every
-// thread waits for it, as for its own copies, before the slice's barrier. Nothing else changes: slots are free when they were.
+// thread waits for it, as for its own copies, before the slice's barrier. Nothing else changes: slots are free when they were. Column sums of dy read
+// a slot by ldmatrix, through the generic proxy: what they read has been added up, and two barriers passed, before a box overwrites it, so that there
+// is nothing for a proxy fence to order. What a block writes into its slots by itself comes after its last box.
 // What a gather costs falls away: 8 to 20 instructions and a copy for each 16 bytes. Bytes, operations and shared memory are as in
 // gemm_wgmma.cuh, 64 bytes of mbarriers more in weight gradients (elsewhere they lie behind the taps). Not measured.
 // Ladder: 1. to 3. see gemm_wgmma.cuh; 4. this. Next: a warp of its own that loads, and blocks that go on to further tiles.
@@ -38,12 +40,12 @@ struct BoxLoader {
   }
   template <int SIZE>
   __device__ __forceinline__ void load(unsigned char* to, const cf_tensor_map& map, int at) const {
-    if (KMAJOR) {
+    if constexpr (KMAJOR) {
       cf_load_box(to, map, k, at, arrivals + slot);
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int panel = 0; panel < SIZE / 64; ++panel) cf_load_box(to + panel * Tile::PANEL, map, at + 64 * panel, k, arrivals + slot);
+      for (int panel = 0; panel < SIZE / 64; ++panel) cf_load_box(to + panel * Tile::PANEL, map, at + 64 * panel, k, arrivals + slot);
+    }
   }
   __device__ __forceinline__ void await(int slice) const { cf_mbarrier_wait(arrivals + slice % Tile::STAGES, slice / Tile::STAGES & 1); }
 };

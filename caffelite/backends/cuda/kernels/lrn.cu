@@ -47,10 +47,9 @@ __global__ void lrn_across_backward(const T* __restrict__ x, const T* __restrict
 #pragma unroll
     for (int v = 0; v < V; ++v) out[v] = scales[V + v];
     raise(out, g.beta);
-    float coefficient = 2 * g.factor * g.beta;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      out[v] = gradients[V + v] * out[v] - coefficient * around.values[V + v] * sum_around<H>(ratios, V + v);
+      out[v] = gradient_of(g, around.values[V + v], gradients[V + v], out[v], sum_around<H>(ratios, V + v));
       if (relu) out[v] = rectified(out[v], around.values[V + v]);
     }
     store_floats(dx + pixel + c, out);
@@ -62,7 +61,7 @@ struct Identity {
   static __device__ __forceinline__ float of(float x) { return x; }
 };
 struct Square {
-  static __device__ __forceinline__ float of(float x) { return x * x; }
+  static __device__ __forceinline__ float of(float x) { return __fmul_rn(x, x); }
 };
 
 // total[v] = sum of Term over the box around (h, w, c + v) of an image, cells outside it counting as zeros.
@@ -88,7 +87,7 @@ __global__ void lrn_forward(const T* __restrict__ x, T* __restrict__ y, Lrn g) {
     float out[V];
     sum_box<Square>(x + image, g, h, w, c, out);
 #pragma unroll
-    for (int v = 0; v < V; ++v) out[v] = g.k + g.factor * out[v];
+    for (int v = 0; v < V; ++v) out[v] = scale_of(g, out[v]);
     raise(out, g.beta);
     Pack<T, V> values = load_pack<V>(x + at);
 #pragma unroll
@@ -105,7 +104,7 @@ __global__ void lrn_ratios(const T* __restrict__ x, const T* __restrict__ y, con
     sum_box<Square>(x + image, g, h, w, c, out);
     Pack<T, V> outputs = load_pack<V>(y + at), gradients = load_pack<V>(dy + at);
 #pragma unroll
-    for (int v = 0; v < V; ++v) out[v] = to_float(gradients[v]) * to_float(outputs[v]) / (g.k + g.factor * out[v]);
+    for (int v = 0; v < V; ++v) out[v] = to_float(gradients[v]) * to_float(outputs[v]) / scale_of(g, out[v]);
     store_floats(ratios + at, out);
   });
 }
@@ -117,14 +116,13 @@ __global__ void lrn_backward(const T* __restrict__ x, const T* __restrict__ dy, 
     float powers[V], sums[V];
     sum_box<Square>(x + image, g, h, w, c, powers);
 #pragma unroll
-    for (int v = 0; v < V; ++v) powers[v] = g.k + g.factor * powers[v];
+    for (int v = 0; v < V; ++v) powers[v] = scale_of(g, powers[v]);
     raise(powers, g.beta);
     sum_box<Identity>(ratios + image, g, h, w, c, sums);
     Pack<T, V> values = load_pack<V>(x + at), gradients = load_pack<V>(dy + at);
-    float coefficient = 2 * g.factor * g.beta;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      sums[v] = to_float(gradients[v]) * powers[v] - coefficient * to_float(values[v]) * sums[v];
+      sums[v] = gradient_of(g, to_float(values[v]), to_float(gradients[v]), powers[v], sums[v]);
       if (relu) sums[v] = rectified(sums[v], values[v]);
     }
     store_floats(dx + at, sums);

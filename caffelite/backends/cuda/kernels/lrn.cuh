@@ -1,4 +1,5 @@
-// lrn.cuh - scales of local response normalisation: what lrn.cu and the pooling it is fused with share.
+// lrn.cuh - scales of local response normalisation: what lrn.cu and the pooling it is fused with share. Products that are added to something are rounded
+// by themselves (__fmul_rn): which of them a compiler fuses with the addition differs from kernel to kernel, and the bits are to be the same.
 #pragma once
 #include "channels.cuh"
 
@@ -6,6 +7,12 @@ struct Lrn {
   int images, channels, height, width, half_c, half_h, half_w;  // the box reaches half_* cells to each side
   float k, factor, beta;
 };
+
+// s from the sum of the squares around a cell; dx from the sum of the ratios dy y / s, and x and dy themselves.
+__device__ __forceinline__ float scale_of(const Lrn& g, float squares) { return __fadd_rn(g.k, __fmul_rn(g.factor, squares)); }
+__device__ __forceinline__ float gradient_of(const Lrn& g, float x, float dy, float power, float ratios) {
+  return __fsub_rn(__fmul_rn(dy, power), __fmul_rn(2 * g.factor * g.beta * x, ratios));
+}
 
 // s <- s^-beta; 3/4 is what nets use, and needs no powf.
 template <int V>
@@ -54,9 +61,9 @@ struct Around {
     load_around<T, V>(pixel, c, channels, values);
 #pragma unroll
     for (int i = 0; i < 3 * V; ++i)
-      if (i >= V - reach && i < 2 * V + reach) squares[i] = values[i] * values[i];
+      if (i >= V - reach && i < 2 * V + reach) squares[i] = __fmul_rn(values[i], values[i]);
   }
-  __device__ __forceinline__ float scale(const Lrn& g, int i) const { return g.k + g.factor * sum_around<H>(squares, i); }
+  __device__ __forceinline__ float scale(const Lrn& g, int i) const { return scale_of(g, sum_around<H>(squares, i)); }
   // power = s^-beta of the V channels
   __device__ __forceinline__ void powers(const Lrn& g, float (&power)[V]) const {
 #pragma unroll

@@ -6,7 +6,8 @@
 // pixels that its outputs' windows hold, into shared memory and rounded to T, as LRN would have stored them; then each thread goes through windows there. So a
 // pixel is normalised once, but for those that two tiles share: with kernel 3, stride 2 and side 5, 121 pixels for 100.
 // lrn_max_pool_backward<S>: blocks are (all groups of a pixel, pixels). A thread adds up what its pixel won in the windows around it (dy where mask has its
-// number; rounded to T), computes scale and value again, and leaves dy y / s of its channels in shared memory, where its neighbours add up their boxes.
+// number; rounded to T), computes scale and value again, and leaves dy y / s of its first and last channels in shared memory, for its neighbours' boxes;
+// neighbouring threads' lie side by side there, in different banks.
 // Both give the bits that lrn.cu and pooling.cu give one after the other.
 //
 // Bytes for each element of x in bfloat16, kernel 3 and stride 2 (a quarter as many outputs): forward 2 + (2+1)/4, backward 2 + (2+1)/4 + 2: 7.5 together;
@@ -66,10 +67,10 @@ __global__ void __launch_bounds__(BLOCK, 4) lrn_max_pool_backward(const T* __res
                                       bool relu) {
   constexpr int V = Vec<T>::size;
   static_assert(H <= V, "a box needs no more than the vectors beside a thread's own");
-  __shared__ float ratios[BLOCK * V];  // of the pixels' channels, dy y / s
+  __shared__ float heads[H][BLOCK], tails[H][BLOCK];  // dy y / s of each thread's first H channels, and of its last
   int pixel = blockIdx.x * blockDim.y + threadIdx.y, last = o.height * o.width - 1, c = threadIdx.x * V;
   int h = min(pixel, last) / o.width, w = min(pixel, last) % o.width;  // threads beyond the plane work along, so that all meet at the barriers
-  float* own = ratios + (threadIdx.y * blockDim.x + threadIdx.x) * V;
+  int own = threadIdx.y * blockDim.x + threadIdx.x;
   for (int n = blockIdx.y; n < o.images; n += gridDim.y) {
     long long start = offset_of(n, h, w, 0, o.height, o.width, o.channels);
     float gradient[V] = {}, out[V], around[3 * V] = {};
@@ -80,20 +81,20 @@ __global__ void __launch_bounds__(BLOCK, 4) lrn_max_pool_backward(const T* __res
     for (int v = 0; v < V; ++v) {
       gradient[v] = to_float(from_float<T>(gradient[v]));
       float output = to_float(from_float<T>(out[v] * near.values[V + v]));
-      own[v] = around[V + v] = gradient[v] * output / near.scale(g, V + v);
+      around[V + v] = gradient[v] * output / near.scale(g, V + v);
+      if (v < H) heads[v][own] = around[V + v];
+      if (v >= V - H) tails[v - (V - H)][own] = around[V + v];
     }
     __syncthreads();
 #pragma unroll
     for (int d = 0; d < H; ++d) {
-      if (c > 0) around[V - 1 - d] = own[-1 - d];
-      if (c + V < o.channels) around[2 * V + d] = own[V + d];
+      if (c > 0) around[V - 1 - d] = tails[H - 1 - d][own - 1];
+      if (c + V < o.channels) around[2 * V + d] = heads[d][own + 1];
     }
-    float coefficient = 2 * g.factor * g.beta;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      float value = near.values[V + v];
-      out[v] = gradient[v] * out[v] - coefficient * value * sum_around<H>(around, V + v);
-      if (relu) out[v] = rectified(out[v], value);
+      out[v] = gradient_of(g, near.values[V + v], gradient[v], out[v], sum_around<H>(around, V + v));
+      if (relu) out[v] = rectified(out[v], near.values[V + v]);
     }
     if (pixel <= last) store_floats(dx + start + c, out);
     __syncthreads();  // before the next image's ratios come

@@ -41,7 +41,7 @@ __global__ void max_pool_dropout_backward(const T* __restrict__ dy, const M* __r
                                           Windows g) {
   auto kept = [=](const Pack<T, V>& gradient, long long, float (&given)[V]) {
 #pragma unroll
-    for (int v = 0; v < V; ++v) given[v] = to_float(from_float<T>(to_float(gradient[v]) * factor));
+    for (int v = 0; v < V; ++v) given[v] = to_float(from_float<T>(__fmul_rn(to_float(gradient[v]), factor)));
   };
   if (positive) gather_winners<true, V, S>(dy, mask, positive, dx, g, kept);
   else gather_winners<false, V, S>(dy, mask, positive, dx, g, kept);

@@ -161,7 +161,7 @@ __device__ __forceinline__ void gather_shares(const T* __restrict__ dy, const T*
       float given[V], share = 1.0f / area_of(g, p, q);  // one division for V channels
       of(gradient, at, given);
 #pragma unroll
-      for (int v = 0; v < V; ++v) total[v] += given[v] * share;
+      for (int v = 0; v < V; ++v) total[v] = __fadd_rn(total[v], __fmul_rn(given[v], share));  // never fused: the bits are the same whatever `of` does
     });
     long long own = offset_of(n, h, w, c, g.height, g.width, g.channels);
     if (positive) {

@@ -55,8 +55,11 @@ def test_a_device_that_runs_ahead_is_timed_over_several_steps(cuda: object, time
 def test_a_gpu_is_busy_while_a_round_is_asked_for(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a short layer would take as long as the host needs to ask for it."""
     net = Net(net_from_text(NET), phase=pb.TRAIN, backend=cuda, level=1)
-    lead, layers, told = timing.Lead(net, cuda), [timing.LayerTimes(step) for step in net.steps], []
+    lead, layers, told = timing.Lead(cuda), [timing.LayerTimes(step) for step in net.steps], []
     play, mark = lead._play, cuda.mark
+    cuda.fill(lead.filled, 1.0)
+    play()
+    assert not cuda.to_host(lead.filled).any(), "a play does work"
     monkeypatch.setattr(lead, "_play", lambda: (told.append("play"), play()))
     monkeypatch.setattr(cuda, "mark", lambda: (told.append("mark"), mark())[1])
     timing._time_round(net, layers, cuda, lead)

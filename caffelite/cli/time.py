@@ -35,7 +35,7 @@ from caffelite.solver.config import NetChoice
 HEAD = ("layer", "type", "forward ms", "GFLOP/s", "backward ms", "GFLOP/s")
 WARM_UP_STEPS = 3
 RUNS = 10  # of several steps each, where a device runs ahead
-ZEROS, MOST_PLAYS = 100, 1000  # of gradients in a play of Lead; plays before a round
+FILLS, FILLED, MOST_PLAYS = 100, 1 << 18, 1000  # in a play of Lead; floats filled each time; plays before a round
 Marks = tuple[Any, Any] | None  # before and after what is timed; None where nothing ran
 
 
@@ -107,7 +107,7 @@ def _timed_layers(args: argparse.Namespace, backend: Backend, spec: NetSpec) -> 
         _time_round(net, [LayerTimes(step) for step in net.steps], backend)
         initial_loss = net.loss()
         layers, peaks = [LayerTimes(step) for step in net.steps], backend.peaks(args.precision)
-        lead = Lead(net, backend) if peaks and net.learnable else None
+        lead = Lead(backend) if peaks else None
         for _ in range(args.iterations):
             _time_round(net, layers, backend, lead)
     finally:
@@ -138,14 +138,16 @@ def _timed_layers(args: argparse.Namespace, backend: Backend, spec: NetSpec) -> 
 class Lead:
     """Work that keeps a GPU busy while the host asks for a round: else a layer would take at least as long as asking for it does.
 
-    It is zeroing the gradients again and again, recorded; half as much again as the host needed for the quickest round so far."""
+    It is filling an array again and again, recorded; half as much again as the host needed for the quickest round so far."""
 
-    def __init__(self, net: Net, backend: Backend) -> None:
-        def zeros() -> None:
-            for _ in range(ZEROS):
-                net.zero_grads()
+    def __init__(self, backend: Backend) -> None:
+        self.filled = backend.empty((FILLED,), "float32")
 
-        self._play = backend.repeatable(zeros)
+        def fills() -> None:
+            for _ in range(FILLS):
+                backend.fill(self.filled, 0.0)
+
+        self._play = backend.repeatable(fills)
         for _ in range(2):  # once as it is, once to be recorded
             self._play()
         start = backend.mark()

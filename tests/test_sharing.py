@@ -82,6 +82,16 @@ NETS: dict[str, tuple[str, Held]] = {
         + join("y n", "z"),
         {"cut": (frozenset({0}), ALL), "cut2": (ALL, ALL), "join": (frozenset({0}), frozenset({0}))},
     ),
+    "what is cut is needed by its sign elsewhere too": (
+        TWO
+        + layer("ReLU", "g", "a", "c")
+        + layer("Eltwise", "s", "c b", "y")
+        + cut("c", "u v")
+        + layer("Dropout", "q", "v", "v")
+        + join("u v", "w")
+        + layer("Eltwise", "s2", "y w", "z"),
+        {"cut": (frozenset({0}), ALL), "join": (frozenset({1}), NONE)},
+    ),
     "of a source": (join("x x", "j") + conv("c", "j", "k") + cut("k", "u v") + layer("Eltwise", "s", "u v", "z"), {"join": (NONE, NONE), "cut": (ALL, ALL)}),
     "along the channels": (
         TWO + layer("Concat", "join", "a b", "j") + cut("j", "u v", 1) + layer("Eltwise", "s", "u v", "z"),

@@ -70,9 +70,10 @@ def _may_share_data(edge: Edge) -> bool:
 
 def _share_data(data: _Data, edge: Edge) -> None:
     part, layer = edge.part, edge.node.layer
+    inner, outer = data.group(part), data.group(edge.whole.data_root)
     part.data_of, part.data_start = edge.whole, edge.start
     layer.held_data |= {edge.number}
-    if not data.lasts(edge.whole.data_root):
+    if data.clash(inner, outer):
         part.data_of, part.data_start = None, 0
         layer.held_data -= {edge.number}
 
@@ -94,10 +95,13 @@ class _Data:
         self._graph = graph
         self._steps = {id(node): i for i, node in enumerate(graph.nodes)}
 
-    def lasts(self, root: BlobInfo) -> bool:
-        """Whether all blobs in the memory of `root` are as they were written whenever they are read."""
-        group = [blob for blob in self._graph.blobs.values() if blob.data_root is root]
-        return not any(self._spoils(a, b) for a in group for b in group if a is not b)
+    def group(self, root: BlobInfo) -> list[BlobInfo]:
+        """All blobs in the memory of `root`."""
+        return [blob for blob in self._graph.blobs.values() if blob.data_root is root]
+
+    def clash(self, group: list[BlobInfo], other: list[BlobInfo]) -> bool:
+        """Whether a write to a blob of one group spoils one of the other, now that they are in one memory. Within each, none did."""
+        return any(self._spoils(a, b) or self._spoils(b, a) for a in group for b in other)
 
     def _spoils(self, a: BlobInfo, b: BlobInfo) -> bool:
         """Whether a write to `a` changes what is read of `b` afterwards."""
@@ -150,16 +154,16 @@ def _share_diff(diffs: _Diffs, edge: Edge) -> None:
     """Where it is a BatchNorm in place that would overwrite the one gradient of a sum's bottoms, with that of what it found there (which a fusion laid
     so), that one gets memory of its own."""
     part, layer = edge.part, edge.node.layer
+    inner, outer = diffs.group(part), diffs.group(edge.whole.diff_root)
     part.diff_of, part.diff_start = edge.whole, edge.start
     layer.held_diffs |= {edge.number}
-    root = edge.whole.diff_root
-    if diffs.lasts(root):
+    if not diffs.clash(inner, outer):
         return
     held = [edge.node.bottoms[i] for i in layer.held_diffs] if isinstance(layer, Eltwise) else []
     lodgers = [(blob, blob.diff_of) for blob in diffs.blobs if blob.called and blob.diff_of in held]
     for blob, _ in lodgers:
         blob.diff_of = None
-    if not diffs.lasts(root):
+    if diffs.clash(inner, outer):
         part.diff_of, part.diff_start = None, 0
         layer.held_diffs -= {edge.number}
         for blob, before in lodgers:
@@ -177,14 +181,17 @@ class _Diffs:
     def blobs(self) -> Sequence[BlobInfo]:
         return list(self._graph.blobs.values())
 
-    def lasts(self, root: BlobInfo) -> bool:
-        """Whether all gradients in the memory of `root`'s are as they were written until the last layer has read them."""
-        group = [blob for blob in self.blobs if blob.diff_root is root and any(node.needs_backward for node in blob.writers)]
-        return not any(self._spoils(a, b) for a in group for b in group if a is not b)
+    def group(self, root: BlobInfo) -> list[BlobInfo]:
+        """All blobs whose gradients lie in the memory of `root`'s, but for those whose gradient nobody reads."""
+        return [blob for blob in self.blobs if blob.diff_root is root and any(node.needs_backward for node in blob.writers)]
+
+    def clash(self, group: list[BlobInfo], other: list[BlobInfo]) -> bool:
+        """As of _Data."""
+        return any(self._spoils(a, b) or self._spoils(b, a) for a in group for b in other)
 
     def _spoils(self, a: BlobInfo, b: BlobInfo) -> bool:
         """Whether a write to `a`'s gradient changes what is read of `b`'s afterwards."""
-        if not _overlap(a.diff_offset, prod(a.shape), b.diff_offset, prod(b.shape)):
+        if a.diff_root is not b.diff_root or not _overlap(a.diff_offset, prod(a.shape), b.diff_offset, prod(b.shape)):
             return False
         givers = [self._times[id(reader)] for reader in b.readers if reader.needs_backward and gives(reader, b)]
         start, end = min(givers, default=-len(self._times)), self._times[id(b.writers[0])]

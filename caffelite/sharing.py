@@ -21,7 +21,8 @@ from caffelite.memory import ALIGN, ITEM_BYTES, gives
 
 
 class Edge(NamedTuple):
-    """A place where a layer would copy `part` to or from `start` elements on in `whole`: `number` counts the bottoms or tops it is one of."""
+    """`part`, bottom or top `number` of `node`, has the values that lie in `whole`, on the node's other side, from element `start` on, and the
+    same of its gradient (Eltwise: of its gradient alone): the node would copy them from one to the other."""
 
     node: Node
     number: int
@@ -62,21 +63,29 @@ def _edges(node: Node) -> list[Edge]:
 
 
 def _may_share_data(edge: Edge) -> bool:
+    """Whether the part lies nowhere else yet, and is neither to be kept after the pass nor written before it (as sources are)."""
     part = edge.part
     return part.data_of is None and not part.persistent and not any(writer.layer.is_source for writer in part.writers)
 
 
 def _share_data(data: _Data, edge: Edge) -> None:
     part, layer = edge.part, edge.node.layer
+    inner, outer = data.group(part), data.group(edge.whole.data_root)
     part.data_of, part.data_start = edge.whole, edge.start
     layer.held_data |= {edge.number}
-    if not data.lasts(edge.whole.data_root):
+    if data.clash(inner, outer):
         part.data_of, part.data_start = None, 0
         layer.held_data -= {edge.number}
 
 
 def _overlap(a: int, size_a: int, b: int, size_b: int) -> bool:
     return a < b + size_b and b < a + size_a
+
+
+def _past_split(blob: BlobInfo) -> bool:
+    """Whether a Split lies between the blob and that whose memory it lies in, so that gradient comes back by other ways too: where Dropout has put
+    zeros into the blob, the signs of what it lies in still matter."""
+    return blob.data_of is not None and (blob.writers[0].layer.shares_data or _past_split(blob.data_of))
 
 
 class _Data:
@@ -86,10 +95,13 @@ class _Data:
         self._graph = graph
         self._steps = {id(node): i for i, node in enumerate(graph.nodes)}
 
-    def lasts(self, root: BlobInfo) -> bool:
-        """Whether all blobs in the memory of `root` are as they were written whenever they are read."""
-        group = [blob for blob in self._graph.blobs.values() if blob.data_root is root]
-        return not any(self._spoils(a, b) for a in group for b in group if a is not b)
+    def group(self, root: BlobInfo) -> list[BlobInfo]:
+        """All blobs in the memory of `root`."""
+        return [blob for blob in self._graph.blobs.values() if blob.data_root is root]
+
+    def clash(self, group: list[BlobInfo], other: list[BlobInfo]) -> bool:
+        """Whether a write to a blob of one group spoils one of the other, now that they are in one memory. Within each, none did."""
+        return any(self._spoils(a, b) or self._spoils(b, a) for a in group for b in other)
 
     def _spoils(self, a: BlobInfo, b: BlobInfo) -> bool:
         """Whether a write to `a` changes what is read of `b` afterwards."""
@@ -100,7 +112,8 @@ class _Data:
             step = self._steps[id(writer)]
             if step <= start or self._only_says_where(writer, a):
                 continue
-            if b.persistent or any(time >= step and not (what == SIGN and writer.layer.keeps_sign) for time, what in self._reads(b)):
+            kept = SIGN if writer.layer.keeps_sign and not _past_split(a) else None
+            if b.persistent or any(time >= step and what != kept for time, what in self._reads(b)):
                 return True
         return False
 
@@ -138,18 +151,19 @@ def _weighted(blob: BlobInfo) -> bool:
 
 
 def _share_diff(diffs: _Diffs, edge: Edge) -> None:
-    """A layer that would overwrite one bottom's gradient while another's is needed may have been given that memory by a fusion: it can have its own."""
+    """Where it is a BatchNorm in place that would overwrite the one gradient of a sum's bottoms, with that of what it found there (which a fusion laid
+    so), that one gets memory of its own."""
     part, layer = edge.part, edge.node.layer
+    inner, outer = diffs.group(part), diffs.group(edge.whole.diff_root)
     part.diff_of, part.diff_start = edge.whole, edge.start
     layer.held_diffs |= {edge.number}
-    root = edge.whole.diff_root
-    if diffs.lasts(root):
+    if not diffs.clash(inner, outer):
         return
     held = [edge.node.bottoms[i] for i in layer.held_diffs] if isinstance(layer, Eltwise) else []
     lodgers = [(blob, blob.diff_of) for blob in diffs.blobs if blob.called and blob.diff_of in held]
     for blob, _ in lodgers:
         blob.diff_of = None
-    if not diffs.lasts(root):
+    if diffs.clash(inner, outer):
         part.diff_of, part.diff_start = None, 0
         layer.held_diffs -= {edge.number}
         for blob, before in lodgers:
@@ -167,19 +181,22 @@ class _Diffs:
     def blobs(self) -> Sequence[BlobInfo]:
         return list(self._graph.blobs.values())
 
-    def lasts(self, root: BlobInfo) -> bool:
-        """Whether all gradients in the memory of `root`'s are as they were written until the last layer has read them."""
-        group = [blob for blob in self.blobs if blob.diff_root is root and any(node.needs_backward for node in blob.writers)]
-        return not any(self._spoils(a, b) for a in group for b in group if a is not b)
+    def group(self, root: BlobInfo) -> list[BlobInfo]:
+        """All blobs whose gradients lie in the memory of `root`'s, but for those whose gradient nobody reads."""
+        return [blob for blob in self.blobs if blob.diff_root is root and any(node.needs_backward for node in blob.writers)]
+
+    def clash(self, group: list[BlobInfo], other: list[BlobInfo]) -> bool:
+        """As of _Data."""
+        return any(self._spoils(a, b) or self._spoils(b, a) for a in group for b in other)
 
     def _spoils(self, a: BlobInfo, b: BlobInfo) -> bool:
         """Whether a write to `a`'s gradient changes what is read of `b`'s afterwards."""
-        if not _overlap(a.diff_offset, prod(a.shape), b.diff_offset, prod(b.shape)):
+        if a.diff_root is not b.diff_root or not _overlap(a.diff_offset, prod(a.shape), b.diff_offset, prod(b.shape)):
             return False
         givers = [self._times[id(reader)] for reader in b.readers if reader.needs_backward and gives(reader, b)]
         start, end = min(givers, default=-len(self._times)), self._times[id(b.writers[0])]
         for node in self._writers(a):
-            passes_on = b in node.tops and node.layer.in_place and a.shape == b.shape  # dx may be dy
+            passes_on = b in node.tops and node.layer.in_place and a.shape == b.shape  # reads b's while it writes a's: dx may be dy
             if start < self._times[id(node)] <= end and not (self._times[id(node)] == end and passes_on):
                 return True
         return False
@@ -194,6 +211,7 @@ class _Diffs:
                 yield node
 
     def _only_says_where(self, reader: Node, blob: BlobInfo) -> bool:
+        """Whether `reader` leaves what it finds of the gradient's memory where other gradients lie in it."""
         if isinstance(reader.layer, (Concat, Eltwise)):
             return reader.bottoms.index(blob) in reader.layer.held_diffs
         return isinstance(reader.layer, Slice) or (isinstance(reader.layer, Regroup) and bool(reader.layer.held_diffs))

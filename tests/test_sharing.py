@@ -82,6 +82,16 @@ NETS: dict[str, tuple[str, Held]] = {
         + join("y n", "z"),
         {"cut": (frozenset({0}), ALL), "cut2": (ALL, ALL), "join": (frozenset({0}), frozenset({0}))},
     ),
+    "what is cut is needed by its sign elsewhere too": (
+        TWO
+        + layer("ReLU", "g", "a", "c")
+        + layer("Eltwise", "s", "c b", "y")
+        + cut("c", "u v")
+        + layer("Dropout", "q", "v", "v")
+        + join("u v", "w")
+        + layer("Eltwise", "s2", "y w", "z"),
+        {"cut": (frozenset({0}), ALL), "join": (frozenset({1}), NONE)},
+    ),
     "of a source": (join("x x", "j") + conv("c", "j", "k") + cut("k", "u v") + layer("Eltwise", "s", "u v", "z"), {"join": (NONE, NONE), "cut": (ALL, ALL)}),
     "along the channels": (
         TWO + layer("Concat", "join", "a b", "j") + cut("j", "u v", 1) + layer("Eltwise", "s", "u v", "z"),
@@ -93,6 +103,14 @@ NETS: dict[str, tuple[str, Held]] = {
     "a sum": (TWO + layer("Eltwise", "s", "a b", "z"), {"s": (NONE, ALL)}),
     "a sum with a coefficient": (TWO + layer("Eltwise", "s", "a b", "z", "eltwise_param { coeff: 1 coeff: -2 }"), {"s": (NONE, frozenset({0}))}),
     "a sum of what is changed in place": (TWO + layer("TanH", "h", "a", "a") + layer("Eltwise", "s", "a b", "z"), {"s": (NONE, frozenset({0}))}),
+    "a sum of a sum": (
+        TWO + layer("Eltwise", "s", "a b", "y") + conv("third", "x", "k") + layer("Eltwise", "s2", "y k", "z"),
+        {"s": (NONE, ALL), "s2": (NONE, ALL)},
+    ),
+    "a sum of a sum of what is changed in place": (
+        conv("third", "x", "k") + TWO + layer("TanH", "h", "a", "a") + layer("Eltwise", "s", "a b", "y") + layer("Eltwise", "s2", "y k", "z"),
+        {"s": (NONE, frozenset({0})), "s2": (NONE, frozenset({0}))},
+    ),
     "a residual": (
         FIRST + layer("ReLU", "r1", "a", "a") + conv("c", "a", "b") + layer("Eltwise", "s", "a b", "z") + layer("ReLU", "r2", "z", "z"),
         {"s": (NONE, ALL)},

@@ -306,6 +306,19 @@ def test_nothing_to_train() -> None:
         make_solver(f"{RATE} {QUIET} max_iter: 3", LINEAR.replace("lr_mult: 1.5", "lr_mult: 0").replace("lr_mult: 2", "lr_mult: 0")).solve()
 
 
+@pytest.mark.parametrize("extra", ["", "clip_gradients: 0.1", "debug_info: true", "iter_size: 2"])
+def test_steps_of_a_net_in_which_nothing_learns_change_nothing(extra: str) -> None:
+    """As in Caffe, whose step() runs such nets too."""
+    frozen = LINEAR.replace("lr_mult: 1.5", "lr_mult: 0").replace("lr_mult: 2", "lr_mult: 0")
+    for net in (frozen, frozen.replace('type: "EuclideanLoss"', 'type: "EuclideanLoss" loss_weight: 0')):
+        solver = make_solver(f"{RATE} {QUIET} {extra}", net)
+        before = weights_of(solver)
+        solver.step(2)
+        assert solver.iter == 2
+        for name, values in weights_of(solver).items():
+            np.testing.assert_array_equal(values, before[name])
+
+
 def test_an_absent_seed_differs_from_run_to_run_and_a_given_one_does_not() -> None:
     def weights(text: str) -> np.ndarray:
         return weights_of(make_solver(RATE + text, LINEAR, seeded=False))["ip/0"]

@@ -46,6 +46,8 @@ def backward_with_debug(net: Net, tell: Tell) -> None:
 
 def _norms(net: Net, tell: Tell) -> None:
     ops, arena = net.backend, net.arena
+    if arena.grad is None:
+        return
     arena.settle_grads()
     sums = ops.sum_absolute(arena.master), ops.sum_absolute(arena.grad)
     roots = math.sqrt(ops.sum_squares(arena.master)), math.sqrt(ops.sum_squares(arena.grad))

@@ -72,8 +72,10 @@ class Iteration:
             self._ops.append(self._losses, self._total, divisor=self.param.iter_size)
 
     def update(self) -> None:
-        """Clips and applies the gradients in the net."""
+        """Clips and applies the gradients in the net; nothing where it has none."""
         arena = self.net.arena
+        if arena.grad is None:
+            return
         arena.settle_grads()
         if self.clips:
             self._ops.clip_gradients(arena.grad, self._norm, self._dials.grad_scale, limit=self.param.clip_gradients, divisor=self.param.iter_size)

@@ -120,15 +120,19 @@ def _diff_regions(graph: Graph, steps: dict[int, int], end: int) -> Iterable[Reg
     for blob in graph.blobs.values():
         if blob.diff_of or blob.absent:
             continue
-        weighted = any(w for node in blob.writers for top, w in zip(node.tops, node.loss_weights) if top is blob)
         writers = [node for node in blob.writers if node.needs_backward]
         givers = [node for node in blob.readers if node.needs_backward and gives(node, blob)]
-        if not (weighted or writers or givers):
+        if not (weighted(blob) or writers or givers):
             continue
         times = [end - 1 - steps[id(node)] for node in [*writers, *givers, *lodgers.get(id(blob), [])]]
         unwritten = not givers
-        keep = weighted or unwritten or blob.persistent  # what nobody writes stays zero, as all memory starts
+        keep = weighted(blob) or unwritten or blob.persistent  # what nobody writes stays zero, as all memory starts
         yield Region(("diff", blob.name), blob.shape, blob.dtype, min(times, default=0), max(times, default=end), keep)
+
+
+def weighted(blob: BlobInfo) -> bool:
+    """Whether the blob counts as a loss."""
+    return any(weight for node in blob.writers for top, weight in zip(node.tops, node.loss_weights) if top is blob)
 
 
 def gives(node: Node, blob: BlobInfo) -> bool:

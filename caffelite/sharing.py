@@ -17,7 +17,7 @@ from caffelite.layers.concat import Concat
 from caffelite.layers.eltwise import Eltwise
 from caffelite.layers.regroup import Regroup
 from caffelite.layers.slice import Slice
-from caffelite.memory import ALIGN, ITEM_BYTES, gives
+from caffelite.memory import ALIGN, ITEM_BYTES, gives, weighted
 
 
 class Edge(NamedTuple):
@@ -141,13 +141,9 @@ def _may_share_diff(edge: Edge) -> bool:
     """Whether this layer passes the gradient on, which others write anew in every pass, and nobody looks for afterwards."""
     node, part, whole = edge.node, edge.part, edge.whole
     below, above = (whole, part) if part in node.tops else (part, whole)
-    if part.diff_of is not None or part.persistent or whole.persistent or _weighted(part) or _weighted(whole):
+    if part.diff_of is not None or part.persistent or whole.persistent or weighted(part) or weighted(whole):
         return False
     return node.runs_backward and gives(node, below) and any(reader.needs_backward and gives(reader, above) for reader in above.readers)
-
-
-def _weighted(blob: BlobInfo) -> bool:
-    return any(weight for node in blob.writers for top, weight in zip(node.tops, node.loss_weights) if top is blob)
 
 
 def _share_diff(diffs: _Diffs, edge: Edge) -> None:

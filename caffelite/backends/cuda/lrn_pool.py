@@ -10,6 +10,7 @@ from caffelite.backends.cuda.common import DTYPES, THREADS, cname
 from caffelite.backends.cuda.launch import TYPES, Module
 from caffelite.backends.cuda.lrn import NEAR, Lrn, across
 from caffelite.backends.cuda.pooling import STRIDES, Pooling, known, windows
+from caffelite.backends.cuda.space import Space
 
 MOST_SHARED = 24 * 1024  # bytes of normalised pixels that a block keeps
 MOST_GROUPS = 16  # of V channels in a block of forward: 256 bytes of a pixel
@@ -32,7 +33,7 @@ class LrnPool(Pooling, Lrn):
         groups = min(x.shape[1] // vector, MOST_GROUPS)
         side = _side(y.shape[2:], kernel, stride, groups)
         if size not in NEAR or vector == 1 or not side or (mask is not None and cname(mask) != "unsigned char"):
-            normalised = self._dense_scratch(x)
+            normalised = Space(self, "lrn pool", y=x.size * x.itemsize).part("y", x.dtype, x.shape)
             self.lrn_forward(x, normalised, None, size=size, alpha=alpha, beta=beta, k=k)
             self.max_pool_forward(normalised, y, mask, kernel=kernel, stride=stride, pad=pad)
             return
@@ -60,7 +61,8 @@ class LrnPool(Pooling, Lrn):
     ) -> None:
         vector = vector_of(x, dy, mask, dx)
         if size not in NEAR or vector == 1 or x.shape[1] > vector * THREADS or cname(mask) != "unsigned char":
-            y, between = self._dense_scratch(x, 2)
+            space = Space(self, "lrn pool", y=x.size * x.itemsize, dy=x.size * x.itemsize)
+            y, between = (space.part(name, x.dtype, x.shape) for name in ("y", "dy"))
             self.lrn_forward(x, y, None, size=size, alpha=alpha, beta=beta, k=k)
             self.max_pool_backward(dy, mask, between, kernel=kernel, stride=stride, pad=pad)
             self.lrn_backward(x, y, between, dx, None, size=size, alpha=alpha, beta=beta, k=k, relu=relu)
@@ -68,13 +70,6 @@ class LrnPool(Pooling, Lrn):
         name = f"lrn_max_pool_backward<{cname(x)}, unsigned char, {size // 2}, {known(stride, STRIDES)}>"
         numbers = (across(x.shape, size, alpha, beta, k), windows(x.shape, dy.shape, kernel, stride, pad), np.bool_(relu))
         self.launch(LRN_POOL, name, *tiles(x, vector), x, dy, mask, dx, *numbers)
-
-    def _dense_scratch(self, x: Array, count: int = 1) -> Array:
-        """One array as x in scratch memory, or several."""
-        nbytes = -(-x.size * x.itemsize // 64) * 64
-        buffer = self.scratch(count * nbytes, "lrn pool")
-        arrays = [self.part(buffer, i * nbytes, x.shape, x.dtype) for i in range(count)]
-        return arrays if count > 1 else arrays[0]
 
 
 def _bytes(side: int, kernel: Ints, stride: Ints, groups: int) -> int:

@@ -6,10 +6,10 @@ import numpy as np
 
 from caffelite.backends.contract import Array, DropoutKey, Ints
 from caffelite.backends.cuda.channels import tiles, vector_of
-from caffelite.backends.cuda.common import Base, cname
+from caffelite.backends.cuda.common import Base
 from caffelite.backends.cuda.dropout import factor, threshold
 from caffelite.backends.cuda.launch import Module
-from caffelite.backends.cuda.pooling import KERNELS, STRIDES, known, names, windows
+from caffelite.backends.cuda.pooling import KERNELS, STRIDES, ave_kernel, max_kernel, names, windows
 
 POOL_DROPOUT = Module("pool_dropout", [*names("float", 4, "pool_dropout"), *names("bf16", 8, "pool_dropout")])
 DROP = np.dtype([("factor", np.float32), ("threshold", np.uint32), ("seed", np.uint64), ("layer", np.uint64)])  # struct Drop
@@ -18,31 +18,26 @@ DROP = np.dtype([("factor", np.float32), ("threshold", np.uint32), ("seed", np.u
 class PoolDropout(Base):
     def max_pool_dropout_forward(self, x: Array, y: Array, mask: Array | None, *, ratio: float, key: DropoutKey, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(x, y, mask)
-        kind = "unsigned char" if mask is None else cname(mask)
-        fixed = known(kernel, KERNELS) if vector > 1 and kind == "unsigned char" else 0
-        name = f"max_pool_dropout_forward<{cname(x)}, {kind}, {vector}, {fixed}>"
+        name = max_kernel("pool_dropout_forward", x, mask, vector, kernel, KERNELS)
         self.launch(POOL_DROPOUT, name, *tiles(y, vector), x, y, mask, key.iteration, _drop(ratio, key), windows(x.shape, y.shape, kernel, stride, pad))
 
     def max_pool_dropout_backward(
         self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, ratio: float, kernel: Ints, stride: Ints, pad: Ints
     ) -> None:
         vector = vector_of(dx, dy, mask, positive)
-        fixed = known(stride, STRIDES) if vector > 1 and cname(mask) == "unsigned char" else 0
-        name = f"max_pool_dropout_backward<{cname(dx)}, {cname(mask)}, {vector}, {fixed}>"
+        name = max_kernel("pool_dropout_backward", dx, mask, vector, stride, STRIDES)
         self.launch(POOL_DROPOUT, name, *tiles(dx, vector), dy, mask, positive, dx, factor(ratio), windows(dx.shape, dy.shape, kernel, stride, pad))
 
     def ave_pool_dropout_forward(self, x: Array, y: Array, mask: Array | None, *, ratio: float, key: DropoutKey, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(x, y, mask)
-        fixed = known(kernel, KERNELS) if vector > 1 else 0
-        name = f"ave_pool_dropout_forward<{cname(x)}, {vector}, {fixed}>"
+        name = ave_kernel("pool_dropout_forward", x, vector, kernel, KERNELS)
         self.launch(POOL_DROPOUT, name, *tiles(y, vector), x, y, mask, key.iteration, _drop(ratio, key), windows(x.shape, y.shape, kernel, stride, pad))
 
     def ave_pool_dropout_backward(
         self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, ratio: float, kernel: Ints, stride: Ints, pad: Ints
     ) -> None:
         vector = vector_of(dx, dy, mask, positive)
-        fixed = known(stride, STRIDES) if vector > 1 else 0
-        name = f"ave_pool_dropout_backward<{cname(dx)}, {vector}, {fixed}>"
+        name = ave_kernel("pool_dropout_backward", dx, vector, stride, STRIDES)
         self.launch(POOL_DROPOUT, name, *tiles(dx, vector), dy, mask, positive, dx, factor(ratio), windows(dx.shape, dy.shape, kernel, stride, pad))
 
 

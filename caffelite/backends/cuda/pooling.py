@@ -37,15 +37,12 @@ POOLING = Module("pooling", [*names("float", 4, "pool"), *names("bf16", 8, "pool
 class Pooling(Base):
     def max_pool_forward(self, x: Array, y: Array, mask: Array | None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(x, y, mask)
-        kind = "unsigned char" if mask is None else cname(mask)
-        fixed = known(kernel, KERNELS) if vector > 1 and kind == "unsigned char" else 0
-        name = f"max_pool_forward<{cname(x)}, {kind}, {vector}, {fixed}>"
+        name = max_kernel("pool_forward", x, mask, vector, kernel, KERNELS)
         self.launch(POOLING, name, *tiles(y, vector), x, y, mask, windows(x.shape, y.shape, kernel, stride, pad))
 
     def max_pool_backward(self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(dx, dy, mask, positive)
-        fixed = known(stride, STRIDES) if vector > 1 and cname(mask) == "unsigned char" else 0
-        name = f"max_pool_backward<{cname(dx)}, {cname(mask)}, {vector}, {fixed}>"
+        name = max_kernel("pool_backward", dx, mask, vector, stride, STRIDES)
         self.launch(POOLING, name, *tiles(dx, vector), dy, mask, positive, dx, windows(dx.shape, dy.shape, kernel, stride, pad))
 
     def max_pool_indices(self, mask: Array, top: Array, *, kernel: Ints, stride: Ints, pad: Ints, width: int) -> None:
@@ -56,14 +53,26 @@ class Pooling(Base):
 
     def ave_pool_forward(self, x: Array, y: Array, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(x, y)
-        fixed = known(kernel, KERNELS) if vector > 1 else 0
-        self.launch(POOLING, f"ave_pool_forward<{cname(x)}, {vector}, {fixed}>", *tiles(y, vector), x, y, windows(x.shape, y.shape, kernel, stride, pad))
+        name = ave_kernel("pool_forward", x, vector, kernel, KERNELS)
+        self.launch(POOLING, name, *tiles(y, vector), x, y, windows(x.shape, y.shape, kernel, stride, pad))
 
     def ave_pool_backward(self, dy: Array, dx: Array, positive: Array | None = None, *, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(dx, dy, positive)
-        fixed = known(stride, STRIDES) if vector > 1 else 0
-        name = f"ave_pool_backward<{cname(dx)}, {vector}, {fixed}>"
+        name = ave_kernel("pool_backward", dx, vector, stride, STRIDES)
         self.launch(POOLING, name, *tiles(dx, vector), dy, positive, dx, windows(dx.shape, dy.shape, kernel, stride, pad))
+
+
+def max_kernel(what: str, x: Array, mask: Array | None, vector: int, numbers: Ints, choices: Ints) -> str:
+    """The kernel of max pooling, of those that `names` lists, for activations as x and masks as `mask` (None: none is written)."""
+    kind = "unsigned char" if mask is None else cname(mask)
+    fixed = known(numbers, choices) if vector > 1 and kind == "unsigned char" else 0
+    return f"max_{what}<{cname(x)}, {kind}, {vector}, {fixed}>"
+
+
+def ave_kernel(what: str, x: Array, vector: int, numbers: Ints, choices: Ints) -> str:
+    """The same of average pooling."""
+    fixed = known(numbers, choices) if vector > 1 else 0
+    return f"ave_{what}<{cname(x)}, {vector}, {fixed}>"
 
 
 def known(numbers: Ints, choices: Ints) -> int:

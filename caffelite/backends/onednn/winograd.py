@@ -110,8 +110,8 @@ class Axis:
                 made[:, t, first + i] = self.filter.b[:, i]
         return made
 
-    def gradients(self) -> Array:
-        """(n, tiles, outputs) float32: takes gradients of outputs to A^T dy for each tile's dy."""
+    def results(self) -> Array:
+        """(n, tiles, outputs) float32: takes terms to outputs, by sums over both, and gradients of outputs to A^T dy for each tile's dy."""
         made = np.zeros((self.n, self.tiles, self.outputs), np.float32)
         for t in range(self.tiles):
             for i in range(min(self.tile, self.outputs - t * self.tile)):

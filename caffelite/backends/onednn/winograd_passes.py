@@ -7,6 +7,7 @@ import numpy as np
 from caffelite.backends.contract import Array, Ints
 from caffelite.backends.onednn.dnnl import F32, Descriptor, Dnnl, Primitive
 from caffelite.backends.onednn.matmul import product
+from caffelite.backends.onednn.plan import Drain, Feed
 
 TILES_AT_ONCE = 6  # more would multiply by more of the zeros between the windows
 
@@ -62,3 +63,63 @@ class Gather:
         """bias: where the row that is added to each lies."""
         for multiply, read, write in self._parts:
             multiply(self._matrix.ctypes.data, source + read, *bias, target + write)
+
+
+class Lines:
+    """target[line] = matrix source[line] (+ bias) (ReLU), or target += the product: lines of pixels, each of `width` channels.
+
+    matrix is (n, tiles, size): a line of `size` pixels becomes one of tiles x n terms, tile by tile; back: the other way round."""
+
+    def __init__(
+        self, dnnl: Dnnl, matrix: Array, lines: int, width: int, *, back: bool = False, bias: bool = False, relu: bool = False, add: bool = False
+    ) -> None:
+        flat = matrix.transpose(1, 0, 2).reshape(-1, matrix.shape[2])
+        self._matrix = np.ascontiguousarray(flat.T if back else flat, np.float32)
+        after, before = self._matrix.shape
+        right, made = matrices(dnnl, (lines, before, width)), matrices(dnnl, (lines, after, width))
+        line = matrices(dnnl, (1, 1, width)) if bias else None
+        self._multiply = product(dnnl, matrices(dnnl, (1, after, before)), right, line, made, relu=relu, add=add)
+        self.nbytes = made.nbytes
+
+    def __call__(self, source: int, target: int, *bias: int) -> None:
+        """bias: where that of the channels lies."""
+        self._multiply(self._matrix.ctypes.data, source, *bias, target)
+
+
+class Entry:
+    """A piece of a blob as the filters along rows take it: as it lies, or in float32 with its lines spread by `matrix`."""
+
+    def __init__(self, dnnl: Dnnl, dtype: int, lines: int, columns: int, channels: int, matrix: Array | None, purpose: str) -> None:
+        held, wide = (dnnl.strided((lines * columns * channels,), (1,), t) for t in (dtype, F32))
+        self.nbytes, self._purpose, self._scratch = held.nbytes, purpose, dnnl.scratch
+        self._feed = Feed(dnnl, held, wide, purpose)
+        self._spread = None if matrix is None else Lines(dnnl, matrix, lines, channels)
+
+    def __call__(self, address: int) -> int:
+        address = self._feed(address)
+        if self._spread is None:
+            return address
+        made = self._scratch.address(f"{self._purpose} in columns", self._spread.nbytes)
+        self._spread(address, made)
+        return made
+
+
+class Exit:
+    """The other way: where the filters along rows shall write, and what becomes of it in the end."""
+
+    def __init__(
+        self, dnnl: Dnnl, dtype: int, lines: int, columns: int, channels: int, matrix: Array | None, *, bias: bool = False, relu: bool = False
+    ) -> None:
+        held, wide = (dnnl.strided((lines * columns * channels,), (1,), t) for t in (dtype, F32))
+        self.nbytes, self._scratch = held.nbytes, dnnl.scratch
+        self._drain = Drain(dnnl, wide, held, "output")
+        self._gather = None if matrix is None else Lines(dnnl, matrix, lines, channels, back=True, bias=bias, relu=relu)
+        self._held = 0 if matrix is None else 4 * lines * matrix.shape[0] * matrix.shape[1] * channels
+
+    def target(self, address: int) -> int:
+        return address if self._gather is None else self._scratch.address("output in columns", self._held)
+
+    def finish(self, address: int, *bias: int) -> None:
+        if self._gather is not None:
+            self._gather(self.target(address), self._drain.target(address), *bias)
+            self._drain.finish(address)

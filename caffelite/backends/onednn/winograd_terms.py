@@ -1,6 +1,7 @@
 """The products of the terms of Winograd's filters, for filters along rows alone (Row...) or along rows and columns (Tile...).
 
-Terms of rows come term after term, as Spread leaves them: (n, images, tiles, columns, channels). Those of the filters are (n, filters, columns, channels).
+Terms come as Spread leaves them: (n, images, tiles, columns, channels), those of the filters (n, filters, columns, channels). Where columns are filtered
+as well, there are n terms for each tile of columns in place of the columns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from caffelite.backends.onednn.dnnl import CONVOLUTION_DIRECT, DIFF_DST, DIFF_SR
 from caffelite.backends.onednn.matmul import prepared, product
 from caffelite.backends.onednn.plan import Drain
 from caffelite.backends.onednn.winograd import Axis
-from caffelite.backends.onednn.winograd_passes import Gather, Spread, matrices
+from caffelite.backends.onednn.winograd_passes import matrices
 
 
 class Shape(NamedTuple):
@@ -27,6 +28,7 @@ class Shape(NamedTuple):
     y: Ints
     pad: Ints
     group: int
+    across: bool  # whether columns are filtered as well as rows
     most: int  # terms of a tile along one axis
 
     def axis(self, i: int, *, backward: bool = False) -> Axis:
@@ -34,10 +36,14 @@ class Shape(NamedTuple):
         size, outputs, kernel, pad = self.x[2 + i], self.y[2 + i], self.w[2 + i], self.pad[i]
         return Axis(outputs, size, kernel - 1 - pad, kernel, self.most) if backward else Axis(size, outputs, pad, kernel, self.most)
 
+    def row(self, shape: Ints, *, backward: bool = False) -> int:
+        """Elements in one row of a blob of this shape, or of its terms where columns are filtered."""
+        columns = self.axis(1, backward=backward)
+        return shape[1] * (columns.tiles * columns.n if self.across else shape[3])
 
-def row_of(shape: Ints) -> int:
-    """Elements in one row of a blob."""
-    return shape[1] * shape[3]
+    def row_w(self, *, backward: bool = False) -> int:
+        """The same for the filters."""
+        return self.w[1] * (self.axis(1, backward=backward).n if self.across else self.w[3])
 
 
 def hollow(*shape: int) -> Array:
@@ -69,8 +75,8 @@ class RowTerms:
             descriptor = hint if layout is None else g.forward(x, y, bias=False, weights=layout)
         self.layout = dnnl.argument(descriptor, WEIGHTS)
         self._n, self._multiply = rows.n, Primitive(dnnl, descriptor, order)
-        self._steps = [4 * images * rows.tiles * row_of(shape) for shape in shapes]
-        self._plain, self._step = 4 * s.w[0] * row_of(s.w), -(-self.layout.nbytes // 64) * 64
+        self._steps = [4 * images * rows.tiles * s.row(shape, backward=backward) for shape in shapes]
+        self._plain, self._step = 4 * s.w[0] * s.row_w(backward=backward), -(-self.layout.nbytes // 64) * 64
         self._reorder, self._scratch = dnnl.reorder(g.weights(F32), self.layout), dnnl.scratch
 
     def filters(self, plain: int) -> int:
@@ -86,42 +92,30 @@ class RowTerms:
 
 
 class TileTerms:
-    """The same by filters along columns as well: one matrix product over the channels for each pair of terms."""
+    """The same where columns are filtered as well: one matrix product over the channels for each pair of terms."""
 
     def __init__(self, dnnl: Dnnl, s: Shape, images: int, *, backward: bool, layout: Descriptor | None = None) -> None:
         rows, columns = (s.axis(i, backward=backward) for i in (0, 1))
         inputs, outputs = (s.y[1], s.x[1]) if backward else (s.x[1], s.y[1])
-        count, lines = rows.n * columns.n, rows.n * images * rows.tiles
-        self._tiles, self._widths, self._group = images * rows.tiles * columns.tiles, (inputs, outputs), s.group
-        self._spread = Spread(dnnl, columns.windows(), lines, inputs)
-        self._gather = Gather(dnnl, columns.filter.a, lines, columns.outputs, outputs)
-        self._filter = Spread(dnnl, columns.weights(reverse=backward), rows.n * s.w[0], s.w[1])
-        ins, outs = inputs // s.group, outputs // s.group
-        left = matrices(dnnl, (count, self._tiles, ins), (self._tiles * inputs, inputs, 1))
-        made = matrices(dnnl, (count, self._tiles, outs), (self._tiles * outputs, outputs, 1))
-        self._multiply, self.layout = prepared(dnnl, left, layout or dnnl.any((count, ins, outs), F32), None, made)
-        steps = (s.w[1], 1) if backward else (1, s.w[1])
-        self._reorder = dnnl.reorder(matrices(dnnl, (count, ins, outs), (s.w[0] * s.w[1], *steps)), self.layout)
-        self._count, self._of_group, self._step = count, 4 * s.w[0] * s.w[1] // s.group, -(-self.layout.nbytes // 64) * 64
-        self._scratch = dnnl.scratch
+        ins, outs, tiles, pair = inputs // s.group, outputs // s.group, images * rows.tiles * columns.tiles, (rows.n, columns.n)
+        left = matrices(dnnl, (*pair, tiles, ins), (tiles * columns.n * inputs, inputs, columns.n * inputs, 1))
+        made = matrices(dnnl, (*pair, tiles, outs), (tiles * columns.n * outputs, outputs, columns.n * outputs, 1))
+        self._multiply, self.layout = prepared(dnnl, left, layout or dnnl.any((*pair, ins, outs), F32), None, made)
+        row = s.row_w(backward=backward)
+        steps = (row, 1) if backward else (1, row)
+        self._reorder = dnnl.reorder(matrices(dnnl, (*pair, ins, outs), (s.w[0] * row, s.w[1], *steps)), self.layout)
+        self._group, self._steps, self._plain = s.group, (4 * ins, 4 * outs), 4 * s.w[0] // s.group * row
+        self._step, self._scratch = -(-self.layout.nbytes // 64) * 64, dnnl.scratch
 
     def filters(self, plain: int) -> int:
-        spread = self._scratch.address("tiles of filters", self._count * self._of_group * self._group)
         made = self._scratch.address("filters", self._group * self._step)
-        self._filter(plain, spread)
         for i in range(self._group):
-            self._reorder(spread + i * self._of_group, made + i * self._step)
+            self._reorder(plain + i * self._plain, made + i * self._step)
         return made
 
     def __call__(self, terms: int, filters: int, made: int) -> None:
-        inputs, outputs = self._widths
-        tiles = self._scratch.address("tiles", 4 * self._count * self._tiles * inputs)
-        products = self._scratch.address("tiles made", 4 * self._count * self._tiles * outputs)
-        self._spread(terms, tiles)
         for i in range(self._group):
-            read, write = (4 * i * width // self._group for width in self._widths)
-            self._multiply(tiles + read, filters + i * self._step, products + write)
-        self._gather(products, made)
+            self._multiply(terms + i * self._steps[0], filters + i * self._step, made + i * self._steps[1])
 
 
 class RowGradients:
@@ -133,11 +127,11 @@ class RowGradients:
         descriptor = weights_descriptor(g, x, y, bias=False)
         made, plain = dnnl.argument(descriptor, DIFF_WEIGHTS), g.weights(F32)
         self._n, self._multiply = rows.n, Primitive(dnnl, descriptor, numbers(False))
-        self._steps = [4 * images * rows.tiles * row_of(shape) for shape in (s.x, s.y)]
-        self._plain, self._drains = 4 * s.w[0] * row_of(s.w), [Drain(dnnl, made, plain, "weights", add=more) for more in (False, True)]
+        self._steps = [4 * images * rows.tiles * s.row(shape) for shape in (s.x, s.y)]
+        self._plain, self._drains = 4 * s.w[0] * s.row_w(), [Drain(dnnl, made, plain, "weights", add=more) for more in (False, True)]
 
-    def __call__(self, x: int, dy: int, plain: int, *, more: bool, last: bool) -> None:
-        """plain: where the filters' terms lie. more: what is there is added to. last: it is wanted after this."""
+    def __call__(self, x: int, dy: int, plain: int, *, more: bool) -> None:
+        """plain: where the filters' terms lie. more: what is there is added to."""
         drain = self._drains[more]
         for j in range(self._n):
             target = plain + j * self._plain
@@ -146,30 +140,19 @@ class RowGradients:
 
 
 class TileGradients:
-    """The same by filters along columns as well. What is added up are the products of tiles; the columns are found from them at last."""
+    """The same where columns are filtered as well."""
 
     def __init__(self, dnnl: Dnnl, s: Shape, images: int) -> None:
         rows, columns = s.axis(0), s.axis(1)
         inputs, outputs = s.x[1], s.y[1]
-        count, lines = rows.n * columns.n, rows.n * images * rows.tiles
-        self._tiles, self._count, self._widths, self._group = images * rows.tiles * columns.tiles, count, (inputs, outputs), s.group
-        self._spreads = Spread(dnnl, columns.windows(), lines, inputs), Spread(dnnl, columns.gradients(), lines, outputs)
-        ins, outs = inputs // s.group, outputs // s.group
-        left = matrices(dnnl, (count, outs, self._tiles), (self._tiles * outputs, 1, outputs))
-        right = matrices(dnnl, (count, self._tiles, ins), (self._tiles * inputs, inputs, 1))
-        made = matrices(dnnl, (count, outs, ins), (outputs * ins, ins, 1))
+        ins, outs, tiles, pair = inputs // s.group, outputs // s.group, images * rows.tiles * columns.tiles, (rows.n, columns.n)
+        left = matrices(dnnl, (*pair, outs, tiles), (tiles * columns.n * outputs, outputs, 1, columns.n * outputs))
+        right = matrices(dnnl, (*pair, tiles, ins), (tiles * columns.n * inputs, inputs, columns.n * inputs, 1))
+        made = matrices(dnnl, (*pair, outs, ins), (outputs * s.row_w(), ins, s.row_w(), 1))
         self._multiply = [product(dnnl, left, right, None, made, add=more) for more in (False, True)]
-        self._gather = Gather(dnnl, columns.filter.g.T, rows.n * outputs, columns.kernel, ins)
-        self._bytes, self._scratch = 4 * count * outputs * ins, dnnl.scratch
+        self._group, self._steps = s.group, (4 * ins, 4 * outs, 4 * outs * s.row_w())
 
-    def __call__(self, x: int, dy: int, plain: int, *, more: bool, last: bool) -> None:
-        wide = [4 * self._count * self._tiles * width for width in self._widths]
-        tiles, given = self._scratch.address("tiles", wide[0]), self._scratch.address("tiles made", wide[1])
-        made = self._scratch.address("tiles of filters", self._bytes)
-        for spread, source, target in zip(self._spreads, (x, dy), (tiles, given)):
-            spread(source, target)
+    def __call__(self, x: int, dy: int, plain: int, *, more: bool) -> None:
         for i in range(self._group):
-            read, other = (4 * i * width // self._group for width in self._widths)
-            self._multiply[more](given + other, tiles + read, made + self._bytes // (self._count * self._group) * i)
-        if last:
-            self._gather(made, plain)
+            read, given, write = (i * step for step in self._steps)
+            self._multiply[more](dy + given, x + read, plain + write)

@@ -19,7 +19,7 @@ import numpy as np
 
 from caffelite.backends.onednn import OneDNNBackend, convolution, convolution_weights, convolution_winograd
 from caffelite.backends.onednn.convolution_geometry import Geometry
-from caffelite.backends.onednn.dnnl import BF16, F32, Unsupported
+from caffelite.backends.onednn.dnnl import Unsupported
 
 ROUNDS = 7
 
@@ -47,7 +47,7 @@ LAYERS = {
     "vgg16 conv4_2": Layer(512, 512, 8, 3),
     "vgg16 conv5_1": Layer(512, 512, 4, 3),
 }
-TYPES = {"float32": F32, "bfloat16": BF16}
+PRECISIONS = ("float32", "bfloat16")
 PASSES = ("forward", "data", "weights")
 
 
@@ -77,7 +77,7 @@ def ways(backend: OneDNNBackend, layer: Layer, batch: int, precision: str) -> tu
         ),
     ]
     bound = [[bind(plan, arrays) for plan in both] for *both, arrays in plans]
-    return convolution_winograd.pays(s, TYPES[precision]), bound
+    return convolution_winograd.pays(s), bound
 
 
 def bind(plan: Callable[..., None], arrays: tuple[Any, ...]) -> Callable[[], None]:
@@ -115,7 +115,7 @@ def main() -> None:
     backend = OneDNNBackend()
     print(f"batch {args.batch}, {backend.threads} threads; plain / filters = times faster, in ms")
     print("| layer | type | " + " | ".join(PASSES) + " | chosen |\n|---|---|" + "---:|" * len(PASSES) + "---|")
-    for precision in TYPES:
+    for precision in PRECISIONS:
         for name in args.layers:
             line = row(backend, name, LAYERS[name], args.batch, precision)
             if line:

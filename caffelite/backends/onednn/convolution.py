@@ -90,7 +90,7 @@ class ConvolutionOps(ActivationOps):
         """The plan by Winograd's filters where that is quicker; None where plain products are, or are asked for."""
         try:
             s = winograd.shape_of(x, w, y, *geometry)
-            return plan(s) if winograd.pays(s, type_of(x)) and self._may_filter(type_of(x)) else None
+            return plan(s) if winograd.pays(s) and self._may_filter(type_of(x)) else None
         except Unsupported:
             return None
 

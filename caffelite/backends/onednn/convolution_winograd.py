@@ -22,8 +22,8 @@ KERNELS = {F32: (3, 5), BF16: (5,)}  # what there are filters for, and where the
 MOST_TERMS = {F32: 8, BF16: 10}  # of a tile along one axis: rounding grows with them
 PIECE_BYTES = 12 << 20  # of terms held at a time
 # Times in multiply-adds of plain float32 products, fitted to what machine B of docs/performance.md took: of a product of terms, which runs a little
-# slower, and of making or gathering a term, along one axis or two.
-PRODUCT, TERM = 1.15, 60
+# slower, and of making or gathering a term, to which columns add the multiplications by all of their line.
+PRODUCT, TERM, TERM_OF_COLUMNS, PIXEL = 1.15, 60, 45, 0.5
 GAIN = 1.2  # at least so much quicker, by this reckoning, to be worth it
 
 
@@ -38,16 +38,17 @@ def shape_of(x: Array, w: Array, y: Array, stride: Ints, pad: Ints, dilation: In
     return Shape(x.shape, w.shape, y.shape, pad, group, dtype == BF16, MOST_TERMS[dtype])
 
 
-def pays(s: Shape, dtype: int) -> bool:
+def pays(s: Shape) -> bool:
     """Whether this way is quicker than plain products, which take half the time in bfloat16."""
-    rows, columns = s.axis(0), s.axis(1)
-    filters, lines, width = s.w[0] * s.w[1], s.x[0] * rows.n * rows.tiles, s.y[3]
-    plain, products, of_filters = s.x[0] * s.y[2] * width * s.w[2] * s.w[3], lines * width * s.w[3], rows.n * s.w[3]
-    if dtype == BF16:
-        width, of_filters = columns.n * columns.tiles, rows.n * columns.n
-        plain, products = plain // 2, lines * width
-    terms = lines * width * (s.x[1] + s.y[1]) + of_filters * filters
-    return plain * filters > GAIN * (PRODUCT * products * filters + TERM * terms)
+    rows, columns, width, kernel = s.axis(0), s.axis(1), s.y[3], s.w[3]
+    filters, lines, plain = s.w[0] * s.w[1], s.x[0] * rows.n * rows.tiles, s.x[0] * s.y[2] * width * s.w[2] * kernel
+    if s.across:
+        plain, products, of_filters = plain // 2, lines * columns.n * columns.tiles, rows.n * columns.n
+        made, term = products, TERM_OF_COLUMNS + PIXEL * width
+    else:
+        products, of_filters, made, term = lines * width * kernel, rows.n * kernel, lines * width, TERM
+    terms = made * (s.x[1] + s.y[1]) + of_filters * filters
+    return plain * filters > GAIN * (PRODUCT * products * filters + term * terms)
 
 
 def pieces(images: int, most: int) -> list[int]:

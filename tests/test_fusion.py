@@ -155,7 +155,7 @@ def test_memory_of_what_average_pooling_reads_again(reference) -> None:
 
 # --- LRN and max pooling -----------------------------------------------------------------------------------------------------
 
-ALONG: Any = SimpleNamespace(pools_along=True, lrn_max_pool_pays=lambda *args, **options: True)  # a backend that always had better
+ALONG: Any = SimpleNamespace(drops_along=True, lrn_max_pool_pays=lambda *args, **options: True)  # a backend that always had better
 LRN, MAX = layer("LRN", "n", "a", "h"), layer("Pooling", "p", "h", "z", "pooling_param { kernel_size: 3 stride: 2 }")
 ALEX = FIRST + LRN + MAX
 POOLED = {
@@ -207,7 +207,7 @@ CHAINS = POOLED | NOT_POOLED | {f"dropout: {name}": text for name, text in (DROP
 @pytest.mark.parametrize("name", CHAINS)
 def test_pooling_that_does_more_changes_no_bit(backend, monkeypatch, name: str, precision: str) -> None:
     """On every backend: those that had better do one after the other can do both."""
-    monkeypatch.setattr(type(backend), "pools_along", True)
+    monkeypatch.setattr(type(backend), "drops_along", True)
     monkeypatch.setattr(type(backend), "lrn_max_pool_pays", ALONG.lrn_max_pool_pays)
     text = DATA + CHAINS[name] + LOSS
     results = []

@@ -81,7 +81,7 @@ class Base:
 
     name = "cuda"
     runs_ahead = True
-    pools_along = True
+    drops_along = True
     raw_images = True
 
     def __init_subclass__(cls, *, any_layout: bool = False) -> None:

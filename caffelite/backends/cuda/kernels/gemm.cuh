@@ -9,7 +9,7 @@
 // A block's number (one dimension) counts tiles along n, then m, groups, classes and splits: neighbours share rows of A in L2. Splits cut k
 // into runs whose partial sums a second kernel adds in order (no atomics).
 #pragma once
-#include "common.cuh"
+#include "dropout.cuh"
 
 struct Geometry {     // of a convolution in two dimensions; channels of all groups, and of one, as they lie for the kernel
   int images, height, width, channels, group_channels;  // x
@@ -92,21 +92,31 @@ struct Finish {  // before they are stored in y[at]; `column` counts the outputs
   T* y;
   const float* bias;
   bool relu, accumulate;
-  const T* positive;  // y's shape: what a ReLU put out whose backward y goes on through
+  const T* positive;    // y's shape: what a ReLU put out whose backward y goes on through, or, with a factor, the dropout after that ReLU
+  float factor;         // 1 / (1 - ratio) of that dropout; 0: none
+  const double* number;  // the pass, whose random bits drop some of y; null: nothing is dropped
+  Drop drop;
   __device__ __forceinline__ float value(long long at, long long column, float sum) const {
     if (bias) sum += bias[column];
     if (relu && !(sum > 0) && !is_nan(sum)) sum = 0;
+    if (factor) sum = dropped(to_float(from_float<T>(sum)), factor, 1);  // rounded as if stored, here and below
     if (positive) sum = rectified(sum, positive[at]);
     return accumulate ? to_float(y[at]) + sum : sum;
   }
   __device__ __forceinline__ void store(long long at, long long column, float sum) const { y[at] = from_float<T>(value(at, column, sum)); }
+  __device__ __forceinline__ void store_dropped(long long at, long long column, float sum, bool keep) const {
+    y[at] = from_float<T>(dropped(to_float(from_float<T>(value(at, column, sum))), drop.factor, keep));
+  }
   // The first `count` of neighbouring sums; whole: all of them, on a 16-byte boundary.
   __device__ __forceinline__ void store_run(long long at, long long column, const Vec<float>* sums, int count, bool whole) const {
     Vec<T> v;
+    unsigned bits = number ? kept(at, whole ? Vec<T>::size : count, (u64)*number, drop) : 0;
 #pragma unroll
     for (int e = 0; e < Vec<T>::size; ++e) {
-      if (whole) v[e] = from_float<T>(value(at + e, column + e, sums[e / 4][e % 4]));
-      else if (e < count) store(at + e, column + e, sums[e / 4][e % 4]);
+      if (!whole && e >= count) continue;
+      v[e] = from_float<T>(value(at + e, column + e, sums[e / 4][e % 4]));
+      if (number) v[e] = from_float<T>(dropped(to_float(v[e]), drop.factor, bits >> e & 1));
+      if (!whole) y[at + e] = v[e];
     }
     if (whole) store_vec(y + at, v);
   }

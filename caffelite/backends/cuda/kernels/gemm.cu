@@ -8,8 +8,9 @@
 // gemm_weights   dw: m = output of the group, n = (cell, channel), k = pixel of y. The last split runs past the end, where operands are 0.
 //                db: in the blocks of the first columns, warps 0 to 3 also add up each slice of dy, a thread a column: 16 loads of 4 bytes beside
 //                48 of 16, 64 clocks of the SM's shared memory for a slice of 512 or more, where a pass over dy would read 4 bytes an element.
-// With one split the result is final: bias and ReLU (gemm_data: the backward of the ReLU below), rounding or accumulating are done on the way out. With more, partial sums (split, C)
-// go to `partial` in float (those of db in double), and gemm_finish or gemm_weights_finish adds them in order. Main loop, bytes and operations: gemm_float.cuh.
+// With one split the result is final: bias, ReLU and dropout (gemm_data: the backward of the ReLU below, or of a dropout and the ReLU before it), rounding or
+// accumulating are done on the way out. With more, partial sums (split, C) go to `partial` in float (those of db in double), and gemm_finish, gemm_finish_dropout
+// or gemm_weights_finish adds them in order. Main loop, bytes and operations: gemm_float.cuh; of dropout: gemm.cuh.
 // gemm_finish    reads 4 bytes a split and writes one element; gemm_pack and gemm_pad read and write each weight, or activation, once.
 #include "gemm_float.cuh"
 

@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(GroupTile<M, N>::THREADS, GroupTile<M, N>::BLO
 
 template <int M, int N, bool BOTH>
 __global__ void __launch_bounds__(GroupTile<M, N>::THREADS, GroupTile<M, N>::BLOCKS)
-    tma_data(const bf16* dy, const __grid_constant__ cf_tensor_map left, const __grid_constant__ cf_tensor_map right, bf16* dx, const bf16* positive, float factor, float* partial,
-             Geometry g) {
+    tma_data(const bf16* dy, const __grid_constant__ cf_tensor_map left, const __grid_constant__ cf_tensor_map right, bf16* dx, const bf16* positive, float factor,
+             float* partial, Geometry g) {
   using Tile = GroupTile<M, N>;
   CF_DYNAMIC_SHARED_1024(unsigned char, shared);
   Block block = block_of(g, M, N, true);

@@ -40,11 +40,13 @@ class BufferSpec:
 @dataclass
 class RunContext:
     """What layers may depend on beside their blobs: the run's seed and the number of the forward pass (iteration*iter_size + part; also in a
-    cell, for ops), for random layers, and whether products may be taken in tf32. tell: takes what a user should hear of."""
+    cell, for ops), for random layers, and whether products may be taken in tf32. skip: a cell; while it is not 0 passes leave statistics as they are.
+    tell: takes what a user should hear of."""
 
     seed: int = 0
     forward_count: int = 0
     pass_number: Array = None
+    skip: Array = None
     tf32: bool = False
     tell: Callable[[str], object] = lambda text: None
 

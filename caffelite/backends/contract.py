@@ -509,10 +509,19 @@ class Backend(Protocol):
         ...
 
     def batch_norm_accumulate(
-        self, mean: Array, variance: Array, mean_sum: Array, variance_sum: Array, weight: Array, *, fraction: float, correction: float
+        self,
+        mean: Array,
+        variance: Array,
+        mean_sum: Array,
+        variance_sum: Array,
+        weight: Array,
+        skip: Array | None = None,
+        *,
+        fraction: float,
+        correction: float,
     ) -> None:
         """mean_sum <- fraction mean_sum + mean; variance_sum <- fraction variance_sum + correction variance; weight <- fraction weight + 1.
-        All (C) but weight (1), float32; products and sums are rounded one by one."""
+        All (C) but weight (1), float32; products and sums are rounded one by one. skip: a cell; nothing happens where it is not 0."""
         ...
 
     def batch_norm_global_statistics(self, mean_sum: Array, variance_sum: Array, weight: Array, mean: Array, variance: Array) -> None:

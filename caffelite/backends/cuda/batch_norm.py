@@ -60,10 +60,19 @@ class BatchNorm(Base):
         self.launch(BATCH_NORM, "channel_moments", _warps(x), THREADS, partial, *sizes, mean, variance)
 
     def batch_norm_accumulate(
-        self, mean: Array, variance: Array, mean_sum: Array, variance_sum: Array, weight: Array, *, fraction: float, correction: float
+        self,
+        mean: Array,
+        variance: Array,
+        mean_sum: Array,
+        variance_sum: Array,
+        weight: Array,
+        skip: Array | None = None,
+        *,
+        fraction: float,
+        correction: float,
     ) -> None:
         numbers = (np.float32(fraction), np.float32(correction), np.int32(mean.size))
-        self.launch(BATCH_NORM, "accumulate", blocks(mean.size), THREADS, mean, variance, mean_sum, variance_sum, weight, *numbers)
+        self.launch(BATCH_NORM, "accumulate", blocks(mean.size), THREADS, mean, variance, mean_sum, variance_sum, weight, skip, *numbers)
 
     def batch_norm_global_statistics(self, mean_sum: Array, variance_sum: Array, weight: Array, mean: Array, variance: Array) -> None:
         self.launch(BATCH_NORM, "global_statistics", blocks(mean.size), THREADS, mean_sum, variance_sum, weight, mean, variance, np.int32(mean.size))

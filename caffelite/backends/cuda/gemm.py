@@ -3,6 +3,7 @@ gemm_wgmma.cu and gemm_tma.cu (bfloat16 on Hopper)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd, prod
 from typing import Any
@@ -134,7 +135,7 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
             _finish(ops, partial, bias, y, cut, finish, columns=g.y[1])
 
     sizes = {"rows": y.size // g.y[1], "columns": g.group_outputs, "depth": g.cells * fit.channels, "groups": g.group, "outputs": y.size}
-    run(ops.tuner.pick(_shape("forward", kind, g), candidates(kind, **sizes, narrow=fit.piece < VECTOR, units=ops.tuner.units), run))
+    run(_picked(ops, _shape("forward", kind, g), candidates(kind, **sizes, narrow=fit.piece < VECTOR, units=ops.tuner.units), run))
     return None
 
 
@@ -167,7 +168,7 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, finish
     if kind == EXACT:
         run(exact(**sizes, classes=prod(g.stride)))
     else:
-        run(ops.tuner.pick(_shape("data", kind, g), candidates(kind, **sizes, classes=prod(g.stride), units=ops.tuner.units), run))
+        run(_picked(ops, _shape("data", kind, g), candidates(kind, **sizes, classes=prod(g.stride), units=ops.tuner.units), run))
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients,
 
     sizes = {"rows": g.group_outputs, "columns": g.cells * fit.channels, "depth": dy.size // g.y[1], "groups": g.group, "outputs": to.dw.size}
     cuts = candidates(kind, **sizes, transposed=True, narrow=fit.piece < VECTOR, units=ops.tuner.units)
-    run(ops.tuner.pick(_shape("weights", kind, g), cuts, trial), to)
+    run(_picked(ops, _shape("weights", kind, g), cuts, trial), to)
     return None
 
 
@@ -296,6 +297,12 @@ def _shape(product: str, kind: str, g: Geometry) -> str:
     """Names a product for the table of what was timed."""
     sizes = " ".join("x".join(map(str, size)) for size in (g.x, g.w, g.stride, g.pad, g.dilation))
     return f"{product} {kind}: x, w, stride, pad, dilation {sizes} group {g.group}"
+
+
+def _picked(ops: Base, shape: str, cuts: Sequence[Cut], trial: Callable[[Cut], None]) -> Cut:
+    """The cut that the tuner picks; what trials need of memory beyond this, other cuts' partial sums and outputs of no use, is given back."""
+    with ops.trials():
+        return ops.tuner.pick(shape, cuts, trial)
 
 
 def _launch(ops: Base, name: str, cut: Cut, *args: Any) -> None:

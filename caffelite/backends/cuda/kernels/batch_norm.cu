@@ -247,8 +247,9 @@ __global__ void __launch_bounds__(256, 4) channel_means(const double* partial, i
 }
 
 // --- moving sums -----------------------------------------------------------------------------------------------------------
-__global__ void accumulate(const float* mean, const float* variance, float* mean_sum, float* variance_sum, float* weight, float fraction, float correction,
-                           int channels) {
+__global__ void accumulate(const float* mean, const float* variance, float* mean_sum, float* variance_sum, float* weight, const double* skip,
+                           float fraction, float correction, int channels) {
+  if (skip && *skip != 0) return;
   for (long long i = thread_index(); i < channels; i += thread_count()) {
     mean_sum[i] = __fadd_rn(__fmul_rn(fraction, mean_sum[i]), mean[i]);
     variance_sum[i] = __fadd_rn(__fmul_rn(fraction, variance_sum[i]), __fmul_rn(correction, variance[i]));

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from caffelite import environment
-from caffelite.backends.contract import Array, Ints, is_usual
+from caffelite.backends.contract import Array, Drop, Ints, is_usual
 from caffelite.backends.onednn import convolution_winograd as winograd
-from caffelite.backends.onednn.activations import ActivationOps
 from caffelite.backends.onednn.convolution_geometry import Geometry
 from caffelite.backends.onednn.convolution_weights import plan_backward_weights
 from caffelite.backends.onednn.dnnl import (
@@ -24,6 +23,7 @@ from caffelite.backends.onednn.dnnl import (
     Primitive,
     Unsupported,
 )
+from caffelite.backends.onednn.dropout import DropoutOps
 from caffelite.backends.onednn.matmul import prepared
 from caffelite.backends.onednn.memory import AMX
 from caffelite.backends.onednn.plan import Drain, Feed, Run, address, describe, signature, type_of
@@ -83,7 +83,7 @@ def plan_backward_data(g: Geometry, dy: Array, w: Array, dx: Array) -> Run:
     return backward_data
 
 
-class ConvolutionOps(ActivationOps):
+class ConvolutionOps(DropoutOps):
     """Convolution forward and backward."""
 
     def _filtered(self, plan: Callable[[Shape], Run], x: Array, w: Array, y: Array, *geometry: Any) -> Run | None:
@@ -100,7 +100,19 @@ class ConvolutionOps(ActivationOps):
         return environment.choice(environment.WINOGRAD, ("1", "0")) == "1" and (dtype == F32 or not amx)
 
     def convolution_forward(
-        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False, tf32: bool = False
+        self,
+        x: Array,
+        w: Array,
+        b: Array | None,
+        y: Array,
+        *,
+        stride: Ints,
+        pad: Ints,
+        dilation: Ints,
+        group: int,
+        relu: bool = False,
+        drop: Drop | None = None,
+        tf32: bool = False,
     ) -> None:
         key = ("convolution forward", signature(x), signature(w), None if b is None else signature(b), signature(y), stride, pad, dilation, group, relu)
 
@@ -119,9 +131,21 @@ class ConvolutionOps(ActivationOps):
             super().convolution_forward(x, w, b, y, stride=stride, pad=pad, dilation=dilation, group=group, relu=relu)
         else:
             plan(x.ctypes.data, w.ctypes.data, address(b), y.ctypes.data)
+        self._drop(y, drop)
 
     def convolution_backward_data(
-        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
+        self,
+        dy: Array,
+        w: Array,
+        dx: Array,
+        positive: Array | None = None,
+        *,
+        stride: Ints,
+        pad: Ints,
+        dilation: Ints,
+        group: int,
+        ratio: float | None = None,
+        tf32: bool = False,
     ) -> None:
         key = ("convolution backward data", signature(dy), signature(w), signature(dx), stride, pad, dilation, group)
 
@@ -131,10 +155,10 @@ class ConvolutionOps(ActivationOps):
 
         plan = self.plan(key, build)
         if plan is None:
-            super().convolution_backward_data(dy, w, dx, positive, stride=stride, pad=pad, dilation=dilation, group=group)
+            super().convolution_backward_data(dy, w, dx, positive, stride=stride, pad=pad, dilation=dilation, group=group, ratio=ratio)
         else:
             plan(dy.ctypes.data, w.ctypes.data, dx.ctypes.data)
-            self._rectify(dx, positive)
+            self._take_on(dx, positive, ratio)
 
     def convolution_backward_weights(
         self,

@@ -100,6 +100,18 @@ def is_usual(x: Array) -> bool:
     return all(size == 1 or have == want for size, have, want in zip(x.shape, x.strides, strides_of(x.shape, x.itemsize)))
 
 
+def pitch_of(x: Array) -> int:
+    """Elements from one pixel of x (N,C,H,W) to the next where all are as far apart and each one's channels lie together, as those do of channels of a
+    larger blob; else 0."""
+    if x.ndim != 4:
+        return 0
+    pixels = (x.shape[2] * x.shape[3], None, x.shape[3], 1)  # from one place along an axis to the next
+    steps = [(stride, count) for size, stride, count in zip(x.shape, x.strides, pixels) if count is not None and size > 1]
+    step = steps[-1][0] // steps[-1][1] if steps else x.shape[1] * x.itemsize
+    even = all(stride == count * step for stride, count in steps) and (x.shape[1] == 1 or x.strides[1] == x.itemsize)
+    return int(step // x.itemsize) if even and step % x.itemsize == 0 and step >= x.shape[1] * x.itemsize else 0
+
+
 def pool_mask_dtype(kernel: Ints) -> str:
     """The dtype of a max-pooling mask: "uint8" when a window has at most 255 cells, else "int32"."""
     return "uint8" if kernel[0] * kernel[1] <= 255 else "int32"

@@ -30,7 +30,8 @@ GEOMETRY = np.dtype([*((name, np.int32) for name in _INTS.split()), ("per_split"
 
 @dataclass(frozen=True)
 class Geometry:
-    """A convolution in two dimensions: x (N,C,H,W), w (O,C/group,kH,kW), y (N,O,P,Q)."""
+    """A convolution in two dimensions: x (N,C,H,W), w (O,C/group,kH,kW), y (N,O,P,Q). x_pitch, y_pitch: elements from one pixel of x, or y, to
+    the next; 0: its channels. Where they are more, there is one group, and channels and pitch are whole pieces (VECTOR), as are addresses."""
 
     x: Ints
     w: Ints
@@ -39,6 +40,8 @@ class Geometry:
     pad: Ints = (0, 0)
     dilation: Ints = (1, 1)
     group: int = 1
+    x_pitch: int = 0
+    y_pitch: int = 0
 
     @property
     def cells(self) -> int:
@@ -66,7 +69,7 @@ class Geometry:
     def struct(self, cut: Cut, channels: int = 0, outputs: int = 0) -> np.void:
         """The kernels' struct Geometry. channels, outputs: of a group as they lie padded; 0: as they are."""
         x, y, w, own, out = self.x, self.y, self.w, channels or self.w[1], outputs or self.group_outputs
-        sizes = (x[0], *x[2:], own * self.group, own, *y[2:], out * self.group, out)
+        sizes = (x[0], *x[2:], self.x_pitch or own * self.group, own, *y[2:], self.y_pitch or out * self.group, out)
         kept = (self.w[1], self.group_outputs, cut.tiles_m, cut.tiles_n)
         return np.void((*sizes, *w[2:], *self.stride, *self.pad, *self.dilation, self.group, cut.splits, *kept, cut.per_split), GEOMETRY)
 
@@ -88,12 +91,12 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
             right = _packed(ops, w, room, (1, g.w[1], 1, g.w[0]), fit.channels) if transposed else _padded(ops, w, room, g.w[1], fit.channels)
         bias, partial = space.floats(b), space.part("partial", "float32")
         final = (bias, np.bool_(relu)) if partial is None else (None, np.bool_(False))
-        windows = _boxes(left, y.size // g.y[1], fit.channels, cut.tile.rows) if g.plain and g.group == 1 else None
+        windows = _boxes(left, y.size // g.y[1], fit.channels, cut.tile.rows, g.x_pitch) if g.plain and g.group == 1 else None
         filters = _boxes(right, g.w[0], g.cells * fit.channels, cut.tile.columns)
         name, operands = _loaded("forward", kind, cut, fit.piece, (left, right), (windows, filters))
         _launch(ops, name, cut, *operands, final[0], y, partial, g.struct(cut, channels=fit.channels), final[1])
         if partial is not None:
-            _finish(ops, partial, bias, y, cut, columns=g.y[1], relu=relu)
+            _finish(ops, partial, bias, y, cut, columns=g.y[1], pitch=g.y_pitch, relu=relu)
 
     sizes = {"rows": y.size // g.y[1], "columns": g.group_outputs, "depth": g.cells * fit.channels, "groups": g.group, "outputs": y.size}
     run(ops.tuner.pick(_shape("forward", kind, g), candidates(kind, **sizes, narrow=fit.piece < VECTOR, units=ops.tuner.units), run))
@@ -101,7 +104,7 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
 
 
 def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positive: Array | None, *, packed: bool = False, tf32: bool = False) -> None:
-    """dx = the transpose of w, applied to dy; positive as in the contract. packed: w lies as (group, C/group, kH, kW, O/group) already."""
+    """dx = the transpose of w, applied to dy; positive as in the contract, with dx's pitch. packed: w lies as (group, C/group, kH, kW, O/group)."""
     kind = _kind(dx, tf32)
     fit = _Fit.pieces(dy, g.group_outputs) if kind != EXACT else _Fit(g.group_outputs)
     ready = packed and w.dtype == dx.dtype and fit.channels == g.group_outputs and (kind == EXACT or w.address % VECTOR == 0)
@@ -118,12 +121,12 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positi
             aligned = np.bool_(_whole_vectors(g.group_outputs, left, right))
             ops.launch(GEMM, "gemm_data", cut.blocks, cut.tile.threads, left, right, dx, positive, partial, g.struct(cut), aligned)
         else:
-            windows = _boxes(left, dy.size // g.y[1], fit.channels, cut.tile.rows) if g.plain and g.group == 1 else None
+            windows = _boxes(left, dy.size // g.y[1], fit.channels, cut.tile.rows, g.y_pitch) if g.plain and g.group == 1 else None
             filters = _boxes(right, g.w[1] * g.group, g.cells * fit.channels, cut.tile.columns) if prod(g.stride) == 1 else None
             name, operands = _loaded("data", kind, cut, VECTOR, (left, right), (windows, filters))
             _launch(ops, name, cut, *operands, dx, positive, partial, g.struct(cut, outputs=fit.channels))
         if partial is not None:
-            _finish(ops, partial, None, dx, cut, columns=g.x[1], positive=positive)
+            _finish(ops, partial, None, dx, cut, columns=g.x[1], pitch=g.x_pitch, positive=positive)
 
     sizes = {"rows": g.class_rows, "columns": g.w[1], "depth": g.class_cells * fit.channels, "groups": g.group, "outputs": dx.size}
     if kind == EXACT:
@@ -170,7 +173,8 @@ def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients,
         left = _padded(ops, dy, space.part("dy", dy.dtype), g.group_outputs, fit_dy.channels) if fit_dy.copy else dy
         partial = (space.part("partial", "float32"), space.part("partial_b", "float64"))
         pixels = dy.size // g.y[1]
-        boxes = (_boxes(left, pixels, g.group * fit_dy.channels, BOX_PIXELS), _boxes(right, pixels, g.group * fit.channels, BOX_PIXELS) if g.plain else None)
+        windows = _boxes(right, pixels, g.group * fit.channels, BOX_PIXELS, g.x_pitch) if g.plain else None
+        boxes = (_boxes(left, pixels, g.group * fit_dy.channels, BOX_PIXELS, g.y_pitch), windows)
         name, operands = _loaded("weights", kind, cut, fit.piece, (right, left), boxes)
         adds = (np.bool_(to.add_w), np.bool_(to.add_b))
         _launch(ops, name, cut, *operands, to.dw, to.db, *partial, g.struct(cut, fit.channels, fit_dy.channels), *adds)
@@ -199,7 +203,7 @@ def _exact_forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, 
     final = (None, np.bool_(False)) if partial is not None else (bias, np.bool_(relu))
     ops.launch(GEMM, "gemm_forward", cut.blocks, cut.tile.threads, x, w, final[0], y, partial, g.struct(cut), aligned, np.bool_(planar), final[1])
     if partial is not None:
-        _finish(ops, partial, bias, y, cut, columns=g.y[1], relu=relu)
+        _finish(ops, partial, bias, y, cut, columns=g.y[1], pitch=g.y_pitch, relu=relu)
 
 
 def _exact_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients) -> None:
@@ -264,9 +268,9 @@ def _launch(ops: Base, name: str, cut: Cut, *args: Any) -> None:
     ops.launch(module_of(name), name, cut.blocks, cut.tile.threads, *args, shared=cut.tile.shared)
 
 
-def _boxes(x: Array, rows: int, columns: int, height: int) -> Boxes | None:
-    """A matrix for TMA; None where it is empty, or has more rows than an index counts."""
-    return Boxes(x, rows, columns, height) if 0 < rows < 1 << 31 else None
+def _boxes(x: Array, rows: int, columns: int, height: int, pitch: int = 0) -> Boxes | None:
+    """A matrix for TMA; None where it is empty, or has more rows than an index counts. pitch: elements from row to row; 0: its columns."""
+    return Boxes(x, rows, columns, height, pitch) if 0 < rows < 1 << 31 else None
 
 
 def _loaded(
@@ -313,10 +317,11 @@ def _finish(
     cut: Cut,
     *,
     columns: int,
+    pitch: int,
     relu: bool = False,
     positive: Array | None = None,
 ) -> None:
-    numbers = (np.int64(y.size), np.int32(columns), np.int32(cut.splits), np.bool_(relu))
+    numbers = (np.int64(y.size), np.int32(columns), np.int32(pitch or columns), np.int32(cut.splits), np.bool_(relu))
     ops.launch(GEMM, f"gemm_finish<{cname(y)}>", blocks(y.size), THREADS, partial, bias, positive, y, *numbers)
 
 

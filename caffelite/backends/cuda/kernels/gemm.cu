@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(THREADS, 2)
   Matrix<float> b{w + (long long)block.group * g.group_outputs * count, g.group_outputs, (int)count, count, aligned};
   long long first = block.split * g.per_split, last = min(first + g.per_split, count);
   Finish<float> finish{y, bias, relu, false, nullptr};
-  Exit<float> exit(finish, partial, block, rows, g.group_outputs, g.outputs, block.group * g.group_outputs, rows * g.outputs);
+  long long wide = (long long)g.groups * g.group_outputs;
+  Exit<float> exit(finish, partial, block, rows, g.group_outputs, wide, g.outputs, block.group * g.group_outputs, rows * wide);
   multiply_float<true, true>(a, b, block, first, last, exit, [](long long m) { return m; });
 }
 
@@ -40,7 +41,8 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_data(const float* dy, const f
   Filters<float> b{packed + block.group * g.group_channels * pitch, a.t, g.group_channels, pitch, aligned};
   long long first = block.split * g.per_split, last = min(first + g.per_split, count);
   Finish<float> finish{dx, nullptr, false, false, positive};
-  Exit<float> exit(finish, partial, block, rows, g.group_channels, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels);
+  long long wide = (long long)g.groups * g.group_channels, all = (long long)g.images * g.height * g.width * wide;
+  Exit<float> exit(finish, partial, block, rows, g.group_channels, wide, g.channels, block.group * g.group_channels, all);
   multiply_float<true, true>(a, b, block, first, last, exit, [&](long long m) { return a.t.pixel(m); });
 }
 
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   Matrix<float> a{dy + block.group * g.group_outputs, pixels, g.group_outputs, g.outputs, aligned_dy};
   long long first = block.split * g.per_split, last = min(first + g.per_split, pixels);
   Finish<float> finish{dw, nullptr, false, accumulate_w, nullptr};
-  Exit<float> exit(finish, partial, block, g.group_outputs, (int)count, count, 0, g.outputs * count);
+  Exit<float> exit(finish, partial, block, g.group_outputs, (int)count, count, count, 0, (long long)g.groups * g.group_outputs * count);
   double sum = 0;
   BiasGradient bias{db, partial_b, accumulate_b};
   bool sums = bias.wanted(block) && threadIdx.x < BM;
@@ -82,14 +84,15 @@ __global__ void gemm_weights_finish(const float* partial, const double* partial_
   }
 }
 
-// y[i] = the sum of partial[s][i] in the order of s, finished; columns: outputs, for the bias.
+// Element i of y, which lies in rows of so many columns, `pitch` elements apart: the sum of partial[s][i] in the order of s, finished; positive lies as y.
 template <class T>
-__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, T* y, long long n, int columns, int splits, bool relu) {
+__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, T* y, long long n, int columns, int pitch, int splits, bool relu) {
   Finish<T> finish{y, bias, relu, false, positive};
   for (long long i = thread_index(); i < n; i += thread_count()) {
     float sum = partial[i];
     for (int s = 1; s < splits; ++s) sum += partial[s * n + i];
-    finish.store(i, i % columns, sum);
+    long long row = i / columns, column = i - row * columns;
+    finish.store(row * pitch + column, column, sum);
   }
 }
 

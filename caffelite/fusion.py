@@ -12,6 +12,7 @@ from caffelite.backends.contract import Backend
 from caffelite.graph import BlobInfo, Graph, Node
 from caffelite.layer import SIGN, TOP
 from caffelite.layers.batch_norm import BatchNorm
+from caffelite.layers.concat import Concat
 from caffelite.layers.dropout import Dropout
 from caffelite.layers.lrn import LRN
 from caffelite.layers.pooling import Pooling
@@ -35,8 +36,11 @@ def fuse(graph: Graph, backend: Backend | None = None) -> None:
         _fuse_relu_forward(node)
     for node in graph.nodes:
         if _is_relu(node) and not node.backward_fused and node.in_place() and node.needs_backward and node.propagate_down[0]:
-            _fuse_relu_backward(node)
-    share(graph)
+            _fuse_relu_backward([node], node)
+    for node in graph.nodes:
+        if isinstance(node.layer, Concat) and (relus := _relus_below(node)):
+            _fuse_relu_backward(relus, node)
+    share(graph, backend)
 
 
 def _is_relu(node: Node) -> bool:
@@ -57,10 +61,18 @@ def _fuse_relu_forward(node: Node) -> None:
             after[0].forward_fused = True
 
 
-def _fuse_relu_backward(relu: Node) -> None:
-    """The one layer that takes the ReLU's top, in place or not, applies the ReLU's gradient too while it writes its own."""
-    blob = relu.tops[0]
-    takers = _later_writers(relu, blob)[:1] or blob.readers
+def _relus_below(concat: Node) -> list[Node]:
+    """The ReLUs in place that made all bottoms of a Concat, which alone takes them; none where there is a bottom of another kind, or type."""
+    last = [blob.writers[-1] for blob in concat.bottoms]
+    alone = all(_is_relu(node) and node.in_place() and not node.backward_fused for node in last) and concat.needs_backward and all(concat.propagate_down)
+    return last if alone and {blob.dtype for blob in concat.bottoms} == {concat.tops[0].dtype} else []
+
+
+def _fuse_relu_backward(relus: list[Node], last: Node) -> None:
+    """The one layer that takes the top of `last`, in place or not, applies the gradient of the ReLUs that made it too while it writes its own: `last`
+    is the ReLU, or joins what they made."""
+    blob = last.tops[0]
+    takers = _later_writers(last, blob)[:1] or blob.readers
     if len(takers) != 1:
         return
     (taker,) = takers
@@ -70,7 +82,8 @@ def _fuse_relu_backward(relu: Node) -> None:
     before = taker.layer.relu_bottoms
     taker.layer.relu_bottoms = before | {index}
     if _reads_what_it_wrote(taker):
-        relu.backward_fused = True
+        for relu in relus:
+            relu.backward_fused = True
     else:
         taker.layer.relu_bottoms = before
 

@@ -117,6 +117,7 @@ def pool_mask_dtype(kernel: Ints) -> str:
     return "uint8" if kernel[0] * kernel[1] <= 255 else "int32"
 
 
+PIECE = 16  # bytes: see Backend.takes_gaps
 JOURNAL_HEAD = 2  # elements of a journal before its values: see Backend.append
 
 
@@ -147,11 +148,14 @@ class Backend(Protocol):
 
     runs_ahead: ops may return before they have run, so that reading a result waits.
     pools_along: pooling had better do the dropout after it (max_pool_dropout_forward) than leave it to a pass of its own.
+    takes_gaps: the stems whose ops take activations (N,C,H,W) as they are, without copies, that are channels of larger ones, so that others lie
+    between their pixels: where the channels before them, their own, and all are whole pieces of PIECE bytes.
     """
 
     name: str
     runs_ahead: bool
     pools_along: bool
+    takes_gaps: frozenset[str]
     raw_images: bool  # images had better come as bytes, for `transform` to crop, warp and scale, than as finished floats
 
     # --- memory ----------------------------------------------------------------------------------------------------

@@ -138,6 +138,9 @@ class Convolution(Layer):
     def may_take_relu(self, bottoms: Sequence[Shape]) -> bool:
         return viewable(bottoms[0], self._geometry(bottoms[0]).bottom)  # else the one buffer would have to hold x and dx
 
+    def takes_gaps(self, bottoms: Sequence[Shape], backend: Backend) -> bool:
+        return "convolution" in backend.takes_gaps and self.group == 1 and len(bottoms[0]) == 4 and self._geometry(bottoms[0]).bottom == tuple(bottoms[0])
+
     def multiply_adds(self, bottoms: Sequence[Shape]) -> int:
         geometry = self._geometry(bottoms[0])
         return len(bottoms) * prod(geometry.top) * (geometry.bottom[1] // self.group) * prod(geometry.kernel)

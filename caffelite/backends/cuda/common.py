@@ -87,6 +87,7 @@ class Base:
     name = "cuda"
     runs_ahead = True
     pools_along = True
+    takes_gaps = frozenset(("convolution",))
     raw_images = True
 
     def __init_subclass__(cls, *, any_layout: bool = False, takes: Callable[[dict[str, Any]], bool] = _all_usual) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints
+from caffelite.backends.contract import PIECE, Array, Ints
 from caffelite.backends.cuda.array import Boxes
 from caffelite.backends.cuda.common import FLOAT32, THREADS, Base, blocks, cname
 from caffelite.backends.cuda.gemm_plan import EXACT, ITEM, Cut, candidates, exact, kernel, module_of
@@ -19,7 +19,7 @@ from caffelite.backends.cuda.space import Space
 GEMM = Module("gemm", ["gemm_forward", "gemm_data", "gemm_weights", "gemm_weights_finish", *typed("gemm_finish"), *typed("gemm_pack", "gemm_pad", arguments=2)])
 IMAGE_CHANNELS = 4  # at most so many channels are an image's, whose float32 products are added in Caffe's order
 BOX_PIXELS = 64  # rows of a box of the weight gradient: columns k of a slice
-VECTOR = 16  # bytes of a piece that tensor cores' operands are copied by
+VECTOR = PIECE  # bytes by which tensor cores' operands are copied
 
 _INTS = (
     "images height width channels group_channels out_height out_width outputs group_outputs kernel_h kernel_w stride_h stride_w "

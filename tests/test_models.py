@@ -10,6 +10,7 @@ import lmdb
 import pytest
 from cli_harness import said
 
+from caffelite import backends
 from caffelite.fusion import fuse
 from caffelite.graph import Graph, build_graph
 from caffelite.schema import pb, read_net, read_solver
@@ -268,6 +269,21 @@ def test_all_of_resnet_that_can_be_fused_is() -> None:
         fused = [(node.forward_fused, node.backward_fused) for node in graph.nodes if node.layer.type in ("Scale", "ReLU")]
         assert fused == [(True, True)] * (20 + 17)
         assert [node.layer.type for node in graph.nodes if node.layer.relu_bottoms] == ["Split"] * 7 + ["Pooling"]
+    finally:
+        for node in graph.nodes:
+            node.layer.close()
+
+
+@pytest.mark.usefixtures("databases")
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_nothing_of_squeezenet_is_copied(compute: str) -> None:
+    """Where convolutions take gaps, all that is joined lies in what it is joined to; no ReLU has a pass of its own, where no backend does more."""
+    graph = build_graph(read_net(ROOT / "models" / "squeezenet" / "train_val.prototxt"), phase=pb.TRAIN, compute=compute)
+    try:
+        fuse(graph, backends.counting())
+        both = frozenset({0, 1})
+        assert [(node.layer.held_data, node.layer.held_diffs) for node in graph.nodes if node.layer.type == "Concat"] == [(both, both)] * 8
+        assert [(node.forward_fused, node.backward_fused) for node in graph.nodes if node.layer.type == "ReLU"] == [(True, True)] * 26
     finally:
         for node in graph.nodes:
             node.layer.close()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
+from solver_harness import make_solver, weights_of
 
 from caffelite import backends
 from caffelite.backends.contract import Backend
 from caffelite.fusion import fuse
-from caffelite.graph import Graph, build_graph
+from caffelite.graph import BlobInfo, Graph, build_graph
 from caffelite.memory import plan_memory
 from caffelite.net import Net
 from caffelite.schema import net_from_text, pb
+from caffelite.sharing import Place
 
 DATA = """layer { name: "d" type: "DummyData" top: "x" top: "t" dummy_data_param { shape { dim: 3 dim: 16 dim: 5 dim: 7 } shape { dim: 3 }
   data_filler { type: "gaussian" std: 1 } data_filler { type: "constant" value: 2 } } }
@@ -126,6 +128,78 @@ def test_parts_are_whole_pieces(compute: str, want: tuple[frozenset[int], frozen
 def test_no_part_is_laid_where_no_op_takes_gaps(reference: Backend) -> None:
     for backend in (reference, None):
         assert held(shared(NETS["a fire"][0], backend))["join j"] == (NONE, NONE)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("name", ["a fire", "a fire that is pooled"])
+def test_a_fire_copies_nothing(cuda: Backend, monkeypatch: pytest.MonkeyPatch, name: str, precision: str) -> None:
+    """Concat starts no kernel, nor do the ReLUs, and convolutions copy nothing. With gaps refused, Concat copies each part, both ways."""
+    launch: Any = type(cuda).launch
+    launched: list[tuple[str, str]] = []
+    running = [""]
+
+    def told(self: Backend, module: Any, kernel: str, *args: Any, **options: Any) -> None:
+        launched.append((running[0], kernel.split("_")[0]))
+        launch(self, module, kernel, *args, **options)
+
+    monkeypatch.setattr(type(cuda), "launch", told)
+    for taken, copies in ((cuda.takes_gaps, []), (frozenset[str](), ["copy"] * 2)):
+        monkeypatch.setattr(type(cuda), "takes_gaps", taken)
+        net = Net(net_from_text(DATA + NETS[name][0] + LOSS), phase=pb.TRAIN, backend=cuda, precision=precision)
+        for hooks in (net.hooks.before_forward, net.hooks.before_backward):
+            hooks.append(lambda index, net=net: running.__setitem__(0, net.layer_names[index]))
+        net.forward()
+        for run in (net.forward, net.backward):
+            launched.clear()
+            run()
+            assert [kernel for layer, kernel in launched if layer == "join j"] == copies
+            assert not [kernel for layer, kernel in launched if layer.startswith("relu")]
+            assert {kernel for layer, kernel in launched if layer in ("to a", "to b")} <= {"gemm", "mma"}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_is_the_same_with_gaps_and_without(cuda: Backend, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """Recorded and played back, with tests in between."""
+    trained = []
+    for taken in (cuda.takes_gaps, frozenset[str]()):
+        monkeypatch.setattr(type(cuda), "takes_gaps", taken)
+        settings = 'base_lr: 0.05 lr_policy: "fixed" momentum: 0.9 weight_decay: 0.001 display: 0 test_interval: 3 test_iter: 1'
+        solver = make_solver(settings, DATA + FIRE + POOL + LOSS, cuda, precision=precision)
+        assert held(solver.net.graph)["join j"] == ((ALL, ALL) if taken else (NONE, NONE))
+        solver.step(5)
+        trained.append(weights_of(solver))
+        solver.close()
+    assert trained[0].keys() == trained[1].keys()
+    for label, values in trained[1].items():
+        assert np.isfinite(values).all()
+        np.testing.assert_array_equal(trained[0][label], values, err_msg=label)
+
+
+def test_memory_of_parts_is_that_of_the_whole() -> None:
+    counting = backends.counting()
+    graph = shared(NETS["a fire"][0], counting)
+    plan, steps = plan_memory(graph, counting, backward=True), {node.name: i for i, node in enumerate(graph.nodes)}
+    end = 2 * len(steps) - 1
+    assert not {(what, blob) for what in ("data", "diff") for blob in "ab"} & plan.by_key.keys()
+    whole, gradient = plan.by_key["data", "j"], plan.by_key["diff", "j"]
+    assert whole.shape == gradient.shape == (3, 40, 5, 7)
+    assert (whole.first, whole.last) == (steps["to a"], end - steps["to z"])
+    assert (gradient.first, gradient.last) == (end - steps["to z"], end - steps["to a"])
+
+
+def test_parts_meet_in_their_channels_alone() -> None:
+    """Of a blob (2,5,3,1), whose pixels lie five apart, at the 10th element of another; against a list of their elements."""
+    whole = BlobInfo("w", (2, 5, 3, 1), "float32")
+    shapes = [(2, channels, 3, 1) for channels in (1, 2, 3)]
+    places = [(Place.of(shape, 10 + start, whole), start, shape[1]) for shape in shapes for start in range(6 - shape[1])]
+    elements = [{10 + start + c + 5 * pixel for pixel in range(6) for c in range(channels)} for _, start, channels in places]
+    for (one, *_), ones in zip(places, elements):
+        for (other, *_), others in zip(places, elements):
+            assert one.meets(other) == bool(ones & others)
+        for start, size in product(range(8, 45), (1, 2, 7)):  # an unbroken run: said to meet it from its first to its last element
+            run = Place.of((size,), start, None)
+            assert run.meets(one) == one.meets(run) == (start <= max(ones) and start + size > min(ones))
+            assert run.meets(Place.of((3,), 20, None)) == (start < 23 and start + size > 20)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -35,7 +35,7 @@ def fuse(graph: Graph, backend: Backend | None = None) -> None:
     for node in graph.nodes:
         _fuse_relu_forward(node)
     for node in graph.nodes:
-        if _is_relu(node) and not node.backward_fused and node.in_place() and node.needs_backward and node.propagate_down[0]:
+        if _goes_back_in_place(node):
             _fuse_relu_backward([node], node)
     for node in graph.nodes:
         if isinstance(node.layer, Concat) and (relus := _relus_below(node)):
@@ -45,6 +45,11 @@ def fuse(graph: Graph, backend: Backend | None = None) -> None:
 
 def _is_relu(node: Node) -> bool:
     return node.layer.type == "ReLU" and node.layer.param.relu_param.negative_slope == 0
+
+
+def _goes_back_in_place(node: Node) -> bool:
+    """Whether it is a ReLU in place whose backward is its own as yet."""
+    return _is_relu(node) and node.in_place() and not node.backward_fused and node.needs_backward and node.propagate_down[0]
 
 
 def _later_writers(node: Node, blob: BlobInfo) -> list[Node]:
@@ -64,8 +69,8 @@ def _fuse_relu_forward(node: Node) -> None:
 def _relus_below(concat: Node) -> list[Node]:
     """The ReLUs in place that made all bottoms of a Concat, which alone takes them; none where there is a bottom of another kind, or type."""
     last = [blob.writers[-1] for blob in concat.bottoms]
-    alone = all(_is_relu(node) and node.in_place() and not node.backward_fused for node in last) and concat.needs_backward and all(concat.propagate_down)
-    return last if alone and {blob.dtype for blob in concat.bottoms} == {concat.tops[0].dtype} else []
+    every = all(map(_goes_back_in_place, last)) and concat.needs_backward and all(concat.propagate_down)
+    return last if every and {blob.dtype for blob in concat.bottoms} == {concat.tops[0].dtype} else []
 
 
 def _fuse_relu_backward(relus: list[Node], last: Node) -> None:

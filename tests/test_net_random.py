@@ -283,7 +283,9 @@ def normalises(net: Net) -> bool:
     return any(node.absorbed for node in net.graph.nodes)
 
 
-@pytest.mark.parametrize("seed", [*range(100, 104), *range(NORMALISED, NORMALISED + 3), *range(ROUTED + 100, ROUTED + 103), *range(WIDENED + 100, WIDENED + 102)])
+@pytest.mark.parametrize(
+    "seed", [*range(100, 104), *range(NORMALISED, NORMALISED + 3), *range(ROUTED + 100, ROUTED + 103), *range(WIDENED + 100, WIDENED + 102)]
+)
 def test_training_fused_and_recorded_is_training_step_by_step(backend: Backend, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """All of an iteration, as a device that runs ahead plays it back, with tests in between: the same weights and the same words."""
     monkeypatch.setattr(loop, "LOOK_SECONDS", 1e9)

@@ -63,6 +63,13 @@ NETS: dict[str, tuple[str, Held]] = {
     "a fire that is pooled": (FIRE + POOL, {"join j": (ALL, ALL)}),
     "a fire that is split": (FIRE + conv("j", "u", 8) + conv("j", "v", 8, WIDE) + add("u v", "z"), {"join j": (ALL, ALL)}),
     "a fire that is dropped": (FIRE + layer("Dropout", "drop", "j", "j") + conv("j", "z", 8), {"join j": (ALL, ALL)}),
+    "an inception": (
+        SQUEEZED + conv("x", "a") + relu("a") + conv("s", "b", 24, WIDE) + relu("b") + conv("s", "c", 8, "kernel_size: 5 pad: 2") + relu("c")
+        + layer("Pooling", "pool", "x", "p", "pooling_param { kernel_size: 3 stride: 1 pad: 1 }") + conv("p", "e", 8) + relu("e")
+        + join("a b c e", "j") + conv("j", "u", 8) + layer("Pooling", "pool2", "j", "k", "pooling_param { kernel_size: 3 stride: 1 pad: 1 }")
+        + conv("k", "v", 8) + add("u v", "z"),
+        {"join j": (frozenset(range(4)), frozenset(range(4)))},
+    ),
     "a ReLU after": (TWO + join("a b", "j") + relu("j") + conv("j", "z", 8), {"join j": (ALL, ALL)}),
     "no ReLU": (TWO + join("a b", "j") + conv("j", "z", 8), {"join j": (ALL, ALL)}),
     "one ReLU": (TWO + relu("a") + join("a b", "j") + conv("j", "z", 8), {"join j": (SECOND, SECOND)}),

@@ -4,7 +4,7 @@ the bias gradient beside the weight gradient."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest

@@ -37,7 +37,7 @@ def _takes(given: dict[str, Any]) -> bool:
     positive = given.get("positive")
     if positive is not None and pitch_of(positive) != pitch_of(given["dx"]):
         return False
-    return given["group"] == 1 and all(is_usual(x) or (name in BLOBS and in_pieces(x)) for name, x in given.items() if hasattr(x, "strides"))
+    return given["group"] == 1 and all(is_usual(x) or (name in BLOBS and _in_pieces(x)) for name, x in given.items() if hasattr(x, "strides"))
 
 
 class Convolution(ScaleBias, takes=_takes):  # whose sum is the bias gradient too
@@ -109,7 +109,7 @@ class Convolution(ScaleBias, takes=_takes):  # whose sum is the bias gradient to
             self.bias_backward(dy, db.reshape((1, -1) + (1,) * (dy.ndim - 2)), accumulate=accumulate_b)
 
 
-def in_pieces(x: Array) -> bool:
+def _in_pieces(x: Array) -> bool:
     """Whether x (N,C,H,W) has whole pieces of channels, pitch and address, whatever lies between its pixels."""
     return all(size * x.itemsize % gemm.VECTOR == 0 for size in (x.shape[1], pitch_of(x))) and pitch_of(x) > 0 and x.address % gemm.VECTOR == 0
 

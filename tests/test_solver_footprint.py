@@ -38,7 +38,14 @@ layer { name: "accuracy" type: "Accuracy" bottom: "ip" bottom: "label" top: "acc
 """
 LONG = MANY_LAYERS.replace('top: "acc" }', 'top: "acc" include { phase: TEST } }')
 WARPED = SHORT.replace("scale: 0.01", "scale: 0.01 rotation: 10 lighting: 0.1")
-NETS = {"short": SHORT, "long": LONG, "warped": WARPED}
+FIRE = """layer { name: "a" type: "Convolution" bottom: "c" top: "a" convolution_param { num_output: 8 kernel_size: 1 weight_filler { type: "msra" } } }
+layer { name: "ra" type: "ReLU" bottom: "a" top: "a" }
+layer { name: "b" type: "Convolution" bottom: "c" top: "b" convolution_param { num_output: 16 kernel_size: 3 pad: 1 weight_filler { type: "msra" } } }
+layer { name: "rb" type: "ReLU" bottom: "b" top: "b" }
+layer { name: "j" type: "Concat" bottom: "a" bottom: "b" top: "j" }
+"""
+JOINED = SHORT.replace('layer { name: "p"', FIRE + 'layer { name: "p"').replace('bottom: "c" top: "p"', 'bottom: "j" top: "p"')
+NETS = {"short": SHORT, "long": LONG, "warped": WARPED, "joined": JOINED}
 RULES = {"sgd": "momentum: 0.9", "adam": 'type: "Adam" momentum: 0.9 clip_gradients: 1e-3', "plain": "snapshot_after_train: false debug_info: true"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,41 +46,67 @@ PLANES = {
 }
 
 
-@pytest.mark.parametrize("name", PLANES)
-def test_gaps_between_pixels(cuda: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
-    """Activations that are channels of larger blobs: the bits are those of blobs of their own, the same kernels make them, and no other channel
-    changes."""
-    plane, dtype = PLANES[name], "float32" if kind == "tf32" else kind
-    options: dict[str, Any] = {"stride": plane.stride, "pad": plane.pad, "dilation": (1, 1), "group": 1, "tf32": kind == "tf32"}
+# Channels that are no whole pieces, or of one group among others: the op copies.
+COPIED = {
+    "odd channels": (Plane(3, 7, 5, (5, 7), (1, 1), (1, 1), (0, 0)), 1),
+    "one channel": (Plane(2, 1, 3, (5, 7), (3, 3), (2, 2), (1, 1)), 1),
+    "groups": (Plane(2, 16, 32, (5, 7), (3, 3), (1, 1), (1, 1)), 2),
+}
+
+
+def run(cuda: Backend, rng: np.random.Generator, kind: str, plane: Plane, *, inside: bool, group: int = 1) -> tuple[list[str], list[np.ndarray]]:
+    """The kernels of the three ops; and y, dx, dw and db, with a ReLU above and one below, and gradients added to. inside: all activations are channels
+    of larger blobs, of which the others must stay."""
+    dtype, before, after = "float32" if kind == "tf32" else kind, 8, 16
+    options: dict[str, Any] = {"stride": plane.stride, "pad": plane.pad, "dilation": (1, 1), "group": group, "tf32": kind == "tf32"}
     shapes = {"x": (plane.batch, plane.channels, *plane.size), "y": (plane.batch, plane.outputs, *plane.out)}
-    values = {array: rng.standard_normal(shapes[array[-1]]) for array in ("x", "y", "dx", "dy", "px")}
-    (w, _), (b, _) = (
-        put(cuda, rng.standard_normal((plane.outputs, plane.channels, *plane.kernel)), dtype),
-        put(cuda, rng.standard_normal(plane.outputs), "float32"),
-    )
-    before, after, results = 8, 16, []
-    for inside in (False, True):
-        whole, part = {}, {}
-        for array, given in values.items():
-            n, channels, *size = given.shape
-            whole[array] = put(cuda, np.full((n, before + channels + after, *size), 7.5), dtype)[0]
-            part[array] = whole[array][:, before : before + channels] if inside else cuda.empty(given.shape, dtype)
-            cuda.from_host(given, part[array])
-        dw, db = put(cuda, np.ones(w.shape), "float32")[0], put(cuda, np.ones(b.shape), "float32")[0]
-        with monkeypatch.context() as patch:
-            launched = recorded(cuda, patch)
-            cuda.convolution_forward(part["x"], w, b, part["y"], **options, relu=True)
-            cuda.convolution_backward_data(part["dy"], w, part["dx"], part["px"], **options)
-            cuda.convolution_backward_weights(part["x"], part["dy"], dw, db, **options, accumulate_w=True, accumulate_b=True)
-        results.append([launched, *(np.asarray(cuda.to_host(array)) for array in (part["y"], part["dx"], dw, db))])
-        for array in whole.values():
-            others = np.asarray(cuda.to_host(array))
-            assert (others[:, :before] == 7.5).all()
-            assert (others[:, len(others[0]) - after :] == 7.5).all()
-    alone, within = results
-    assert within[0] == alone[0]
-    assert np.abs(alone[1]).max() > 0
-    for got, want in zip(within[1:], alone[1:]):
-        np.testing.assert_array_equal(got, want)
-    split = [kernel for kernel in within[0] if "finish" in kernel]
-    assert bool(split) == ("split" in name)
+    wholes, part = [], {}
+    for name in ("x", "y", "dx", "dy", "positive"):
+        n, channels, *size = shape = shapes["y" if name.endswith("y") else "x"]
+        wholes.append(put(cuda, np.full((n, before + channels + after, *size), 7.5), dtype)[0])
+        part[name] = wholes[-1][:, before : before + channels] if inside else cuda.empty(shape, dtype)
+        cuda.from_host(rng.standard_normal(shape), part[name])
+    w, _ = put(cuda, rng.standard_normal((plane.outputs, plane.channels // group, *plane.kernel)), dtype)
+    b, _ = put(cuda, rng.standard_normal(plane.outputs), "float32")
+    dw, db = put(cuda, np.ones(w.shape), "float32")[0], put(cuda, np.ones(b.shape), "float32")[0]
+    with pytest.MonkeyPatch.context() as patch:
+        launched = recorded(cuda, patch)
+        cuda.convolution_forward(part["x"], w, b, part["y"], **options, relu=True)
+        cuda.convolution_backward_data(part["dy"], w, part["dx"], part["positive"], **options)
+        cuda.convolution_backward_weights(part["x"], part["dy"], dw, db, **options, accumulate_w=True, accumulate_b=True)
+    for whole in wholes:
+        others = np.asarray(cuda.to_host(whole))
+        assert (others[:, :before] == 7.5).all()
+        assert (others[:, -after:] == 7.5).all()
+    return launched, [np.asarray(cuda.to_host(array)) for array in (part["y"], part["dx"], dw, db)]
+
+
+def both(cuda: Backend, request: pytest.FixtureRequest, kind: str, plane: Plane, group: int = 1) -> list[list[str]]:
+    """The kernels for blobs of their own and for parts, whose results are equal."""
+    seed = zlib.crc32(request.node.name.encode())
+    (alone, want), (within, got) = (run(cuda, np.random.default_rng(seed), kind, plane, inside=inside, group=group) for inside in (False, True))
+    assert np.abs(want[0]).max() > 0
+    for array, other in zip(got, want):
+        np.testing.assert_array_equal(array, other)
+    return [alone, within]
+
+
+@pytest.mark.parametrize("name", PLANES)
+def test_gaps_between_pixels(cuda: Backend, request: pytest.FixtureRequest, kind: str, name: str) -> None:
+    alone, within = both(cuda, request, kind, PLANES[name])
+    assert within == alone
+    assert any("finish" in kernel for kernel in within) == ("split" in name)
+
+
+@pytest.mark.parametrize("kind", ["float32", "tf32"])
+def test_gaps_between_pixels_of_an_image(cuda: Backend, request: pytest.FixtureRequest, kind: str) -> None:
+    """Of 4 channels, which float32 adds in Caffe's order."""
+    alone, within = both(cuda, request, kind, Plane(2, 4, 12, (5, 7), (3, 2), (2, 1), (1, 0)))
+    assert within == alone
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_parts_that_are_copied(cuda: Backend, request: pytest.FixtureRequest, kind: str, name: str) -> None:
+    alone, within = both(cuda, request, kind, *COPIED[name])
+    assert [kernel for kernel in within if not kernel.startswith("copy")] == alone
+    assert sum(kernel.startswith("copy") for kernel in within) == 3 + 4 + 2  # of the three ops: all activations, and back what is written

@@ -28,7 +28,7 @@ test: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive CAFFELITE_CUDA_DRIVER=$(if $(shell command -v g++),emulator) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 # The ops again, and every tile of their products, with the emulator watching every access, and then with its threads in other orders.
-KERNEL_TESTS := $(wildcard tests/test_op_*.py) tests/test_cuda_gemm.py
+KERNEL_TESTS := $(wildcard tests/test_op_*.py) tests/test_cuda_gemm.py tests/test_cuda_gemm_gaps.py
 test-kernels: $(VENV)/installed-dev
 	CAFFELITE_CUDA_DRIVER=emulator CAFFELITE_EMULATOR=check $(BIN)/python -m pytest -n $(WORKERS) --backend cuda $(KERNEL_TESTS)
 	set -e; for order in down random lifo; do CAFFELITE_CUDA_DRIVER=emulator CAFFELITE_EMULATOR_ORDER=$$order \

@@ -12,6 +12,7 @@ from caffelite.backends.contract import Backend
 from caffelite.graph import BlobInfo, Graph, Node
 from caffelite.layer import SIGN, TOP
 from caffelite.layers.batch_norm import BatchNorm
+from caffelite.layers.concat import Concat
 from caffelite.layers.convolution import Convolution
 from caffelite.layers.dropout import Dropout
 from caffelite.layers.inner_product import InnerProduct
@@ -38,13 +39,21 @@ def fuse(graph: Graph, backend: Backend | None = None) -> None:
         if backend is not None and backend.drops_along and isinstance(node.layer, (Convolution, InnerProduct)):
             _fuse_dropout(node, node.layer)
     for node in graph.nodes:
-        if _is_relu(node) and not node.backward_fused and node.in_place() and node.needs_backward and node.propagate_down[0]:
-            _fuse_relu_backward(node)
-    share(graph)
+        if _goes_back_in_place(node):
+            _fuse_relu_backward([node], node)
+    for node in graph.nodes:
+        if isinstance(node.layer, Concat) and (relus := _relus_below(node)):
+            _fuse_relu_backward(relus, node)
+    share(graph, backend)
 
 
 def _is_relu(node: Node) -> bool:
     return node.layer.type == "ReLU" and node.layer.param.relu_param.negative_slope == 0
+
+
+def _goes_back_in_place(node: Node) -> bool:
+    """Whether it is a ReLU in place whose backward is its own as yet."""
+    return _is_relu(node) and node.in_place() and not node.backward_fused and node.needs_backward and node.propagate_down[0]
 
 
 def _later_writers(node: Node, blob: BlobInfo) -> list[Node]:
@@ -61,11 +70,20 @@ def _fuse_relu_forward(node: Node) -> None:
             after[0].forward_fused = True
 
 
-def _fuse_relu_backward(relu: Node) -> None:
-    """The one layer that takes the ReLU's top, in place or not, applies the ReLU's gradient too while it writes its own."""
-    taker = _taker(relu)
-    if taker is not None and _takes_relu(taker, relu.tops[0]):
-        relu.backward_fused = True
+def _relus_below(concat: Node) -> list[Node]:
+    """The ReLUs in place that made all bottoms of a Concat, which alone takes them; none where there is a bottom of another kind, or type."""
+    last = [blob.writers[-1] for blob in concat.bottoms]
+    every = all(map(_goes_back_in_place, last)) and concat.needs_backward and all(concat.propagate_down)
+    return last if every and {blob.dtype for blob in concat.bottoms} == {concat.tops[0].dtype} else []
+
+
+def _fuse_relu_backward(relus: list[Node], last: Node) -> None:
+    """The one layer that takes the top of `last`, in place or not, applies the gradient of the ReLUs that made it too while it writes its own: `last`
+    is the ReLU, or joins what they made."""
+    taker = _taker(last)
+    if taker is not None and _takes_relu(taker, last.tops[0]):
+        for relu in relus:
+            relu.backward_fused = True
 
 
 def _taker(node: Node) -> Node | None:

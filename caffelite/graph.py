@@ -32,6 +32,8 @@ class BlobInfo:
     diff_of: BlobInfo | None = None  # its gradient lies where another blob's does
     data_start: int = 0  # elements of `data_of` before it
     diff_start: int = 0  # elements of `diff_of`'s gradient before its own
+    data_gaps: bool = False  # it is channels of `data_of`, whose others lie between its pixels
+    diff_gaps: bool = False  # its gradient lies so in that of `diff_of`
     persistent: bool = False  # keeps its contents between iterations
     absent: bool = False  # lies nowhere: a fused op makes and uses it on its way
     called: str = ""  # the file's name for it, where a fusion has set it apart under one of its own

@@ -126,6 +126,10 @@ class Layer:
         it has to: their gradients are then 0 where they are not above 0. What that needs of their data, `backward_reads` says."""
         return False
 
+    def takes_gaps(self, bottoms: Sequence[Shape], backend: Backend) -> bool:
+        """Whether its ops take blobs as they are between whose pixels other channels lie (Backend.takes_gaps)."""
+        return False
+
     def statistics(self) -> Sequence[Param]:
         """The parameters that forward changes, without reading them otherwise (BatchNorm's sums)."""
         return ()

@@ -13,7 +13,7 @@ from caffelite.backends.contract import Array, Backend, same_order
 from caffelite.blob import Blob, Param, Shape
 from caffelite.errors import CaffeliteError, LabelError, SpecError
 from caffelite.fusion import fuse
-from caffelite.graph import Graph, Node, ParamInfo, build_graph
+from caffelite.graph import BlobInfo, Graph, Node, ParamInfo, build_graph
 from caffelite.layer import Layer, RunContext
 from caffelite.layers.data import DataLayer
 from caffelite.memory import ITEM_BYTES, MemoryPlan, plan_memory
@@ -133,12 +133,21 @@ class Net:
         self.persistent_buffer = self.backend.allocate(self.memory.persistent_bytes)
         for name, info in self.graph.blobs.items():
             blob = self.blobs[name]
-            blob.data = self._array(("data", info.data_root.name), info.shape, info.data_offset)
-            blob.diff = self._array(("diff", info.diff_root.name), info.shape, info.diff_offset)
+            blob.data, blob.diff = self._data_of(info), self._diff_of(info)
         self._bind_buffers()
         for blob, weight in self.weighted_tops():
             if blob.diff is not None:
                 self.backend.fill(blob.diff, weight)
+
+    def _data_of(self, info: BlobInfo) -> Array:
+        if info.data_gaps and info.data_of is not None:
+            return _channels(self._data_of(info.data_of), info.data_start, info.shape)
+        return self._array(("data", info.data_root.name), info.shape, info.data_offset)
+
+    def _diff_of(self, info: BlobInfo) -> Array:
+        if info.diff_gaps and info.diff_of is not None:
+            return _channels(self._diff_of(info.diff_of), info.diff_start, info.shape)
+        return self._array(("diff", info.diff_root.name), info.shape, info.diff_offset)
 
     def _array(self, key: tuple[str, ...], shape: Shape | None = None, start: int = 0) -> Array:
         """The region named by `key`, or what of it begins `start` elements on and has another shape; None where there is no such region."""
@@ -441,6 +450,11 @@ class Net:
         """Ends the data layers' threads and closes their files."""
         for layer in self.layers:
             layer.close()
+
+
+def _channels(whole: Array, start: int, shape: Shape) -> Array:
+    """The blob of this shape that is channels of another, from `start` on; None where there is none."""
+    return None if whole is None else whole[:, start : start + shape[1]]
 
 
 def _nothing(layer: Layer) -> None:

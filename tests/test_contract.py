@@ -8,14 +8,46 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from caffelite import backends
-from caffelite.backends.contract import Backend
+from caffelite.backends.contract import Backend, pitch_of, strides_of
 from caffelite.errors import BackendError
 
 OPS = [name for name, member in vars(Backend).items() if inspect.isfunction(member) and not name.startswith("_")]
 NUMPY = Path(backends.__file__).parent / "numpy"
+
+
+def last(*shape: int) -> np.ndarray:
+    """Elements of a blob of this shape, channels last."""
+    return np.lib.stride_tricks.as_strided(np.zeros(np.prod(shape), np.float32), shape, strides_of(shape, 4))
+
+
+PITCHES = {
+    "a blob": (last(2, 3, 5, 7), 3),
+    "its channels": (last(2, 11, 5, 7)[:, 4:7], 11),
+    "one of them": (last(2, 11, 5, 7)[:, 4:5], 11),
+    "a line": (last(2, 11, 1, 7)[:, :3], 11),
+    "a column": (last(2, 11, 5, 1)[:, :3], 11),
+    "a pixel each": (last(2, 11, 1, 1)[:, :3], 11),
+    "one pixel": (last(1, 11, 1, 1)[:, :3], 3),
+    "every other column": (last(2, 3, 5, 8)[..., ::2], 6),
+    "every other row": (last(2, 3, 6, 7)[:, :, ::2], 0),
+    "fewer columns": (last(2, 3, 5, 7)[..., :6], 0),
+    "fewer rows": (last(2, 3, 5, 7)[:, :, :4], 0),
+    "every other channel": (last(2, 6, 5, 7)[:, ::2], 0),
+    "turned round": (last(2, 3, 5, 7)[..., ::-1], 0),
+    "channels first": (np.zeros((2, 3, 5, 7), np.float32), 0),
+    "one value for all": (np.broadcast_to(np.float32(0), (2, 3, 5, 7)), 0),
+    "two axes": (np.zeros((2, 3), np.float32), 0),
+}
+
+
+@pytest.mark.parametrize("name", PITCHES)
+def test_elements_from_pixel_to_pixel(name: str) -> None:
+    array, want = PITCHES[name]
+    assert pitch_of(array) == want
 
 
 def sections() -> dict[str, list[str]]:

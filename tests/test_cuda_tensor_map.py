@@ -38,6 +38,14 @@ def test_what_the_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert library.told == (9, 2, 0x7000, [72, 5], [144], [64, 96], [1, 1], 0, 3, 3, 0)
 
 
+def test_rows_that_are_further_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns 72 of 80: the row's size is that of what is read, the pitch that of all."""
+    library = Library()
+    monkeypatch.setattr(tensor_map, "_library", lambda: library)
+    tensor_map.encoded(Boxes(BOXES.array, 5, 72, 96, step=80))
+    assert library.told == (9, 2, 0x7000, [72, 5], [160], [64, 96], [1, 1], 0, 3, 3, 0)
+
+
 def test_a_driver_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_map, "_library", lambda: Library(1))
     message = r"no tensor map of a matrix 5 x 72 at 0x7000 in boxes of 96 rows: CUDA error 1\n  set CAFFELITE_CUDA_PRODUCTS=wgmma"

@@ -134,6 +134,46 @@ def test_a_relu_of_several_is_taken_by_its_own_taker() -> None:
     assert graph.nodes[-3].layer.relu_bottoms == {1}
 
 
+# --- the backward of ReLUs whose tops are joined -----------------------------------------------------------------------------
+
+JOIN = 'layer { name: "j" type: "Concat" bottom: "m" bottom: "n" top: "a" }\n'
+TWO = conv("first", "x", "m", outputs=3) + relu("m", "relu m") + conv("second", "x", "n", outputs=5) + relu("n", "relu n")
+JOINED = {name: TWO + JOIN + taker for name, taker in TAKERS.items() if 'top: "a" convolution_param' not in taker}
+NOT_JOINED = {
+    "one has none": TWO.replace(relu("n", "relu n"), "") + JOIN + conv("c", "a", "z"),
+    "one has a slope": TWO.replace(relu("n", "relu n"), relu("n", "relu n", "relu_param { negative_slope: 0.1 }")) + JOIN + conv("c", "a", "z"),
+    "a layer that does not": TWO + JOIN + layer("TanH", "h", "a", "z"),
+    "no gradient comes back": TWO + JOIN + conv("c", "a", "z").replace("top:", "propagate_down: false top:"),
+    "no gradient goes to one": TWO + JOIN.replace("top:", "propagate_down: true propagate_down: false top:") + conv("c", "a", "z"),
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", JOINED)
+def test_relus_that_are_joined_change_no_bit(backend, name: str, precision: str) -> None:
+    ours, theirs = (gradients(backend, DATA + JOINED[name] + LOSS, precision, observe) for observe in (False, True))
+    assert np.abs(theirs[1]).max() > 0
+    for got, want in zip(ours, theirs):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_the_layer_after_takes_all_relus_that_are_joined(name: str) -> None:
+    assert skipped(fused(DATA + JOINED[name] + LOSS))[:2] == ["relu m", "relu n"]
+
+
+@pytest.mark.parametrize("name", NOT_JOINED)
+def test_no_other_joined_relu_is_taken(name: str) -> None:
+    graph = fused(DATA + NOT_JOINED[name] + LOSS)
+    assert skipped(graph) == []
+    assert not any(node.layer.relu_bottoms for node in graph.nodes)
+
+
+def test_a_joined_relu_that_is_used_elsewhere_is_taken_by_its_split_alone() -> None:
+    graph = fused(DATA + TWO + JOIN + conv("c", "a", "b") + conv("e", "n", "h") + SUM + LOSS)
+    assert skipped(graph) == ["relu n"]
+
+
 def test_memory_of_a_pooled_relu_ends_with_forward(reference) -> None:
     """Max pooling's gradient needs its own top alone; the convolution's output is free again as soon as it is pooled."""
     text = text_of("max pooling and dropout")
@@ -155,7 +195,7 @@ def test_memory_of_what_average_pooling_reads_again(reference) -> None:
 
 # --- LRN and max pooling -----------------------------------------------------------------------------------------------------
 
-ALONG: Any = SimpleNamespace(drops_along=True, lrn_max_pool_pays=lambda *args, **options: True)  # a backend that always had better
+ALONG: Any = SimpleNamespace(drops_along=True, takes_gaps=frozenset(), lrn_max_pool_pays=lambda *args, **options: True)  # a backend that always had better
 LRN, MAX = layer("LRN", "n", "a", "h"), layer("Pooling", "p", "h", "z", "pooling_param { kernel_size: 3 stride: 2 }")
 ALEX = FIRST + LRN + MAX
 POOLED = {

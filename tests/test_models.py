@@ -292,6 +292,21 @@ def test_the_last_products_drop_on_a_gpu(model: str, products: list[str], comput
             node.layer.close()
 
 
+@pytest.mark.usefixtures("databases")
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_nothing_of_squeezenet_is_copied(compute: str) -> None:
+    """Where convolutions take gaps, all that is joined lies in what it is joined to; no ReLU has a pass of its own, where no backend does more."""
+    graph = build_graph(read_net(ROOT / "models" / "squeezenet" / "train_val.prototxt"), phase=pb.TRAIN, compute=compute)
+    try:
+        fuse(graph, backends.counting())
+        both = frozenset({0, 1})
+        assert [(node.layer.held_data, node.layer.held_diffs) for node in graph.nodes if node.layer.type == "Concat"] == [(both, both)] * 8
+        assert [(node.forward_fused, node.backward_fused) for node in graph.nodes if node.layer.type == "ReLU"] == [(True, True)] * 26
+    finally:
+        for node in graph.nodes:
+            node.layer.close()
+
+
 def _weighted(model: str) -> list[pb.LayerParameter]:
     net = read_net(ROOT / "models" / model / "train_val.prototxt").param
     return [layer for layer in net.layer if layer.type in ("Convolution", "InnerProduct")]

@@ -58,6 +58,7 @@ PAIRED = {
 }
 NORMALISED = 1000  # nets of seeds from here on have BatchNorm, Scale and ReLU in place after each other
 ROUTED = 2000  # from here on: parts joined and cut along the batch, and chains that a backend may fuse
+WIDENED = 3000  # from here on: parts joined and cut along the channels
 CHAINS = (  # what is put in a row, and each time which of it may be in place
     ("Convolution", "ReLU", "LRN", "Pooling max", "Dropout"),
     ("Pooling max", "Dropout"),
@@ -74,7 +75,7 @@ class Draft:
 
     def __init__(self, seed: int) -> None:
         self.rng, self.text, self.number = np.random.default_rng(seed), HEAD, 0
-        self.normalises, self.routes = NORMALISED <= seed < ROUTED, seed >= ROUTED
+        self.normalises, self.routes, self.widens = NORMALISED <= seed < ROUTED, ROUTED <= seed < WIDENED, seed >= WIDENED
         self.param = net_from_text(HEAD).param
         self.shapes: dict[str, tuple[int, ...]] = {"x": (3, 4, 5, 4), "y": (3, 4, 5, 4)}
 
@@ -107,6 +108,8 @@ class Draft:
         bottom, top, draw = self.pick(recent), f"b{self.number}", self.rng.random()
         if self.routes and self.rng.random() < 0.5:
             self.route(bottom, top) if self.rng.random() < 0.5 else self.chain(bottom)
+        elif self.widens and len(self.shapes[bottom]) == 4 and self.rng.random() < 0.6:
+            self.widen(bottom, top)
         elif self.normalises and self.rng.random() < 0.3:
             top = bottom if self.rng.random() < 0.5 else top
             if self.add("BatchNorm", [bottom], [top], ""):
@@ -141,6 +144,21 @@ class Draft:
             "Reshape", [f"{top}f"], [f"{top}r"], "reshape_param { shape { dim: 0 dim: -1 dim: 2 } }"
         ):
             self.add("ReLU", [f"{top}r"], [f"{top}r" if same else top], "")
+
+    def widen(self, bottom: str, top: str) -> None:
+        """Convolutions of one blob joined along the channels, perhaps with others; or a blob cut so."""
+        if self.shapes[bottom][1] >= 8 and self.rng.random() < 0.3:
+            point = self.pick(range(4, self.shapes[bottom][1], 4))
+            self.add("Slice", [bottom], [top, f"{top}s"], f"slice_param {{ slice_point: {point} }}")
+            return
+        parts = [f"{top}{letter}" for letter in "uvw"[: self.pick((1, 2, 2, 3))]]
+        for part in parts:
+            window = self.pick(("kernel_size: 1", "kernel_size: 3 pad: 1"))
+            self.add("Convolution", [bottom], [part], f"convolution_param {{ num_output: {self.pick((3, 4, 8, 8, 16))} {window} {FILLED} }}")
+            if self.rng.random() < 0.7:
+                self.add("ReLU", [part], [part], "")
+        others = [b for b, s in self.shapes.items() if len(s) == 4 and (s[0], *s[2:]) == (self.shapes[bottom][0], *self.shapes[bottom][2:])]
+        self.add("Concat", [*parts, *(self.pick(others) for _ in range(self.pick((0, 0, 1))))], [top], "")
 
     def chain(self, bottom: str) -> None:
         """Layers in a row, those in place that may be."""
@@ -209,7 +227,7 @@ def descend(net: Net) -> None:
     net.parameters_changed()
 
 
-@pytest.mark.parametrize("seed", [*range(16), *range(ROUTED, ROUTED + 16)])
+@pytest.mark.parametrize("seed", [*range(16), *range(ROUTED, ROUTED + 16), *range(WIDENED, WIDENED + 12)])
 def test_reuse_changes_nothing(backend: Backend, seed: int) -> None:
     text, precision = random_net(seed), "bfloat16" if seed % 3 == 2 else "float32"
     options: dict[str, Any] = {"backend": backend, "precision": precision, "seed": seed}
@@ -265,7 +283,9 @@ def normalises(net: Net) -> bool:
     return any(node.absorbed for node in net.graph.nodes)
 
 
-@pytest.mark.parametrize("seed", [*range(100, 104), *range(NORMALISED, NORMALISED + 3), *range(ROUTED + 100, ROUTED + 103)])
+@pytest.mark.parametrize(
+    "seed", [*range(100, 104), *range(NORMALISED, NORMALISED + 3), *range(ROUTED + 100, ROUTED + 103), *range(WIDENED + 100, WIDENED + 102)]
+)
 def test_training_fused_and_recorded_is_training_step_by_step(backend: Backend, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """All of an iteration, as a device that runs ahead plays it back, with tests in between: the same weights and the same words."""
     monkeypatch.setattr(loop, "LOOK_SECONDS", 1e9)

@@ -45,7 +45,14 @@ layer { name: "drop" type: "Dropout" bottom: "ip" top: "ip" }
 layer { name: "ip2" type: "InnerProduct" bottom: "ip" top: "ip2" inner_product_param { num_output: 4 weight_filler { type: "xavier" } } }
 layer { name: "loss\"""",
 ).replace('bottom: "ip" bottom: "label"', 'bottom: "ip2" bottom: "label"')
-NETS = {"dropped": DROPPED, "short": SHORT, "long": LONG, "warped": WARPED}
+FIRE = """layer { name: "a" type: "Convolution" bottom: "c" top: "a" convolution_param { num_output: 8 kernel_size: 1 weight_filler { type: "msra" } } }
+layer { name: "ra" type: "ReLU" bottom: "a" top: "a" }
+layer { name: "b" type: "Convolution" bottom: "c" top: "b" convolution_param { num_output: 16 kernel_size: 3 pad: 1 weight_filler { type: "msra" } } }
+layer { name: "rb" type: "ReLU" bottom: "b" top: "b" }
+layer { name: "j" type: "Concat" bottom: "a" bottom: "b" top: "j" }
+"""
+JOINED = SHORT.replace('layer { name: "p"', FIRE + 'layer { name: "p"').replace('bottom: "c" top: "p"', 'bottom: "j" top: "p"')
+NETS = {"dropped": DROPPED, "short": SHORT, "long": LONG, "warped": WARPED, "joined": JOINED}
 RULES = {"sgd": "momentum: 0.9", "adam": 'type: "Adam" momentum: 0.9 clip_gradients: 1e-3', "plain": "snapshot_after_train: false debug_info: true"}
 
 

@@ -109,11 +109,24 @@ def is_usual(x: Array) -> bool:
     return all(size == 1 or have == want for size, have, want in zip(x.shape, x.strides, strides_of(x.shape, x.itemsize)))
 
 
+def pitch_of(x: Array) -> int:
+    """Elements from one pixel of x (N,C,H,W) to the next where all are as far apart and each one's channels lie together, as those do of channels of a
+    larger blob; else 0."""
+    if x.ndim != 4:
+        return 0
+    pixels = (x.shape[2] * x.shape[3], None, x.shape[3], 1)  # from one place along an axis to the next
+    steps = [(stride, count) for size, stride, count in zip(x.shape, x.strides, pixels) if count is not None and size > 1]
+    step = steps[-1][0] // steps[-1][1] if steps else x.shape[1] * x.itemsize
+    even = all(stride == count * step for stride, count in steps) and (x.shape[1] == 1 or x.strides[1] == x.itemsize)
+    return int(step // x.itemsize) if even and step % x.itemsize == 0 and step >= x.shape[1] * x.itemsize else 0
+
+
 def pool_mask_dtype(kernel: Ints) -> str:
     """The dtype of a max-pooling mask: "uint8" when a window has at most 255 cells, else "int32"."""
     return "uint8" if kernel[0] * kernel[1] <= 255 else "int32"
 
 
+PIECE = 16  # bytes: see Backend.takes_gaps
 JOURNAL_HEAD = 2  # elements of a journal before its values: see Backend.append
 
 
@@ -144,11 +157,14 @@ class Backend(Protocol):
 
     runs_ahead: ops may return before they have run, so that reading a result waits.
     drops_along: pooling (max_pool_dropout_forward) and products (`drop`) had better do the dropout after them than leave it to a pass of its own.
+    takes_gaps: the stems whose ops take activations (N,C,H,W) as they are, without copies, that are channels of larger ones, so that others lie
+    between their pixels: where the channels before them, their own, and all are whole pieces of PIECE bytes. A result of `drop` has no gaps.
     """
 
     name: str
     runs_ahead: bool
     drops_along: bool
+    takes_gaps: frozenset[str]
     raw_images: bool  # images had better come as bytes, for `transform` to crop, warp and scale, than as finished floats
 
     # --- memory ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from caffelite.backends.contract import Backend
 from caffelite.blob import Array, Blob, Shape
 from caffelite.layer import Layer, register
-from caffelite.layers.shapes import axis_index, old_axis, runs_along
+from caffelite.layers.shapes import axis_index, old_axis, runs_along, starts_along
 
 
 @register("Concat")
@@ -36,6 +36,14 @@ class Concat(Layer):
         """Elements of the top before each bottom's, where they lie there in one run each; else None."""
         axis = self._axis(len(bottoms[0]))
         return runs_along(axis, self.infer_shapes(bottoms)[0], [shape[axis] for shape in bottoms])
+
+    def starts(self, bottoms: Sequence[Shape]) -> list[int] | None:
+        """Channels of the top before each bottom's, where it joins channels; else None."""
+        axis = self._axis(len(bottoms[0]))
+        return starts_along(axis, bottoms[0], [shape[axis] for shape in bottoms])
+
+    def takes_gaps(self, bottoms: Sequence[Shape], backend: Backend) -> bool:
+        return True
 
     def backward_reads(self) -> frozenset[str]:
         return frozenset()

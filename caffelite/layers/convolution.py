@@ -145,6 +145,10 @@ class Convolution(Layer):
         """Whether the op's result lies as the top does, so that it can draw the mask of a dropout of it."""
         return viewable(self._top_shape(bottoms[0]), self._geometry(bottoms[0]).top)
 
+    def takes_gaps(self, bottoms: Sequence[Shape], backend: Backend) -> bool:
+        plain = self.group == 1 and self.dropout is None and len(bottoms[0]) == 4
+        return "convolution" in backend.takes_gaps and plain and self._geometry(bottoms[0]).bottom == tuple(bottoms[0])
+
     def multiply_adds(self, bottoms: Sequence[Shape]) -> int:
         geometry = self._geometry(bottoms[0])
         return len(bottoms) * prod(geometry.top) * (geometry.bottom[1] // self.group) * prod(geometry.kernel)

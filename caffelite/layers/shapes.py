@@ -34,6 +34,11 @@ def runs_along(axis: int, shape: Shape, sizes: Sequence[int]) -> list[int] | Non
     return [sum(sizes[:i]) * step for i in range(len(sizes))]
 
 
+def starts_along(axis: int, shape: Shape, sizes: Sequence[int]) -> list[int] | None:
+    """Channels of a blob (N,C,H,W) before each of the parts of these sizes along them; None along other axes."""
+    return [sum(sizes[:i]) for i in range(len(sizes))] if len(shape) == 4 and axis == 1 else None
+
+
 # A blob seen under another shape is a view where memory order allows; else its values pass through a buffer of that shape.
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from caffelite.backends.contract import Backend
 from caffelite.blob import Array, Blob, Shape
 from caffelite.layer import Layer, register
-from caffelite.layers.shapes import axis_index, old_axis, runs_along
+from caffelite.layers.shapes import axis_index, old_axis, runs_along, starts_along
 from caffelite.schema import SourceMap, pb
 
 FIELD = "slice_param"
@@ -64,6 +64,14 @@ class Slice(Layer):
         """Elements of the bottom before each top's, where they lie there in one run each; else None."""
         axis = self._axis(len(bottoms[0]))
         return runs_along(axis, bottoms[0], [shape[axis] for shape in self.infer_shapes(bottoms)])
+
+    def starts(self, bottoms: Sequence[Shape]) -> list[int] | None:
+        """Channels of the bottom before each top's, where it cuts channels apart; else None."""
+        axis = self._axis(len(bottoms[0]))
+        return starts_along(axis, bottoms[0], [shape[axis] for shape in self.infer_shapes(bottoms)])
+
+    def takes_gaps(self, bottoms: Sequence[Shape], backend: Backend) -> bool:
+        return True
 
     def backward_reads(self) -> frozenset[str]:
         return frozenset()

@@ -75,18 +75,20 @@ def _reshaped(outline: Any, shape: Any) -> Any:
 
 @dataclass(frozen=True)
 class Boxes:
-    """An array of 16-bit elements as a matrix (rows, columns), row after row, which a kernel reads in boxes of `height` rows (256 at the most) and
-    BOX_COLUMNS columns: an argument for the parameter cf_tensor_map (kernels/primitives.cuh). Rows are whole pieces of 16 bytes, as is the address."""
+    """An array of 16-bit elements as a matrix (rows, columns), which a kernel reads in boxes of `height` rows (256 at the most) and BOX_COLUMNS
+    columns: an argument for the parameter cf_tensor_map (kernels/primitives.cuh). step: elements from row to row; 0: the columns. It is whole pieces
+    of 16 bytes, as is the address."""
 
     array: DeviceArray
     rows: int
     columns: int
     height: int
+    step: int = 0
 
     @property
     def pitch(self) -> int:
         """Bytes from one row to the next."""
-        return self.columns * self.array.itemsize
+        return (self.step or self.columns) * self.array.itemsize
 
 
 BOX_COLUMNS = 64  # 128 bytes, as many as a 128-byte swizzle takes

@@ -76,22 +76,29 @@ def cname(x: Array) -> str:
         raise BackendError(f"the cuda backend has no kernels for arrays of {x.dtype}", hint="use float32 or bfloat16") from None
 
 
+def _all_usual(given: dict[str, Any]) -> bool:
+    """Whether all arrays among an op's arguments lie as strides_of says."""
+    return all(is_usual(x) for value in given.values() for x in _arrays(value))
+
+
 class Base:
     """Holds the driver, the loaded programs and the scratch memory. Not for use from several threads at once."""
 
     name = "cuda"
     runs_ahead = True
     drops_along = True
+    takes_gaps = frozenset(("convolution",))
     raw_images = True
 
-    def __init_subclass__(cls, *, any_layout: bool = False) -> None:
-        """Lets ops see only arrays that lie as strides_of says. any_layout: the class's own ops take every layout themselves."""
+    def __init_subclass__(cls, *, any_layout: bool = False, takes: Callable[[dict[str, Any]], bool] = _all_usual) -> None:
+        """Lets ops see only arrays that lie as strides_of says. any_layout: the class's own ops take every layout themselves; takes: whether they take
+        these arguments, of which an array lies otherwise."""
         super().__init_subclass__()
         if any_layout:
             return
         for name, member in list(vars(cls).items()):
             if isfunction(member) and not name.startswith("_"):
-                setattr(cls, name, _laid_out(member))
+                setattr(cls, name, _laid_out(member, takes))
 
     def __init__(self, driver: Driver) -> None:
         self.driver, self.tuner = driver, Tuner(driver)
@@ -166,7 +173,7 @@ def _three(sizes: int | Ints) -> Ints:
     return (*given, 1, 1)[:3]
 
 
-def _laid_out(function: Callable[..., Any]) -> Callable[..., Any]:
+def _laid_out(function: Callable[..., Any], takes: Callable[[dict[str, Any]], bool]) -> Callable[..., Any]:
     """The op with copies in place of arrays that its kernels do not take: those that lie otherwise than the contract says, and bfloat16
     activations beside float32 ones. What the op writes is copied back."""
     name, names = function.__name__, list(signature(function).parameters)[1:]
@@ -177,7 +184,7 @@ def _laid_out(function: Callable[..., Any]) -> Callable[..., Any]:
         given = dict(zip(names, args)) | options
         types = {x.dtype for parameter, value in given.items() if parameter in ACTIVATIONS for x in _arrays(value)}
         mixed = len(types) > 1
-        if not mixed and all(is_usual(x) for value in given.values() for x in _arrays(value)):
+        if not mixed and (_all_usual(given) or takes(given)):
             return function(self, *args, **options)
         copies = _Copies(self)
         ready = {name: copies.of(value, widen=mixed and name in ACTIVATIONS, written=name in written) for name, value in given.items()}

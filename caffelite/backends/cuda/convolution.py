@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from caffelite.backends.contract import Array, Drop, Ints
+from caffelite.backends.contract import Array, Drop, Ints, is_usual, pitch_of
 from caffelite.backends.cuda import gemm
 from caffelite.backends.cuda.common import THREADS, blocks, cname
 from caffelite.backends.cuda.dropout import drop_in_place, take_on
@@ -27,7 +29,20 @@ CONVOLUTION = Module(
 )
 
 
-class Convolution(ScaleBias):  # whose sum is the bias gradient too
+BLOBS = frozenset(("x", "y", "dx", "dy", "positive"))
+
+
+def _takes(given: dict[str, Any]) -> bool:
+    """Whether the kernels take all arrays as they are: activations may have gaps between their pixels."""
+    positive = given.get("positive")
+    if positive is not None and pitch_of(positive) != pitch_of(given["dx"]):
+        return False
+    if given.get("drop") is not None and not is_usual(given["y"]):
+        return False  # an element's place in memory is its place in the stream of random bits
+    return given["group"] == 1 and all(is_usual(x) or (name in BLOBS and _in_pieces(x)) for name, x in given.items() if hasattr(x, "strides"))
+
+
+class Convolution(ScaleBias, takes=_takes):  # whose sum is the bias gradient too
     def convolution_forward(
         self,
         x: Array,
@@ -51,7 +66,7 @@ class Convolution(ScaleBias):  # whose sum is the bias gradient too
             drop_in_place(self, y, drop)
             return
         if x.ndim == 4:
-            gemm.forward(self, gemm.Geometry(x.shape, w.shape, y.shape, stride, pad, dilation, group), x, w, b, y, gemm.Finish(relu, drop), tf32=tf32)
+            gemm.forward(self, _plane(x, w, y, stride, pad, dilation, group), x, w, b, y, gemm.Finish(relu, drop), tf32=tf32)
             return
         name = f"convolution_forward<{cname(x)}, {cname(w)}, {'float' if b is None else cname(b)}>"
         space = _space(x.shape, w.shape, y.shape, stride, pad, dilation, group)
@@ -80,15 +95,8 @@ class Convolution(ScaleBias):  # whose sum is the bias gradient too
             take_on(self, dx, positive, ratio)
             return
         if dx.ndim == 4:
-            gemm.backward_data(
-                self,
-                gemm.Geometry(dx.shape, w.shape, dy.shape, stride, pad, dilation, group),
-                dy,
-                w,
-                dx,
-                gemm.Finish(positive=positive, ratio=ratio),
-                tf32=tf32,
-            )
+            finish = gemm.Finish(positive=positive, ratio=ratio)
+            gemm.backward_data(self, _plane(dx, w, dy, stride, pad, dilation, group), dy, w, dx, finish, tf32=tf32)
             return
         space = _space(dx.shape, w.shape, dy.shape, stride, pad, dilation, group)
         above = positive if ratio is None else None
@@ -120,7 +128,7 @@ class Convolution(ScaleBias):  # whose sum is the bias gradient too
             self._move(made, line.given(dw))
             return
         if dw is not None and x.ndim == 4:
-            g = gemm.Geometry(x.shape, dw.shape, dy.shape, stride, pad, dilation, group)
+            g = _plane(x, dw, dy, stride, pad, dilation, group)
             gemm.backward_weights(self, g, x, dy, gemm.Gradients(dw, db, accumulate_w, accumulate_b), tf32=tf32)
             return
         if dw is not None:
@@ -129,6 +137,16 @@ class Convolution(ScaleBias):  # whose sum is the bias gradient too
             self.launch(CONVOLUTION, name, blocks(dw.size), THREADS, x, dy, dw, space, np.bool_(accumulate_w), np.int64(dw.size))
         if db is not None:
             self.bias_backward(dy, db.reshape((1, -1) + (1,) * (dy.ndim - 2)), accumulate=accumulate_b)
+
+
+def _in_pieces(x: Array) -> bool:
+    """Whether x (N,C,H,W) has whole pieces of channels, pitch and address, whatever lies between its pixels."""
+    return all(size * x.itemsize % gemm.VECTOR == 0 for size in (x.shape[1], pitch_of(x))) and pitch_of(x) > 0 and x.address % gemm.VECTOR == 0
+
+
+def _plane(x: Array, w: Array, y: Array, stride: Ints, pad: Ints, dilation: Ints, group: int) -> gemm.Geometry:
+    pitches = [0 if is_usual(array) else pitch_of(array) for array in (x, y)]
+    return gemm.Geometry(x.shape, w.shape, y.shape, stride, pad, dilation, group, *pitches)
 
 
 class _Line:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Drop, Ints
+from caffelite.backends.contract import PIECE, Array, Drop, Ints
 from caffelite.backends.cuda.array import Boxes
 from caffelite.backends.cuda.common import FLOAT32, THREADS, Base, blocks, cname
 from caffelite.backends.cuda.dropout import DRAWN, DROP, as_struct, factor
@@ -32,7 +32,7 @@ GEMM = Module(
 NO_DROP = np.void((0, 0, 0, 0), DROP)
 IMAGE_CHANNELS = 4  # at most so many channels are an image's, whose float32 products are added in Caffe's order
 BOX_PIXELS = 64  # rows of a box of the weight gradient: columns k of a slice
-VECTOR = 16  # bytes of a piece that tensor cores' operands are copied by
+VECTOR = PIECE  # bytes by which tensor cores' operands are copied
 
 _INTS = (
     "images height width channels group_channels out_height out_width outputs group_outputs kernel_h kernel_w stride_h stride_w "
@@ -43,7 +43,8 @@ GEOMETRY = np.dtype([*((name, np.int32) for name in _INTS.split()), ("per_split"
 
 @dataclass(frozen=True)
 class Geometry:
-    """A convolution in two dimensions: x (N,C,H,W), w (O,C/group,kH,kW), y (N,O,P,Q)."""
+    """A convolution in two dimensions: x (N,C,H,W), w (O,C/group,kH,kW), y (N,O,P,Q). x_pitch, y_pitch: elements from one pixel of x, or y, to
+    the next; 0: its channels. Where they are more, there is one group, and channels and pitch are whole pieces (VECTOR), as are addresses."""
 
     x: Ints
     w: Ints
@@ -52,6 +53,8 @@ class Geometry:
     pad: Ints = (0, 0)
     dilation: Ints = (1, 1)
     group: int = 1
+    x_pitch: int = 0
+    y_pitch: int = 0
 
     @property
     def cells(self) -> int:
@@ -79,7 +82,7 @@ class Geometry:
     def struct(self, cut: Cut, channels: int = 0, outputs: int = 0) -> np.void:
         """The kernels' struct Geometry. channels, outputs: of a group as they lie padded; 0: as they are."""
         x, y, w, own, out = self.x, self.y, self.w, channels or self.w[1], outputs or self.group_outputs
-        sizes = (x[0], *x[2:], own * self.group, own, *y[2:], out * self.group, out)
+        sizes = (x[0], *x[2:], self.x_pitch or own * self.group, own, *y[2:], self.y_pitch or out * self.group, out)
         kept = (self.w[1], self.group_outputs, cut.tiles_m, cut.tiles_n)
         return np.void((*sizes, *w[2:], *self.stride, *self.pad, *self.dilation, self.group, cut.splits, *kept, cut.per_split), GEOMETRY)
 
@@ -127,12 +130,12 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
             right = _packed(ops, w, room, (1, g.w[1], 1, g.w[0]), fit.channels) if transposed else _padded(ops, w, room, g.w[1], fit.channels)
         bias, partial = space.floats(b), space.part("partial", "float32")
         first, *final = finish.forward(bias, partial)
-        windows = _boxes(left, y.size // g.y[1], fit.channels, cut.tile.rows) if g.plain and g.group == 1 else None
+        windows = _boxes(left, y.size // g.y[1], fit.channels, cut.tile.rows, g.x_pitch) if g.plain and g.group == 1 else None
         filters = _boxes(right, g.w[0], g.cells * fit.channels, cut.tile.columns)
         name, operands = _loaded("forward", kind, cut, fit.piece, (left, right), (windows, filters))
         _launch(ops, name, cut, *operands, first, y, partial, g.struct(cut, channels=fit.channels), *final)
         if partial is not None:
-            _finish(ops, partial, bias, y, cut, finish, columns=g.y[1])
+            _finish(ops, partial, bias, y, cut, finish, columns=g.y[1], pitch=g.y_pitch)
 
     sizes = {"rows": y.size // g.y[1], "columns": g.group_outputs, "depth": g.cells * fit.channels, "groups": g.group, "outputs": y.size}
     run(_picked(ops, _shape("forward", kind, g), candidates(kind, **sizes, narrow=fit.piece < VECTOR, units=ops.tuner.units), run))
@@ -140,7 +143,7 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
 
 
 def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, finish: Finish, *, packed: bool = False, tf32: bool = False) -> None:
-    """dx = the transpose of w, applied to dy. packed: w lies as (group, C/group, kH, kW, O/group) already."""
+    """dx = the transpose of w, applied to dy; what finish holds has dx's pitch. packed: w lies as (group, C/group, kH, kW, O/group) already."""
     kind = _kind(dx, tf32)
     fit = _Fit.pieces(dy, g.group_outputs) if kind != EXACT else _Fit(g.group_outputs)
     ready = packed and w.dtype == dx.dtype and fit.channels == g.group_outputs and (kind == EXACT or w.address % VECTOR == 0)
@@ -157,12 +160,12 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, finish
             aligned = np.bool_(_whole_vectors(g.group_outputs, left, right))
             ops.launch(GEMM, "gemm_data", cut.blocks, cut.tile.threads, left, right, dx, *finish.below, partial, g.struct(cut), aligned)
         else:
-            windows = _boxes(left, dy.size // g.y[1], fit.channels, cut.tile.rows) if g.plain and g.group == 1 else None
+            windows = _boxes(left, dy.size // g.y[1], fit.channels, cut.tile.rows, g.y_pitch) if g.plain and g.group == 1 else None
             filters = _boxes(right, g.w[1] * g.group, g.cells * fit.channels, cut.tile.columns) if prod(g.stride) == 1 else None
             name, operands = _loaded("data", kind, cut, VECTOR, (left, right), (windows, filters))
             _launch(ops, name, cut, *operands, dx, *finish.below, partial, g.struct(cut, outputs=fit.channels))
         if partial is not None:
-            _finish(ops, partial, None, dx, cut, finish, columns=g.x[1])
+            _finish(ops, partial, None, dx, cut, finish, columns=g.x[1], pitch=g.x_pitch)
 
     sizes = {"rows": g.class_rows, "columns": g.w[1], "depth": g.class_cells * fit.channels, "groups": g.group, "outputs": dx.size}
     if kind == EXACT:
@@ -209,7 +212,8 @@ def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients,
         left = _padded(ops, dy, space.part("dy", dy.dtype), g.group_outputs, fit_dy.channels) if fit_dy.copy else dy
         partial = (space.part("partial", "float32"), space.part("partial_b", "float64"))
         pixels = dy.size // g.y[1]
-        boxes = (_boxes(left, pixels, g.group * fit_dy.channels, BOX_PIXELS), _boxes(right, pixels, g.group * fit.channels, BOX_PIXELS) if g.plain else None)
+        windows = _boxes(right, pixels, g.group * fit.channels, BOX_PIXELS, g.x_pitch) if g.plain else None
+        boxes = (_boxes(left, pixels, g.group * fit_dy.channels, BOX_PIXELS, g.y_pitch), windows)
         name, operands = _loaded("weights", kind, cut, fit.piece, (right, left), boxes)
         adds = (np.bool_(to.add_w), np.bool_(to.add_b))
         _launch(ops, name, cut, *operands, to.dw, to.db, *partial, g.struct(cut, fit.channels, fit_dy.channels), *adds)
@@ -238,7 +242,7 @@ def _exact_forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, 
     first, *final = finish.forward(bias, partial)
     ops.launch(GEMM, "gemm_forward", cut.blocks, cut.tile.threads, x, w, first, y, partial, g.struct(cut), aligned, np.bool_(planar), *final)
     if partial is not None:
-        _finish(ops, partial, bias, y, cut, finish, columns=g.y[1])
+        _finish(ops, partial, bias, y, cut, finish, columns=g.y[1], pitch=g.y_pitch)
 
 
 def _exact_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients) -> None:
@@ -309,9 +313,9 @@ def _launch(ops: Base, name: str, cut: Cut, *args: Any) -> None:
     ops.launch(module_of(name), name, cut.blocks, cut.tile.threads, *args, shared=cut.tile.shared)
 
 
-def _boxes(x: Array, rows: int, columns: int, height: int) -> Boxes | None:
-    """A matrix for TMA; None where it is empty, or has more rows than an index counts."""
-    return Boxes(x, rows, columns, height) if 0 < rows < 1 << 31 else None
+def _boxes(x: Array, rows: int, columns: int, height: int, pitch: int = 0) -> Boxes | None:
+    """A matrix for TMA; None where it is empty, or has more rows than an index counts. pitch: elements from row to row; 0: its columns."""
+    return Boxes(x, rows, columns, height, pitch) if 0 < rows < 1 << 31 else None
 
 
 def _loaded(
@@ -350,13 +354,14 @@ def _padded(ops: Base, x: Array, out: Array | None, channels: int, padded: int) 
     return out
 
 
-def _finish(ops: Base, partial: Array, bias: Array | None, y: Array, cut: Cut, finish: Finish, *, columns: int) -> None:
-    numbers = (np.int64(y.size), np.int32(columns), np.int32(cut.splits), np.bool_(finish.relu))
+def _finish(ops: Base, partial: Array, bias: Array | None, y: Array, cut: Cut, finish: Finish, *, columns: int, pitch: int) -> None:
+    size, (splits, relu) = np.int64(y.size), (np.int32(cut.splits), np.bool_(finish.relu))
     if finish.drop is not None:
         name = f"gemm_finish_dropout<{cname(y)}>"
-        ops.launch(GEMM, name, blocks(-(-y.size // DRAWN)), THREADS, partial, bias, y, *numbers, *finish.dropout)
+        ops.launch(GEMM, name, blocks(-(-y.size // DRAWN)), THREADS, partial, bias, y, size, np.int32(columns), splits, relu, *finish.dropout)
     else:
-        ops.launch(GEMM, f"gemm_finish<{cname(y)}>", blocks(y.size), THREADS, partial, bias, *finish.below, y, *numbers)
+        lines = np.int32(columns), np.int32(pitch or columns)
+        ops.launch(GEMM, f"gemm_finish<{cname(y)}>", blocks(y.size), THREADS, partial, bias, *finish.below, y, size, *lines, splits, relu)
 
 
 def _finish_weights(ops: Base, partial: tuple[Array | None, Array | None], to: Gradients, cut: Cut) -> None:

@@ -119,6 +119,7 @@ class Base:
     name = "numpy"
     runs_ahead = False
     drops_along = False
+    takes_gaps: frozenset[str] = frozenset()
     raw_images = False
 
     def __init_subclass__(cls) -> None:

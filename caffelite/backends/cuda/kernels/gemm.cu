@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(THREADS, 2)
   Matrix<float> b{w + (long long)block.group * g.group_outputs * count, g.group_outputs, (int)count, count, aligned};
   long long first = block.split * g.per_split, last = min(first + g.per_split, count);
   Finish<float> finish{y, bias, relu, false, nullptr, 0, number, drop};
-  Exit<float> exit(finish, partial, block, rows, g.group_outputs, g.outputs, block.group * g.group_outputs, rows * g.outputs);
+  long long wide = (long long)g.groups * g.group_outputs;
+  Exit<float> exit(finish, partial, block, rows, g.group_outputs, wide, g.outputs, block.group * g.group_outputs, rows * wide);
   multiply_float<true, true>(a, b, block, first, last, exit, [](long long m) { return m; });
 }
 
@@ -43,7 +44,8 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_data(const float* dy, const f
   Filters<float> b{packed + block.group * g.group_channels * pitch, a.t, g.group_channels, pitch, aligned};
   long long first = block.split * g.per_split, last = min(first + g.per_split, count);
   Finish<float> finish{dx, nullptr, false, false, positive, factor};
-  Exit<float> exit(finish, partial, block, rows, g.group_channels, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels);
+  long long wide = (long long)g.groups * g.group_channels, all = (long long)g.images * g.height * g.width * wide;
+  Exit<float> exit(finish, partial, block, rows, g.group_channels, wide, g.channels, block.group * g.group_channels, all);
   multiply_float<true, true>(a, b, block, first, last, exit, [&](long long m) { return a.t.pixel(m); });
 }
 
@@ -56,7 +58,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   Matrix<float> a{dy + block.group * g.group_outputs, pixels, g.group_outputs, g.outputs, aligned_dy};
   long long first = block.split * g.per_split, last = min(first + g.per_split, pixels);
   Finish<float> finish{dw, nullptr, false, accumulate_w, nullptr};
-  Exit<float> exit(finish, partial, block, g.group_outputs, (int)count, count, 0, g.outputs * count);
+  Exit<float> exit(finish, partial, block, g.group_outputs, (int)count, count, count, 0, (long long)g.groups * g.group_outputs * count);
   double sum = 0;
   BiasGradient bias{db, partial_b, accumulate_b};
   bool sums = bias.wanted(block) && threadIdx.x < BM;
@@ -89,14 +91,18 @@ __global__ void gemm_weights_finish(const float* partial, const double* partial_
   }
 }
 
-// y[i] = the sum of partial[s][i] in the order of s, finished; columns: outputs, for the bias.
+// Element i of y, which lies in rows of so many columns, `pitch` elements apart: the sum of partial[s][i] in the order of s, finished; positive lies as y.
 template <class T>
-__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, float factor, T* y, long long n, int columns, int splits, bool relu) {
+__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, float factor, T* y, long long n, int columns, int pitch, int splits, bool relu) {
   Finish<T> finish{y, bias, relu, false, positive, factor};
-  for (long long i = thread_index(); i < n; i += thread_count()) finish.store(i, i % columns, sum_of(partial, i, n, splits));
+  for (long long i = thread_index(); i < n; i += thread_count()) {
+    long long row = i / columns, column = i - row * columns;
+    finish.store(row * pitch + column, column, sum_of(partial, i, n, splits));
+  }
 }
 
-// The same with dropout. A warp takes 512 elements: each lane draws the bits of 16, and then takes every 32nd element and the bits of the lane that drew its.
+// The same with dropout, y without gaps. A warp takes 512 elements: each lane draws the bits of 16, and then takes every 32nd element and the bits of the
+// lane that drew its.
 template <class T>
 __global__ void gemm_finish_dropout(const float* partial, const float* bias, T* y, long long n, int columns, int splits, bool relu, const double* number, Drop drop) {
   Finish<T> finish{y, bias, relu, false, nullptr, 0, number, drop};

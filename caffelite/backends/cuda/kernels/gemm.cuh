@@ -11,7 +11,9 @@
 #pragma once
 #include "dropout.cuh"
 
-struct Geometry {     // of a convolution in two dimensions; channels of all groups, and of one, as they lie for the kernel
+// Of a convolution in two dimensions. channels, outputs: elements from one pixel to the next, which are those of all groups, or more where the blob lies
+// along channels of a larger one. A group's are as they lie for the kernel.
+struct Geometry {
   int images, height, width, channels, group_channels;  // x
   int out_height, out_width, outputs, group_outputs;     // y
   int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
@@ -127,8 +129,8 @@ struct Finish {  // before they are stored in y[at]; `column` counts the outputs
   }
 };
 
-// Where runs of neighbouring sums of a block go: element (m, n) of rows x columns of C to place(m) * pitch + first + n of the result, which has
-// `all` elements; or, not finished, to the same place in `partial`, which holds a result for each split.
+// Where runs of neighbouring sums of a block go: element (m, n) of rows x columns of C to place(m) * pitch + first + n of the result, whose rows have
+// `wide` elements; or, not finished, to place(m) * wide + first + n in `partial`, which holds `all` such elements for each split.
 template <class T>
 struct Exit {
   Finish<T> finish;
@@ -137,8 +139,8 @@ struct Exit {
   int columns;
   bool aligned;
 
-  __device__ __forceinline__ Exit(const Finish<T>& finish_, float* partial_, const Block& block, long long rows_, int columns_, long long pitch_, long long first_, long long all_)
-      : finish(finish_), partial(partial_ ? partial_ + block.split * all_ : nullptr), rows(rows_), pitch(pitch_), first(first_), all(all_), columns(columns_) {
+  __device__ __forceinline__ Exit(const Finish<T>& finish_, float* partial_, const Block& block, long long rows_, int columns_, long long wide, long long pitch_, long long first_, long long all_)
+      : finish(finish_), partial(partial_ ? partial_ + block.split * all_ : nullptr), rows(rows_), pitch(partial_ ? wide : pitch_), first(first_), all(all_), columns(columns_) {
     constexpr int RUN = Vec<T>::size;
     aligned = pitch % RUN == 0 && first % RUN == 0 && columns % RUN == 0 && all % RUN == 0 && is_aligned16(finish.y) && is_aligned16(finish.positive);
   }

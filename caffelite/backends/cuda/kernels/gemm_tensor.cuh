@@ -65,7 +65,8 @@ __device__ __forceinline__ void forward_product(Loader loader_from, const Finish
   auto loader = loader_from(first);
   P product;
   product.accumulate(loader, shared, first, last);
-  Exit<T> exit(finish, partial, block, rows, g.group_outputs, g.outputs, block.group * g.group_outputs, rows * g.outputs);
+  long long wide = (long long)g.groups * g.group_outputs;
+  Exit<T> exit(finish, partial, block, rows, g.group_outputs, wide, g.outputs, block.group * g.group_outputs, rows * wide);
   store_tile(product, shared, block, exit, [](long long m) { return m; });
 }
 
@@ -77,7 +78,8 @@ __device__ __forceinline__ void data_product(Loader loader_from, const Finish<T>
   auto loader = loader_from(first);
   P product;
   product.accumulate(loader, shared, first, last);
-  Exit<T> exit(finish, partial, block, rows, g.group_channels, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels);
+  long long wide = (long long)g.groups * g.group_channels, all = (long long)g.images * g.height * g.width * wide;
+  Exit<T> exit(finish, partial, block, rows, g.group_channels, wide, g.channels, block.group * g.group_channels, all);
   store_tile(product, shared, block, exit, [&](long long m) { return t.pixel(m); });
 }
 
@@ -105,7 +107,7 @@ __device__ __forceinline__ void weights_product(Loader loader_from, const Weight
   long long all = (long long)g.groups * g.kept_outputs * columns, before = (long long)block.group * g.kept_outputs;
   Finish<float> finish{to.dw, nullptr, false, to.accumulate, nullptr};
   if (g.kept_channels == g.group_channels) {
-    Exit<float> exit(finish, to.partial, block, g.kept_outputs, columns, columns, 0, all);
+    Exit<float> exit(finish, to.partial, block, g.kept_outputs, columns, columns, columns, 0, all);
     store_tile(product, shared, block, exit, [&](long long m) { return before + m; });
     return;
   }

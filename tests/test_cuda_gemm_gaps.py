@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from arrays import dropout_key
 from test_cuda_gemm import by_unit, put, recorded
 
-from caffelite.backends.contract import Backend
+from caffelite.backends.contract import Backend, Drop
 
 
 @pytest.fixture(params=["float32", "tf32", "bfloat16", "wgmma", "tma"])
@@ -54,9 +55,11 @@ COPIED = {
 }
 
 
-def run(cuda: Backend, rng: np.random.Generator, kind: str, plane: Plane, *, inside: bool, group: int = 1) -> tuple[list[str], list[np.ndarray]]:
+def run(
+    cuda: Backend, rng: np.random.Generator, kind: str, plane: Plane, *, inside: bool, group: int = 1, drop: Drop | None = None
+) -> tuple[list[str], list[np.ndarray]]:
     """The kernels of the three ops; and y, dx, dw and db, with a ReLU above and one below, and gradients added to. inside: all activations are channels
-    of larger blobs, of which the others must stay."""
+    of larger blobs, of which the others must stay. drop: after each of the ReLUs."""
     dtype, before, after = "float32" if kind == "tf32" else kind, 8, 16
     options: dict[str, Any] = {"stride": plane.stride, "pad": plane.pad, "dilation": (1, 1), "group": group, "tf32": kind == "tf32"}
     shapes = {"x": (plane.batch, plane.channels, *plane.size), "y": (plane.batch, plane.outputs, *plane.out)}
@@ -71,8 +74,8 @@ def run(cuda: Backend, rng: np.random.Generator, kind: str, plane: Plane, *, ins
     dw, db = put(cuda, np.ones(w.shape), "float32")[0], put(cuda, np.ones(b.shape), "float32")[0]
     with pytest.MonkeyPatch.context() as patch:
         launched = recorded(cuda, patch)
-        cuda.convolution_forward(part["x"], w, b, part["y"], **options, relu=True)
-        cuda.convolution_backward_data(part["dy"], w, part["dx"], part["positive"], **options)
+        cuda.convolution_forward(part["x"], w, b, part["y"], **options, relu=True, drop=drop)
+        cuda.convolution_backward_data(part["dy"], w, part["dx"], part["positive"], **options, ratio=drop and drop.ratio)
         cuda.convolution_backward_weights(part["x"], part["dy"], dw, db, **options, accumulate_w=True, accumulate_b=True)
     for whole in wholes:
         others = np.asarray(cuda.to_host(whole))
@@ -81,10 +84,10 @@ def run(cuda: Backend, rng: np.random.Generator, kind: str, plane: Plane, *, ins
     return launched, [np.asarray(cuda.to_host(array)) for array in (part["y"], part["dx"], dw, db)]
 
 
-def both(cuda: Backend, request: pytest.FixtureRequest, kind: str, plane: Plane, group: int = 1) -> list[list[str]]:
+def both(cuda: Backend, request: pytest.FixtureRequest, kind: str, plane: Plane, group: int = 1, drop: Drop | None = None) -> list[list[str]]:
     """The kernels for blobs of their own and for parts, whose results are equal."""
     seed = zlib.crc32(request.node.name.encode())
-    (alone, want), (within, got) = (run(cuda, np.random.default_rng(seed), kind, plane, inside=inside, group=group) for inside in (False, True))
+    (alone, want), (within, got) = (run(cuda, np.random.default_rng(seed), kind, plane, inside=inside, group=group, drop=drop) for inside in (False, True))
     assert np.abs(want[0]).max() > 0
     for array, other in zip(got, want):
         np.testing.assert_array_equal(array, other)
@@ -110,3 +113,11 @@ def test_parts_that_are_copied(cuda: Backend, request: pytest.FixtureRequest, ki
     alone, within = both(cuda, request, kind, *COPIED[name])
     assert [kernel for kernel in within if not kernel.startswith("copy")] == alone
     assert sum(kernel.startswith("copy") for kernel in within) == 3 + 4 + 2  # of the three ops: all activations, and back what is written
+
+
+@pytest.mark.parametrize("name", ["1x1", "3x2", "split sums", "a split data gradient"])
+def test_dropout(cuda: Backend, request: pytest.FixtureRequest, kind: str, name: str) -> None:
+    """The mask of the one above is that of a blob of its own, as which it is made and then copied; the factor of the one below needs no copy."""
+    drop = Drop(0.4, dropout_key(cuda, 3, 5, 2))
+    alone, within = both(cuda, request, kind, PLANES[name], drop=drop)
+    assert len(within) > len(alone)

@@ -76,7 +76,8 @@ NETS: dict[str, tuple[str, Held]] = {
     "another layer between": (TWO + layer("TanH", "h", "a", "a") + join("a b", "j") + conv("j", "z", 8), {"join j": (SECOND, SECOND)}),
     "a part that is used elsewhere": (TWO + join("a b", "j") + conv("j", "u", 8) + conv("a", "v", 8) + add("u v", "z"), {"join j": (SECOND, SECOND)}),
     "a part that is dropped": (
-        conv("x", "a").replace("convolution_param", "param { lr_mult: 0 } param { lr_mult: 0 } convolution_param") + layer("Dropout", "drop", "a", "a") + conv("x", "b") + join("a b", "j") + conv("j", "z", 8),
+        conv("x", "a").replace("convolution_param", "param { lr_mult: 0 } param { lr_mult: 0 } convolution_param")
+        + layer("Dropout", "drop", "a", "a") + conv("x", "b") + join("a b", "j") + conv("j", "z", 8),
         {"join j": (SECOND, SECOND)},
     ),
     "a source": (conv("x", "b", 24) + join("x b", "j") + conv("j", "z", 8), {"join j": (SECOND, SECOND)}),

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from caffelite import __version__
+from caffelite import __version__, environment
 from caffelite.cli import COMMANDS, load_command
 from caffelite.cli.common import normalise, report
 from caffelite.errors import SpecError, nearest
@@ -56,6 +56,8 @@ def run(argv: list[str]) -> int:
     if not argv or position is None or argv[position].replace("_", "-") not in COMMANDS:
         return _no_command(argv)
     name = argv.pop(position).replace("_", "-")
+    for slip in environment.slips():
+        print(f"caffelite: warning: {slip}", file=sys.stderr)
     command = load_command(name)
     parser = command.build_parser(f"caffelite {name}")
     return int(command.run(parser.parse(argv)))

@@ -75,8 +75,8 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(runs: Path, capsys: py
 @pytest.mark.parametrize(
     ("name", "status", "message"),
     [
-        ("nosuch", 2, "no such run\n  give a metrics file, a snapshot prefix"),
-        ("empty", 2, "no *_metrics.jsonl in this folder"),
+        ("nosuch", 1, "no such run\n  give a metrics file, a snapshot prefix"),
+        ("empty", 1, "no *_metrics.jsonl in this folder"),
         ("nothing", 1, "nothing_metrics.jsonl: no training or test record in this file"),
     ],
 )

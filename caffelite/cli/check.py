@@ -26,7 +26,8 @@ def build_parser(prog: str) -> Parser:
         prog,
         "Checks net and solver files: that they can be built in both phases, that every source opens and its first record\n"
         "fits, that images are of one size where no crop_size makes them so, that mean files and weights can be read, that\n"
-        "snapshots can be written. Exits with 0 if all is well, else 2.",
+        "snapshots can be written. Exits with 0 if all is well, with 2 if a net or a solver is wrong, with 1 if it is what they\n"
+        "name: databases, means, weights or folders.",
         f"{prog} solvers/*.prototxt models/*/*.prototxt",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="nets and solvers, as prototxt")
@@ -35,36 +36,36 @@ def build_parser(prog: str) -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    bad = 0
+    status = 0
     for file in args.files:
         try:
             lines, faults = check_solver_file(read_solver(file), args) if is_solver(file) else check_net_file(read_net(file), args)
         except CaffeliteError as error:
             trace(error)
-            lines, faults = [], [str(error)]
-        bad += bool(faults)
-        for fault in dict.fromkeys(faults):  # both phases may have the same
+            lines, faults = [], [error]
+        status = max([status, *(fault.exit_code for fault in faults)])
+        for fault in dict.fromkeys(map(str, faults)):  # both phases may have the same
             place = "" if fault.startswith(file) else f"{file}: "
             print(f"caffelite: error: {place}{fault}", file=sys.stderr)
         for line in lines:
             print(f"{file}: {line}")
         print(f"{file}: {'not ' if faults else ''}OK")
-    return 2 if bad else 0
+    return status
 
 
-def faults_of(checks: Iterable[Callable[[], object]]) -> list[str]:
+def faults_of(checks: Iterable[Callable[[], object]]) -> list[CaffeliteError]:
     """The errors of independent checks, in order."""
-    faults = []
+    faults: list[CaffeliteError] = []
     for check in checks:
         try:
             check()
         except CaffeliteError as error:  # noqa: PERF203 (each check fails on its own)
             trace(error)
-            faults.append(str(error))
+            faults.append(error)
     return faults
 
 
-def check_net_file(spec: NetSpec, args: argparse.Namespace) -> tuple[list[str], list[str]]:
+def check_net_file(spec: NetSpec, args: argparse.Namespace) -> tuple[list[str], list[CaffeliteError]]:
     """What there is to say about a net, and what is wrong with it. Phases without a layer are left out."""
     choices = []
     for phase in PHASES:
@@ -76,7 +77,7 @@ def check_net_file(spec: NetSpec, args: argparse.Namespace) -> tuple[list[str], 
     return lines, faults_of(_net_check(choice, lines) for choice in choices)
 
 
-def check_solver_file(spec: SolverSpec, args: argparse.Namespace) -> tuple[list[str], list[str]]:
+def check_solver_file(spec: SolverSpec, args: argparse.Namespace) -> tuple[list[str], list[CaffeliteError]]:
     """The same for a solver and its nets."""
     check_solver(spec)
     spec.param.train_state.stage.extend(args.stage)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from caffelite.cli.common import Parser
-from caffelite.errors import CaffeliteError, DataError, SpecError
+from caffelite.errors import CaffeliteError, DataError
 
 SUFFIX = "_metrics.jsonl"
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
@@ -61,17 +61,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def metrics_files(name: str) -> list[Path]:
-    """The metrics files a RUN argument means. SpecError if there are none."""
+    """The metrics files a RUN argument means. DataError if there are none."""
     path = Path(name)
     if path.is_dir():
         found = sorted(path.glob(f"*{SUFFIX}"))
         if found:
             return found
-        raise SpecError(f"{name}: no *{SUFFIX} in this folder", hint="caffelite train writes <snapshot_prefix>" + SUFFIX)
+        raise DataError(f"{name}: no *{SUFFIX} in this folder", hint="caffelite train writes <snapshot_prefix>" + SUFFIX)
     for candidate in (path, Path(name + SUFFIX)):
         if candidate.is_file():
             return [candidate]
-    raise SpecError(f"{name}: no such run", hint=f"give a metrics file, a snapshot prefix (for <prefix>{SUFFIX}) or a folder that holds one")
+    raise DataError(f"{name}: no such run", hint=f"give a metrics file, a snapshot prefix (for <prefix>{SUFFIX}) or a folder that holds one")
 
 
 def read_run(path: Path) -> Run:

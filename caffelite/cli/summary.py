@@ -104,6 +104,10 @@ class Images:
         try:
             _ = layer.source.item_shape
         except DataError as error:
+            if image := layer.source.raw_shape:  # it is the mean that cannot be read, which changes no shape
+                layer.source.assume(image)
+                self.notes.append(f"layer '{layer.name}': {error.message}")
+                return
             size, values = layer.param.transform_param.crop_size, len(layer.param.transform_param.mean_value)
             if not size:
                 error.hint = "say how large its images are, as in --image 3x64x64; or make the database with `caffelite convert`"

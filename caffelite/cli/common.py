@@ -99,6 +99,13 @@ def whole_number(least: int) -> Callable[[str], int]:
     return convert
 
 
+def named_file(text: str) -> str:
+    """An argparse type for a file or folder to be written, which the standard output cannot take the place of."""
+    if text == "-":
+        raise argparse.ArgumentTypeError("'-', the standard output, will not do; give a name (./- if that is the name)")
+    return text
+
+
 def comma_list(text: str) -> list[str]:
     """An argparse type for "a,b,c"; empty entries are dropped."""
     return [part.strip() for part in text.split(",") if part.strip()]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from caffelite.cli.common import Parser
+from caffelite.cli.common import Parser, named_file
 from caffelite.errors import CaffeliteError, DataError
 
 SUFFIX = "_metrics.jsonl"
@@ -40,7 +40,7 @@ class Run:
 def build_parser(prog: str) -> Parser:
     parser = Parser(prog, "Draws loss, accuracy and learning rate of training runs from their metrics into one PNG.", f"{prog} runs/nin/nin --out nin.png")
     parser.add_argument("runs", nargs="+", metavar="RUN", help=f"a metrics file, a snapshot prefix, or a folder with *{SUFFIX}; several are overlaid")
-    parser.add_argument("--out", metavar="FILE", help="the picture (default: beside the first run's metrics, named _curves.png)")
+    parser.add_argument("--out", type=named_file, metavar="FILE", help="the picture (default: beside the first run's metrics, named _curves.png)")
     parser.add_argument("--title", metavar="TEXT", help="a title (default: the runs' names)")
     return parser
 

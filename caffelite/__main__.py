@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: list[str]) -> int:
     """Parses `argv` and runs the command it names. Raises what the command raises."""
     argv = normalise(argv)
+    if argv[:1] == ["help"] and len(argv) > 1:
+        argv = [argv[1], "--help"]
     flags_first = bool(argv) and argv[0].startswith("-")  # Caffe takes flags before the command too
     position = next((i for i, word in enumerate(argv) if word.replace("_", "-") in COMMANDS), None) if flags_first else 0
     if not argv or position is None or argv[position].replace("_", "-") not in COMMANDS:

@@ -50,6 +50,15 @@ def test_a_size_may_be_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'64x64' is not CHANNELSxHEIGHTxWIDTH, 3x64x64 say" in said(capsys, "summary", "net.prototxt", "--image", "64x64", status=2)[1]
 
 
+def test_a_net_without_a_loss_has_no_gradients(capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "summary", str(ROOT / "models/lenet/deploy.prototxt"))[0]
+    assert "parameters     431,080 (1.6 MB)\n" in out
+    assert " at the peak for activations (" in out
+    train = said(capsys, "summary", str(ROOT / "models/lenet/train_val.prototxt"), "--image", "1x28x28")[0]
+    assert "parameters     431,080 (1.6 MB, as much again for gradients)\n" in train
+    assert " at the peak for activations and their gradients (" in train
+
+
 def test_a_mean_that_cannot_be_read_changes_no_shape(capsys: pytest.CaptureFixture[str]) -> None:
     write_lmdb(Path("db"), [raw(np.zeros((1, 9, 8), np.uint8))])
     Path("net.prototxt").write_text(NET.replace("scale: 0.01", 'mean_file: "none"'))

@@ -183,7 +183,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
                 "in place" if layer["in_place"] else megabytes(layer["top_bytes"]),
             )
         )
-    training, batch = summary["phase"] == "TRAIN", summary["batch"]
+    training, batch = summary["gradient_bytes"] > 0, summary["batch"]
     lines = [f"{summary['net'] or 'unnamed net'} ({summary['file']}), phase {summary['phase']}, {summary['precision']}, batch {batch}"]
     lines += [f"note: {note}" for note in summary["notes"]]
     lines += ["", *table(rows, left=3), ""]

@@ -51,7 +51,7 @@ def build_parser(prog: str) -> Parser:
     effect = one_of(*EFFECTS)
     parser.add_argument("--sigint-effect", type=effect, default="stop", metavar="E", help="on SIGINT or SIGTERM: stop (default), snapshot or none")
     parser.add_argument("--sighup-effect", type=effect, default="snapshot", metavar="E", help="on SIGHUP: stop, snapshot (default) or none")
-    add_state_flags(parser, phase=False, whose="the training net's (test nets take the solver's test_state)")
+    add_state_flags(parser, phase=False, whose="the training net's", others="; test nets take the solver's test_state")
     add_machine_flags(parser)
     return parser
 

@@ -42,6 +42,7 @@ PATTERNS += (
     "test_params",
     "test_memory",
     "test_contract",
+    "test_docs",
     "test_cli_machine",
     "test_cli_time",
     "test_pycaffe*",

@@ -12,9 +12,11 @@ from caffelite.cli.common import Parser, add_state_flags, trace
 from caffelite.cli.specs import gpu_of, gpu_place, is_solver
 from caffelite.errors import CaffeliteError, SnapshotError
 from caffelite.graph import build_graph, select_layers
+from caffelite.hdf5 import h5py_module
 from caffelite.layers.data import DataLayer
 from caffelite.schema import NetSpec, SolverSpec, pb, read_net, read_solver
 from caffelite.solver.config import NetChoice, check_best, check_solver, test_choices, train_choice
+from caffelite.solver.nets import check_learns
 from caffelite.solver.snapshot import SnapshotStore
 from caffelite.weights import read_weights
 
@@ -90,7 +92,7 @@ def check_solver_file(spec: SolverSpec, args: argparse.Namespace) -> tuple[list[
     if spec.param.max_iter <= 0:
         lines.append("note: it has no max_iter; train it with --iterations")
     tests, outputs = test_choices(spec, train), set[str]()
-    checks = [_net_check(train, lines), *(_net_check(choice, lines, outputs) for choice in tests)]
+    checks = [_net_check(train, lines, learns=True), *(_net_check(choice, lines, outputs) for choice in tests)]
     checks += [partial(_read_weights, path.strip()) for paths in spec.param.weights for path in paths.split(",")]
     if spec.param.snapshot > 0 or spec.param.snapshot_after_train:
         checks.append(lambda: check_prefix(spec))
@@ -102,8 +104,8 @@ def _read_weights(path: str) -> None:
     read_weights(path)
 
 
-def _net_check(choice: NetChoice, lines: list[str], outputs: set[str] | None = None) -> Callable[[], None]:
-    """A check that adds a line about the net to `lines`, and its outputs to `outputs`."""
+def _net_check(choice: NetChoice, lines: list[str], outputs: set[str] | None = None, *, learns: bool = False) -> Callable[[], None]:
+    """A check that adds a line about the net to `lines`, and its outputs to `outputs`. learns: it has to have parameters that do."""
 
     def check() -> None:
         # Building asks each data layer for its item's shape, so it opens the database, reads a record and the mean file.
@@ -113,6 +115,8 @@ def _net_check(choice: NetChoice, lines: list[str], outputs: set[str] | None = N
                 layer.source.check_sizes()
                 if choice.phase == pb.TRAIN and (note := layer.order_note()):
                     lines.append(f"warning: {note}")
+            if learns:
+                check_learns(graph, choice.spec.where.at())
         finally:
             for node in graph.nodes:
                 node.layer.close()
@@ -127,7 +131,10 @@ def _net_check(choice: NetChoice, lines: list[str], outputs: set[str] | None = N
 
 def check_prefix(spec: SolverSpec) -> None:
     """SnapshotError unless snapshots could be written; makes nothing, as training makes the folder."""
-    folder = SnapshotStore(spec.param).folder.absolute()
+    store = SnapshotStore(spec.param)
+    if store.suffix:
+        h5py_module()
+    folder = store.folder.absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise SnapshotError(

@@ -24,17 +24,6 @@ EMULATOR = "CAFFELITE_EMULATOR"
 EMULATOR_MEMORY = "CAFFELITE_EMULATOR_MEMORY"
 EMULATOR_ORDER = "CAFFELITE_EMULATOR_ORDER"
 NVRTC = "CAFFELITE_NVRTC"
-KNOWN = (BACKEND, CACHE, CUDA_DRIVER, CUDA_PRODUCTS, CUDA_TUNE, DEBUG, DNNL, EMULATOR, EMULATOR_MEMORY, EMULATOR_ORDER, NVRTC)
-
-
-def slips() -> list[str]:
-    """What to say of each variable that is set, unknown, and named much like a known one."""
-    ends = [name.removeprefix(PREFIX) for name in KNOWN]
-    told = []
-    for name in sorted(os.environ):
-        known = nearest(name.removeprefix(PREFIX), ends) if name.startswith(PREFIX) and name not in KNOWN and text(name) else None
-        told += [f"{name} in the environment has no effect: did you mean {PREFIX}{known}?"] if known else []
-    return told
 
 
 def text(name: str) -> str | None:
@@ -68,3 +57,16 @@ def megabytes(name: str) -> int | None:
     if not re.fullmatch(r"\d+(\.\d+)?", value):
         raise SpecError(f"{name} is '{value}' in the environment", hint="give a number of megabytes, such as 512")
     return int(float(value) * 2**20)
+
+
+KNOWN = frozenset(value for value in list(globals().values()) if isinstance(value, str) and re.fullmatch(PREFIX + "[A-Z_]+", value))  # those above
+
+
+def slips() -> list[str]:
+    """What to say of each variable that is set, unknown, and named much like a known one."""
+    ends = [name.removeprefix(PREFIX) for name in KNOWN]
+    told = []
+    for name in sorted(os.environ):
+        known = nearest(name.removeprefix(PREFIX), ends) if name.startswith(PREFIX) and name not in KNOWN and text(name) else None
+        told += [f"{name} in the environment has no effect: did you mean {PREFIX}{known}?"] if known else []
+    return told

@@ -99,7 +99,7 @@ def test_a_slip_in_a_variables_name_is_warned_of(folder: Path, monkeypatch: pyte
     [
         *((slip, known) for slip, known in (("CACHE_DIR", "CACHE"), ("TUNE", "CUDA_TUNE"), ("EMULATOR_MEM", "EMULATOR_MEMORY"), ("Debug", "DEBUG"))),
         *((own, None) for own in ("TESTDATA", "DATA", "HOME", "ROOT", "DIR", "MODELS", "GPU", "THREADS", "PRECISION", "VERSION", "LOG")),
-        *((known.removeprefix("CAFFELITE_"), None) for known in environment.KNOWN),
+        *((known.removeprefix("CAFFELITE_"), None) for known in sorted(environment.KNOWN)),
     ],
 )
 def test_names_that_are_slips(name: str, meant: str | None, monkeypatch: pytest.MonkeyPatch) -> None:

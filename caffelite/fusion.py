@@ -12,7 +12,9 @@ from caffelite.backends.contract import Backend
 from caffelite.graph import BlobInfo, Graph, Node
 from caffelite.layer import SIGN, TOP
 from caffelite.layers.batch_norm import BatchNorm
+from caffelite.layers.convolution import Convolution
 from caffelite.layers.dropout import Dropout
+from caffelite.layers.inner_product import InnerProduct
 from caffelite.layers.lrn import LRN
 from caffelite.layers.pooling import Pooling
 from caffelite.layers.scale import Scale
@@ -26,13 +28,15 @@ def fuse(graph: Graph, backend: Backend | None = None) -> None:
     for node in graph.nodes:
         if backend is not None and isinstance(node.layer, LRN):
             _fuse_lrn(node, node.layer, backend)
-        if backend is not None and backend.pools_along and isinstance(node.layer, Pooling):
-            _fuse_dropout(node, node.layer)
+        if backend is not None and backend.drops_along and isinstance(node.layer, Pooling):
+            _fuse_pooled_dropout(node, node.layer)
     for node in graph.nodes:
         if isinstance(node.layer, BatchNorm):
             _fuse_batch_norm(graph, node, node.layer)
     for node in graph.nodes:
         _fuse_relu_forward(node)
+        if backend is not None and backend.drops_along and isinstance(node.layer, (Convolution, InnerProduct)):
+            _fuse_dropout(node, node.layer)
     for node in graph.nodes:
         if _is_relu(node) and not node.backward_fused and node.in_place() and node.needs_backward and node.propagate_down[0]:
             _fuse_relu_backward(node)
@@ -59,20 +63,28 @@ def _fuse_relu_forward(node: Node) -> None:
 
 def _fuse_relu_backward(relu: Node) -> None:
     """The one layer that takes the ReLU's top, in place or not, applies the ReLU's gradient too while it writes its own."""
-    blob = relu.tops[0]
-    takers = _later_writers(relu, blob)[:1] or blob.readers
-    if len(takers) != 1:
-        return
-    (taker,) = takers
+    taker = _taker(relu)
+    if taker is not None and _takes_relu(taker, relu.tops[0]):
+        relu.backward_fused = True
+
+
+def _taker(node: Node) -> Node | None:
+    """The one node that takes the node's top, in place or not; None where there are several."""
+    takers = _later_writers(node, node.tops[0])[:1] or node.tops[0].readers
+    return takers[0] if len(takers) == 1 else None
+
+
+def _takes_relu(taker: Node, blob: BlobInfo) -> bool:
+    """Makes the node take its gradient on through the ReLU that put out `blob`, if it can."""
     index = taker.bottoms.index(blob)
     if not (taker.needs_backward and taker.propagate_down[index] and taker.layer.may_take_relu([b.shape for b in taker.bottoms])):
-        return
+        return False
     before = taker.layer.relu_bottoms
     taker.layer.relu_bottoms = before | {index}
     if _reads_what_it_wrote(taker):
-        relu.backward_fused = True
-    else:
-        taker.layer.relu_bottoms = before
+        return True
+    taker.layer.relu_bottoms = before
+    return False
 
 
 def _reads_what_it_wrote(node: Node) -> bool:
@@ -124,7 +136,7 @@ def _fuse_lrn(norm: Node, layer: LRN, backend: Backend) -> None:
     norm.forward_fused = norm.backward_fused = True
 
 
-def _fuse_dropout(pool: Node, layer: Pooling) -> None:
+def _fuse_pooled_dropout(pool: Node, layer: Pooling) -> None:
     """Pooling does forward and backward of a Dropout that follows in place. Not beside an LRN, nor for a second top, which asks for all winners,
     nor from float32 to bfloat16, where what is dropped would not be rounded first."""
     after = _later_writers(pool, pool.tops[0])[:1]
@@ -136,6 +148,36 @@ def _fuse_dropout(pool: Node, layer: Pooling) -> None:
     if (pool.needs_backward, pool.propagate_down) == (after[0].needs_backward, after[0].propagate_down):
         layer.dropout = dropout
         after[0].forward_fused = after[0].backward_fused = True
+
+
+def _fuse_dropout(node: Node, layer: Convolution | InnerProduct) -> None:
+    """A product does the forward of a Dropout that follows in place. No mask is kept, so this is for what no gradient goes through, and where a
+    ReLU of slope 0 lies between and a further product takes the top: that one's data gradient goes on through both, by the signs of its bottom."""
+    blob, after = node.tops[0], _later_writers(node, node.tops[0])[:2]
+    relu = after.pop(0) if layer.relu else None
+    dropout = after[0].layer if after else None
+    if not isinstance(dropout, Dropout) or not dropout.training or len(node.tops) > 1 or node.bottoms[0].dtype != blob.dtype:
+        return
+    if not layer.may_drop([b.shape for b in node.bottoms]) or not (_no_gradient(after[0]) or (relu and _takes_both(relu, after[0], dropout.ratio))):
+        return
+    layer.dropout = dropout
+    after[0].forward_fused = after[0].backward_fused = True
+
+
+def _no_gradient(node: Node) -> bool:
+    return not (node.needs_backward and node.propagate_down[0])
+
+
+def _takes_both(relu: Node, dropout: Node, ratio: float) -> bool:
+    """Makes the product that takes the dropout's top take its gradient on through both, if there is one."""
+    taker, blob = _taker(dropout), dropout.tops[0]
+    if taker is None or not taker.layer.takes_dropout or _no_gradient(relu) or any(top.dtype != blob.dtype for top in taker.tops):
+        return False
+    if not _takes_relu(taker, blob):
+        return False
+    taker.layer.drop_ratios[taker.bottoms.index(blob)] = ratio
+    relu.backward_fused = True
+    return True
 
 
 def _keep_bottom(graph: Graph, node: Node) -> bool:

@@ -40,11 +40,13 @@ class BufferSpec:
 @dataclass
 class RunContext:
     """What layers may depend on beside their blobs: the run's seed and the number of the forward pass (iteration*iter_size + part; also in a
-    cell, for ops), for random layers, and whether products may be taken in tf32. tell: takes what a user should hear of."""
+    cell, for ops), for random layers, and whether products may be taken in tf32. skip: a cell; while it is not 0 passes leave statistics as they are.
+    tell: takes what a user should hear of."""
 
     seed: int = 0
     forward_count: int = 0
     pass_number: Array = None
+    skip: Array = None
     tf32: bool = False
     tell: Callable[[str], object] = lambda text: None
 
@@ -67,6 +69,7 @@ class Layer:
     in_place: ClassVar[bool] = False  # may write its top over its bottom
     in_place_forward: ClassVar[bool] = False  # may do so only where no backward runs through it
     keeps_sign: ClassVar[bool] = False  # in place, keeps the sign wherever its gradient is not zero
+    takes_dropout: ClassVar[bool] = False  # where it takes a ReLU's gradient, it can take that of a dropout after the ReLU too
     shares_data: ClassVar[bool] = False  # every top is the bottom's own memory (Split)
     no_force: ClassVar[tuple[int, ...]] = ()  # bottoms that force_backward does not reach
     differentiable: ClassVar[tuple[int, ...] | None] = None  # bottoms a gradient can reach; None: all, (): none
@@ -83,6 +86,7 @@ class Layer:
         self.stream = zlib.crc32(self.name.encode())  # names this layer's random numbers
         self.training = phase == pb.TRAIN
         self.relu_bottoms: frozenset[int] = frozenset()  # set by the graph: see may_take_relu
+        self.drop_ratios: dict[int, float] = {}  # by bottom, of those in relu_bottoms: set by the graph where takes_dropout
         # Set by the graph, of a layer that brings values together or apart: the bottoms (Concat, Eltwise) or tops (Slice, Flatten, Reshape)
         # whose data, and whose gradient, lies where the layer would copy it.
         self.held_data: frozenset[int] = frozenset()

@@ -72,7 +72,7 @@ class Net:
         self.spec, self.phase, self.backend, self.precision, self.observe, self.seed = spec, phase, backend, precision, observe, seed
         self.compute = "bfloat16" if precision == "bfloat16" else "float32"
         self.context = RunContext(seed, pass_number=backend.empty((1,), "float64"), tf32=precision == "tf32")
-        self._run: Callable[[], None] | None = None  # forward_again's, and what it holds for good: the seed, the parameters' arrays
+        self._run: Callable[[], None] | None = None  # forward_again's, and what it holds for good: the seed, arrays
         self._run_holds: tuple[int, list[Array]] = (0, [])
         self.hooks = Hooks()
         self.graph: Graph = build_graph(spec, phase=phase, level=level, stages=stages, compute=self.compute, prepare=prepare or _nothing)
@@ -266,7 +266,7 @@ class Net:
 
         A label out of range shows itself as a NaN then; `recheck` raises the DataError."""
         self.feed()
-        holds = self.context.seed, [param.data for params in self.params.values() for param in params]
+        holds = self.context.seed, [self.context.skip, *(param.data for params in self.params.values() for param in params)]
         if self._run is None or self._run_holds[0] != holds[0] or any(a is not b for a, b in zip(self._run_holds[1], holds[1])):
             self._run, self._run_holds = self.repeatable(self.forward_fed), holds
         self.refresh()

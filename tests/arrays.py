@@ -118,3 +118,18 @@ def dropout_key(backend: Any, seed: int, layer: int, iteration: int) -> DropoutK
     cell = backend.empty((1,), "float64")
     backend.assign(cell, [iteration])
     return DropoutKey(seed, layer, cell)
+
+
+def drawn_mask(shape: Shape, ratio: float, key: Shape) -> np.ndarray:
+    """The mask of a dropout as the contract says it, of key (seed, layer, iteration): 16 bits of NumPy's Philox stream for each element in memory order."""
+    count, (seed, layer, iteration) = prod(shape), key
+    words = np.random.Philox(key=np.array([seed, layer], np.uint64), counter=np.array([0, 0, iteration, 0], np.uint64)).random_raw(-(-count // 4))
+    drawn = np.stack([(words >> np.uint64(s)) & np.uint64(0xFFFF) for s in (0, 16, 32, 48)], axis=1).reshape(-1)[:count] >= round(ratio * 65536)
+    return np.moveaxis(drawn.reshape(shape[0], *shape[2:], shape[1]), -1, 1) if len(shape) == 4 else drawn.reshape(shape)
+
+
+def same_bits(got: np.ndarray, want: np.ndarray) -> None:
+    """Fails unless float64 values are equal, signs of zeros and the places of NaN included."""
+    np.testing.assert_array_equal(got, want)
+    numbers = ~np.isnan(want)
+    np.testing.assert_array_equal(np.signbit(got[numbers]), np.signbit(want[numbers]))

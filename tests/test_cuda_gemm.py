@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from arrays import DTYPES, assert_close, rectified
+from arrays import DTYPES, assert_close, drawn_mask, dropout_key, rectified, same_bits
 
 from caffelite import backends
-from caffelite.backends.contract import Backend
+from caffelite.backends.contract import Backend, Drop
 from caffelite.backends.cuda import gemm_plan
 from caffelite.backends.cuda.gemm_plan import (
     GROUP_TILES,
@@ -403,3 +403,68 @@ def test_a_bias_gradient_that_is_not_finite_stays_in_its_place(cuda: Backend, ki
     dw, db = cuda.empty((5, 3), "float32"), cuda.empty((5,), "float32")
     cuda.inner_product_backward_weights(x, dy, dw, db, transpose=False, accumulate_w=False, accumulate_b=False, tf32=kind == "tf32")
     np.testing.assert_array_equal(cuda.to_host(db), [40, np.inf, np.nan, np.nan, 40])
+
+
+class Dropped(NamedTuple):
+    """x and w, and what the convolution of them is; split: whether its sums are."""
+
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    stride: tuple[int, int]
+    pad: tuple[int, int]
+    group: int
+    split: bool
+
+
+DROPPED = {
+    "whole vectors": Dropped((67, 40, 1, 1), (48, 40, 1, 1), (1, 1), (0, 0), 1, False),
+    "odd rows": Dropped((67, 24, 1, 1), (37, 24, 1, 1), (1, 1), (0, 0), 1, False),
+    "whole vectors, split": Dropped((16, 1100, 1, 1), (48, 1100, 1, 1), (1, 1), (0, 0), 1, True),
+    "odd rows, split": Dropped((5, 1100, 1, 1), (7, 1100, 1, 1), (1, 1), (0, 0), 1, True),
+    "several warps, split": Dropped((35, 1100, 1, 1), (47, 1100, 1, 1), (1, 1), (0, 0), 1, True),
+    "windows": Dropped((2, 16, 9, 7), (24, 16, 3, 2), (1, 1), (1, 0), 1, False),
+    "windows in groups, classes": Dropped((2, 12, 9, 7), (22, 6, 3, 3), (2, 1), (1, 1), 2, False),
+    "an image": Dropped((2, 3, 9, 11), (13, 3, 5, 3), (2, 1), (2, 1), 1, False),
+}
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("name", DROPPED)
+def test_what_leaves_is_dropped(cuda: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str, relu: bool, kind: str) -> None:
+    """Bit for bit as by a pass of its own, by the mask that the contract says."""
+    c, dtype, key, ratio = DROPPED[name], "bfloat16" if kind == "bfloat16" else "float32", (2**63 + 5, 7, 2**40), 0.3
+    options = {"stride": c.stride, "pad": c.pad, "dilation": (1, 1), "group": c.group, "tf32": kind == "tf32"}
+    out = tuple((size + 2 * pad - kernel) // step + 1 for size, pad, kernel, step in zip(c.x[2:], c.pad, c.w[2:], c.stride))
+    shape, drop = (c.x[0], c.w[0], *out), Drop(ratio, dropout_key(cuda, *key))
+    x, w = (put(cuda, rng.standard_normal(shape), dtype)[0] for shape in (c.x, c.w))
+    b, y, want, mask = put(cuda, rng.standard_normal(c.w[0]), "float32")[0], *(cuda.empty(shape, kind) for kind in (dtype, dtype, "uint8"))
+    launched = recorded(cuda, monkeypatch)
+    cuda.convolution_forward(x, w, b, y, **options, relu=relu, drop=drop)
+    assert (f"gemm_finish_dropout<{'float' if dtype == 'float32' else 'bf16'}>" in launched) == c.split
+    assert not any(kernel.startswith("dropout") for kernel in launched)
+    cuda.convolution_forward(x, w, b, want, **options, relu=relu)
+    cuda.dropout_forward(want, want, mask, ratio=ratio, key=drop.key)
+    np.testing.assert_array_equal(cuda.to_host(mask), drawn_mask(shape, ratio, key))
+    same_bits(np.asarray(cuda.to_host(y), np.float64), np.asarray(cuda.to_host(want), np.float64))
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_a_gradient_goes_on_through_dropout(cuda: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+    """Bit for bit as by a pass of its own, of the mask that `positive` shows; of products whose sums are split where forward's are."""
+    c, dtype, ratio = DROPPED[name], "bfloat16" if kind == "bfloat16" else "float32", 0.3
+    options = {"stride": c.stride, "pad": c.pad, "dilation": (1, 1), "group": c.group, "tf32": kind == "tf32"}
+    if c.split:  # the depth of a data gradient are the outputs
+        c = c._replace(x=(c.x[0], c.w[0], 1, 1), w=(c.x[1], c.w[0], 1, 1))
+    out = tuple((size + 2 * pad - kernel) // step + 1 for size, pad, kernel, step in zip(c.x[2:], c.pad, c.w[2:], c.stride))
+    dy, w, above = (put(cuda, rng.standard_normal(shape), dtype)[0] for shape in ((c.x[0], c.w[0], *out), c.w, c.x))
+    mask, dx, want = cuda.empty(c.x, "uint8"), cuda.empty(c.x, dtype), cuda.empty(c.x, dtype)
+    cuda.relu_forward(above, above, slope=0.0)
+    cuda.dropout_forward(above, above, mask, ratio=ratio, key=dropout_key(cuda, 3, 5, 7))
+    launched = recorded(cuda, monkeypatch)
+    cuda.convolution_backward_data(dy, w, dx, above, **options, ratio=ratio)
+    assert any(kernel.startswith("gemm_finish") for kernel in launched) == c.split
+    assert not any(kernel.startswith("dropout") for kernel in launched)
+    cuda.convolution_backward_data(dy, w, want, **options)
+    cuda.dropout_backward(want, mask, want, above, ratio=ratio)
+    same_bits(np.asarray(cuda.to_host(dx), np.float64), np.asarray(cuda.to_host(want), np.float64))
+    assert 0.1 < (np.asarray(cuda.to_host(dx), np.float64) != 0).mean() < 0.6

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from solver_harness import IMAGES, RATE, Recorder, Watcher, linear_solver, make_solver, weights_of
+from solver_harness import IMAGES, LINEAR, RATE, Recorder, Watcher, linear_solver, make_solver, weights_of
 
 from caffelite.backends.contract import Backend
 from caffelite.errors import DataError, TrainingError
@@ -137,6 +137,33 @@ def test_a_loss_that_is_not_finite_stops_the_updates_at_once(cuda: Any, tmp_path
         want.step(60)
     for label, weights in weights_of(want).items():
         np.testing.assert_array_equal(weights_of(solver)[label], weights, label)
+
+
+NORMED = LINEAR.replace('bottom: "x" top: "y"', 'bottom: "n" top: "y"').replace(
+    'layer { name: "ip"',
+    """layer { name: "in" type: "InnerProduct" bottom: "x" top: "n" inner_product_param { num_output: 4 weight_filler { type: "gaussian" std: 0.5 } } }
+  layer { name: "norm" type: "BatchNorm" bottom: "n" top: "n" }
+  layer { name: "ip\"""",
+)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_sums_of_batch_norm_stop_at_a_bad_loss(cuda: Any, reference: Any, tmp_path: Path, seldom: None, parts: int) -> None:
+    """They hold the passes of the bad iteration, and none of those that went by before somebody looked: as where every loss is looked at."""
+    settings = f'{RATE.replace("0.1", "30")} iter_size: {parts} snapshot_prefix: "{tmp_path}/s"'
+    weights, iterations = [], []
+    for ops, listeners in ((cuda, []), (cuda, [Watcher()]), (reference, [])):
+        solver = make_solver(settings, NORMED, ops, listeners=listeners)
+        for name, values in zip("xt", (np.random.default_rng(5).normal(size=(7, size)).astype(np.float32) for size in (5, 3))):
+            ops.from_host(values, solver.net.blobs[name].data)
+        with pytest.raises(TrainingError, match="the loss is "):
+            solver.step(120)
+        weights.append(weights_of(solver))
+        iterations.append(solver.iter)
+        assert weights[-1]["norm/2"] == pytest.approx(sum(0.999**i for i in range(parts * (solver.iter + 1))), rel=1e-5)
+    assert iterations[0] == iterations[1] < 115
+    for label, want in weights[1].items():
+        np.testing.assert_array_equal(weights[0][label], want, label)
 
 
 class Breaking(Recorder):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from solver_harness import RATE, Watcher, make_solver, weights_of
 
 from caffelite import backends
 from caffelite.backends.contract import Backend
@@ -64,3 +66,50 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, cuda: Backend
     second.step(ITERATIONS - ITERATIONS // 2)
     assert second.iter == whole.iter
     np.testing.assert_array_equal(cuda.to_host(second.net.arena.master), cuda.to_host(whole.net.arena.master))
+
+
+ENDING = """
+  layer { name: "data" type: "DummyData" top: "data" top: "label" dummy_data_param { shape { dim: 5 dim: 3 dim: 9 dim: 7 } shape { dim: 5 }
+    data_filler { type: "gaussian" std: 1 } data_filler { type: "constant" value: 2 } } }
+  layer { name: "conv" type: "Convolution" bottom: "data" top: "conv"
+    convolution_param { num_output: 11 kernel_size: 3 stride: 2 weight_filler { type: "msra" } } }
+  layer { name: "relu" type: "ReLU" bottom: "conv" top: "conv" }
+  layer { name: "drop" type: "Dropout" bottom: "conv" top: "conv" dropout_param { dropout_ratio: 0.2 } }
+  layer { name: "fc6" type: "InnerProduct" bottom: "conv" top: "fc6" inner_product_param { num_output: 45 weight_filler { type: "xavier" } } }
+  layer { name: "relu6" type: "ReLU" bottom: "fc6" top: "fc6" }
+  layer { name: "drop6" type: "Dropout" bottom: "fc6" top: "fc6" }
+  layer { name: "fc7" type: "InnerProduct" bottom: "fc6" top: "fc7" inner_product_param { num_output: 33 bias_term: false weight_filler { type: "xavier" } } }
+  layer { name: "relu7" type: "ReLU" bottom: "fc7" top: "fc7" }
+  layer { name: "drop7" type: "Dropout" bottom: "fc7" top: "fc7" }
+  layer { name: "fc8" type: "InnerProduct" bottom: "fc7" top: "fc8" inner_product_param { num_output: 4 weight_filler { type: "xavier" } } }
+  layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc8" bottom: "label" top: "loss" }
+"""
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_products_that_drop_train_alike(tmp_path: Path, cuda: Backend, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """As the same layers do with passes of their own, recorded or op by op, and when the run is resumed; without the masks' memory."""
+    text = f'{RATE} momentum: 0.9 max_iter: 6 snapshot_prefix: "{tmp_path}/s"'
+
+    def trained(count: int = 6, resume: Path | None = None, **options: Any) -> Solver:
+        solver = make_solver(text, ENDING, cuda, precision=precision, **options)
+        if resume:
+            solver.restore(resume)
+        solver.step(count)
+        return solver
+
+    fused, watched, half = trained(), trained(listeners=[Watcher()]), trained(3)
+    half.snapshot()
+    resumed = trained(3, tmp_path / "s_iter_3.solverstate")
+    monkeypatch.setattr(type(cuda), "drops_along", False)
+    plain = trained()
+    found = ["drop", "drop6", "drop7"] if precision != "bfloat16" else ["drop6", "drop7"]  # the data that the convolution takes is float32
+    assert [node.name for node in fused.net.graph.nodes if node.forward_fused and node.layer.type == "Dropout"] == found
+    assert not [node.name for node in plain.net.graph.nodes if node.forward_fused and node.layer.type == "Dropout"]
+    want = weights_of(plain)
+    assert all(np.isfinite(values).all() for values in want.values())
+    for solver in (fused, watched, resumed):
+        for label, values in weights_of(solver).items():
+            np.testing.assert_array_equal(values, want[label], label)
+    masks = [sum("mask" in layer.buffers for layer in solver.net.layers) for solver in (fused, plain)]
+    assert masks == [3 - len(found), 3]

@@ -82,6 +82,22 @@ def test_the_fastest_is_kept(made, tmp_path: Path, unit: str) -> None:
     assert list(later.tuner._picked.values()) == [best]
 
 
+def test_trials_leave_no_memory_behind(made) -> None:
+    """What is in use is what a run needs that finds the choice; scratch memory that other ops have asked for stays."""
+    used = []
+    for first in (0, 1):
+        for seconds in ([1.0] * 199, None):
+            backend = made(seconds)
+            if first:
+                backend.scratch(1 << 20)
+            gradient(backend)
+            used.append(backend.driver.meter.used)
+            assert backend.driver.meter.peak > used[-1] or seconds is None
+    assert used == [used[0], used[0], used[2], used[2]]
+    assert used[0] == 0, "the cut that is taken needs none"
+    assert used[2] >= 1 << 20
+
+
 def test_what_is_timed_is_started_at_once(made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a short product would be as long as what the host needs to start it. Nothing but the record lies between two marks."""
     backend = made([1.0] * 199)

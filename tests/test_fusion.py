@@ -155,7 +155,7 @@ def test_memory_of_what_average_pooling_reads_again(reference) -> None:
 
 # --- LRN and max pooling -----------------------------------------------------------------------------------------------------
 
-ALONG: Any = SimpleNamespace(pools_along=True, lrn_max_pool_pays=lambda *args, **options: True)  # a backend that always had better
+ALONG: Any = SimpleNamespace(drops_along=True, lrn_max_pool_pays=lambda *args, **options: True)  # a backend that always had better
 LRN, MAX = layer("LRN", "n", "a", "h"), layer("Pooling", "p", "h", "z", "pooling_param { kernel_size: 3 stride: 2 }")
 ALEX = FIRST + LRN + MAX
 POOLED = {
@@ -207,7 +207,7 @@ CHAINS = POOLED | NOT_POOLED | {f"dropout: {name}": text for name, text in (DROP
 @pytest.mark.parametrize("name", CHAINS)
 def test_pooling_that_does_more_changes_no_bit(backend, monkeypatch, name: str, precision: str) -> None:
     """On every backend: those that had better do one after the other can do both."""
-    monkeypatch.setattr(type(backend), "pools_along", True)
+    monkeypatch.setattr(type(backend), "drops_along", True)
     monkeypatch.setattr(type(backend), "lrn_max_pool_pays", ALONG.lrn_max_pool_pays)
     text = DATA + CHAINS[name] + LOSS
     results = []
@@ -278,6 +278,114 @@ def test_pooling_keeps_no_mask_of_dropout_but_for_averages(reference) -> None:
         fuse(graph, ALONG)
         plan = plan_memory(graph, reference, backward=True)
         assert [region.key[1] for region in plan.regions if region.dtype == "uint8"] == kept
+
+
+# --- products and dropout ----------------------------------------------------------------------------------------------------
+
+
+def product(name: str, bottom: str, top: str, fields: str = "", more: str = "") -> str:
+    fillers = 'weight_filler { type: "xavier" } bias_filler { type: "gaussian" std: 0.3 }'
+    return layer("InnerProduct", name, bottom, top, f"inner_product_param {{ num_output: 37 {fields} {fillers} }} {more}")
+
+
+def drop(blob: str, name: str = "q", fields: str = "dropout_param { dropout_ratio: 0.3 }") -> str:
+    return layer("Dropout", name, blob, blob, fields)
+
+
+FROZEN = "param { lr_mult: 0 } param { lr_mult: 0 }"
+ENDING = product("i", "x", "a") + relu("a") + drop("a") + product("j", "a", "z")
+PRODUCTS = {  # and the layers whose dropout their products do
+    "inner products": (ENDING + relu("z", "over") + drop("z", "q2"), ["i", "j"]),
+    "no bias": (ENDING.replace("num_output", "bias_term: false num_output"), ["i"]),
+    "transposed": (ENDING.replace("num_output", "transpose: true num_output"), ["i"]),
+    "convolutions": (conv("i", "x", "a") + relu("a") + drop("a") + conv("c", "a", "z", outputs=5) + relu("z", "over") + drop("z", "q2"), ["i", "c"]),
+    "a stride and groups": (conv("i", "x", "a") + relu("a") + drop("a") + conv("c", "a", "z", "kernel_size: 3 stride: 2 group: 2"), ["i"]),
+    "a convolution, then rows": (conv("i", "x", "a", outputs=5) + relu("a") + drop("a") + product("j", "a", "z"), ["i"]),
+    "rows of a convolution": (conv("i", "x", "a", "kernel_h: 11 kernel_w: 7", outputs=21) + relu("a") + drop("a") + product("j", "a", "z"), ["i"]),
+    "frozen, no relu": (product("i", "x", "a", more=FROZEN) + drop("a") + product("j", "a", "z"), ["i"]),
+    "frozen, relu": (product("i", "x", "a", more=FROZEN) + relu("a") + drop("a") + product("j", "a", "z"), ["i"]),
+    "no relu": (product("i", "x", "a") + drop("a") + product("j", "a", "z"), []),
+    "a slope": (product("i", "x", "a") + relu("a", fields="relu_param { negative_slope: 0.1 }") + drop("a") + product("j", "a", "z"), []),
+    "a relu after": (product("i", "x", "a") + drop("a") + relu("a") + product("j", "a", "z"), []),
+    "a top of its own": (product("i", "x", "b") + relu("b") + layer("Dropout", "q", "b", "a") + product("j", "a", "z"), []),
+    "two takers": (product("i", "x", "a") + relu("a") + drop("a") + product("j", "a", "b") + product("k", "a", "h") + SUM, []),
+    "another taker": (conv("i", "x", "a") + relu("a") + drop("a") + DEEP, []),
+    "another dropout": (product("i", "x", "a") + relu("a") + drop("a") + drop("a", "q2") + product("j", "a", "z"), []),
+    "nothing drops": (ENDING.replace("dropout_param", "phase: TEST dropout_param"), []),
+    "rows in another order": (product("i", "x", "a", "axis: 3") + relu("a") + drop("a") + product("j", "a", "z"), []),
+}
+
+
+def products(text: str, backend: Any = ALONG) -> list[str]:
+    """The layers that do a dropout."""
+    graph = build_graph(net_from_text(DATA + text + LOSS), phase=pb.TRAIN)
+    fuse(graph, backend)
+    fused = [node for node in graph.nodes if getattr(node.layer, "dropout", None) and node.layer.type != "Pooling"]
+    assert [node.layer.dropout.name for node in fused] == [node.name for node in graph.nodes if node.layer.type == "Dropout" and node.forward_fused]
+    assert all(node.forward_fused == node.backward_fused for node in graph.nodes if node.layer.type == "Dropout")
+    return [node.name for node in fused]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_which_products_drop(name: str) -> None:
+    text, found = PRODUCTS[name]
+    assert products(text) == found
+    assert products(text, backends.get("numpy")) == []
+    graph = build_graph(net_from_text(DATA + text + LOSS), phase=pb.TEST)
+    fuse(graph, ALONG)
+    assert not any(getattr(node.layer, "dropout", None) or node.layer.drop_ratios for node in graph.nodes)
+
+
+def passes(backend: Any, text: str, precision: str, observe: bool) -> list[np.ndarray]:
+    """The loss and all parameter gradients of two passes, memory having held rubbish."""
+    net, found = Net(net_from_text(text), phase=pb.TRAIN, backend=backend, precision=precision, observe=observe, seed=5), []
+    for count in range(2):
+        if not observe:
+            backend.fill(net.shared_buffer, 0xFF)
+        net.context.forward_count = count
+        net.zero_grads()
+        net.forward()
+        net.backward()
+        found += [np.float32(net.loss()), *(np.array(backend.to_host(p.diff)) for p in net.learnable)]
+    return found
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_that_drop_change_no_bit(backend, monkeypatch, name: str, precision: str) -> None:
+    monkeypatch.setattr(type(backend), "drops_along", True)
+    fused, plain = (passes(backend, DATA + PRODUCTS[name][0] + LOSS, precision, observe) for observe in (False, True))
+    assert min(np.abs(values).max() for values in plain if np.ndim(values)) > 0 or "frozen" in name
+    for got, want in zip(fused, plain):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["inner products", "convolutions", "a convolution, then rows"])
+def test_products_that_drop_change_no_bit_in_tf32(cuda, name: str) -> None:
+    fused, plain = (passes(cuda, DATA + PRODUCTS[name][0] + LOSS, "tf32", observe) for observe in (False, True))
+    for got, want in zip(fused, plain):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["inner products", "convolutions"])
+def test_products_drop_what_the_reference_drops(backend, reference, monkeypatch, name: str) -> None:
+    """And what is left has its values."""
+    monkeypatch.setattr(type(backend), "drops_along", True)
+    tops = []
+    for ops, observe in ((backend, False), (reference, True)):
+        net = Net(net_from_text(DATA + PRODUCTS[name][0] + LOSS), phase=pb.TRAIN, backend=ops, observe=observe, seed=5)
+        net.forward()
+        tops.append(np.array(ops.to_host(net.blobs["a"].data)))  # kept for backward
+    assert 0.2 < (tops[1] > 0).mean() < 0.6
+    np.testing.assert_array_equal(tops[0] > 0, tops[1] > 0)
+    np.testing.assert_allclose(tops[0], tops[1], rtol=1e-4, atol=1e-5)
+
+
+def test_products_keep_no_mask_of_dropout(reference) -> None:
+    for name, kept in (("inner products", []), ("convolutions", []), ("no relu", ["q"])):
+        graph = build_graph(net_from_text(DATA + PRODUCTS[name][0] + LOSS), phase=pb.TRAIN)
+        fuse(graph, ALONG)
+        assert [region.key[1] for region in plan_memory(graph, reference, backward=True).regions if region.dtype == "uint8"] == kept
 
 
 def test_what_pooling_normalises_lies_nowhere(reference) -> None:

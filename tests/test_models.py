@@ -10,6 +10,7 @@ import lmdb
 import pytest
 from cli_harness import said
 
+from caffelite import backends
 from caffelite.fusion import fuse
 from caffelite.graph import Graph, build_graph
 from caffelite.schema import pb, read_net, read_solver
@@ -268,6 +269,24 @@ def test_all_of_resnet_that_can_be_fused_is() -> None:
         fused = [(node.forward_fused, node.backward_fused) for node in graph.nodes if node.layer.type in ("Scale", "ReLU")]
         assert fused == [(True, True)] * (20 + 17)
         assert [node.layer.type for node in graph.nodes if node.layer.relu_bottoms] == ["Split"] * 7 + ["Pooling"]
+    finally:
+        for node in graph.nodes:
+            node.layer.close()
+
+
+@pytest.mark.usefixtures("databases")
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("model", "products"), [("alexnet", ["fc6", "fc7"]), ("alexnet9", ["fc7", "fc8"]), ("vgg16", ["fc6", "fc7"])])
+def test_the_last_products_drop_on_a_gpu(model: str, products: list[str], compute: str) -> None:
+    """With their ReLUs, both ways: no pass is left, and no mask."""
+    graph = build_graph(read_net(ROOT / "models" / model / "train_val.prototxt"), phase=pb.TRAIN, compute=compute)
+    try:
+        fuse(graph, backends.counting())
+        assert [node.name for node in graph.nodes if getattr(node.layer, "dropout", None)] == products
+        taken = {node.name: (node.layer.relu_bottoms, node.layer.drop_ratios) for node in graph.nodes if node.layer.drop_ratios}
+        assert list(taken.values()) == [({0}, {0: 0.5})] * 2
+        left = [node.name for node in graph.nodes if node.layer.type == "Dropout" and not (node.forward_fused and node.backward_fused)]
+        assert left == []
     finally:
         for node in graph.nodes:
             node.layer.close()

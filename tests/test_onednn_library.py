@@ -12,6 +12,7 @@ import pytest
 
 from caffelite import backends
 from caffelite.backends.onednn import library
+from caffelite.backends.onednn.dnnl import Dnnl, Unsupported
 from caffelite.errors import BackendError
 
 
@@ -63,6 +64,14 @@ def test_a_library_that_is_not_onednn_is_refused() -> None:
     assert "is not a oneDNN library" in done.stdout, done.stderr
 
 
+def test_a_library_without_an_engine_for_cpus_is_refused(onednn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a oneDNN built for SYCL answers where there are no SYCL devices: invalid arguments."""
+    monkeypatch.setattr(Dnnl, "create", lambda *_: (_ for _ in ()).throw(Unsupported("dnnl_engine_create: invalid arguments")))
+    with pytest.raises(BackendError, match=r"computes nothing on CPUs by itself \(dnnl_engine_create") as refused:
+        Dnnl()
+    assert "pip install onednn-cpu-gomp" in str(refused.value)
+
+
 def test_the_variable_names_the_library(onednn: Any) -> None:
     found = onednn.dnnl.lib._name
     done = python("from caffelite import backends; print(backends.get('onednn').dnnl.lib._name)", CAFFELITE_DNNL=found)
@@ -74,7 +83,9 @@ def test_threads_come_from_the_environment_or_the_argument(onednn: Any, count: i
     code = f"""
 from caffelite import backends
 from caffelite.backends.onednn import library
+from caffelite.backends.onednn.dnnl import Dnnl, Unsupported
 from caffelite.backends.onednn import library
+from caffelite.backends.onednn.dnnl import Dnnl, Unsupported
 print(backends.get("onednn").threads, library.thread_count(), backends.get("onednn", threads={count + 1}).threads, library.thread_count())
 """
     done = python(code, OMP_NUM_THREADS=str(count))

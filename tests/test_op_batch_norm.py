@@ -64,11 +64,15 @@ def test_moving_sums_and_what_they_say(backend, make, rng) -> None:
     for centre, spread in batches:
         backend.batch_norm_accumulate(make(centre), make(spread), *sums, fraction=0.9, correction=7 / 6)
         want = [0.9 * old + new for old, new in zip(want, (centre, spread * 7 / 6, np.ones(1)))]
+        for cell in (make(np.ones(1), "float64"), make(np.full(1, np.nan), "float64")):
+            backend.batch_norm_accumulate(make(spread), make(centre), *sums, cell, fraction=0.5, correction=2.0)  # does nothing
+    backend.batch_norm_accumulate(make(centre), make(spread), *sums, make(np.zeros(1), "float64"), fraction=1.0, correction=0.0)
+    want = [old + new for old, new in zip(want, (centre, 0, 1))]
     for got, expected in zip(sums, want):
         assert_close(make.host(got), expected)
     backend.batch_norm_global_statistics(*sums, mean, variance)
-    assert_close(make.host(mean), want[0] / 2.71)
-    assert_close(make.host(variance), want[1] / 2.71)
+    assert_close(make.host(mean), want[0] / 3.71)
+    assert_close(make.host(variance), want[1] / 3.71)
 
 
 def test_variance_of_values_far_from_zero(backend, make, rng) -> None:

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from arrays import DTYPES, assert_close, last, numeric_gradient, rectified
+from arrays import DTYPES, assert_close, drawn_mask, dropout_key, last, numeric_gradient, rectified, same_bits
+
+from caffelite.backends.contract import Drop
 
 
 class Case(NamedTuple):
@@ -125,6 +127,31 @@ def test_backward_data(backend, make, rng, name: str, dtype: str) -> None:
     assert_close(make.host(dx), backward_data(c, make.host(dy), make.host(w)), dtype)
     backend.convolution_backward_data(dy, w, through, x, **c.options)
     np.testing.assert_array_equal(make.host(through), rectified(make.host(dx), make.host(x)))
+
+
+@pytest.mark.parametrize("layout", ["contract", "gaps"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_dropout_on_the_way(backend, make, rng, name: str, dtype: str, layout: str) -> None:
+    """As the ops do it one after the other."""
+    c, key = CASES[name], (2**63 + 5, 7, 2**40)
+    x, w, b, dy = arrays(make, rng, c, dtype, layout)
+    drop, mask = Drop(0.3, dropout_key(backend, *key)), make.empty(dy.shape, "uint8", layout)
+    for bias, relu in ((None, True), (b, True), (b, False)):
+        y, want = (make.empty(dy.shape, dtype, layout) for _ in range(2))
+        backend.convolution_forward(x, w, bias, y, **c.options, relu=relu, drop=drop)
+        backend.convolution_forward(x, w, bias, want, **c.options, relu=relu)
+        backend.dropout_forward(want, want, mask, ratio=0.3, key=drop.key)
+        same_bits(make.host(y), make.host(want))
+        assert not make.host(y)[~drawn_mask(dy.shape, 0.3, key)].any()
+    above, mask = make.empty(x.shape, dtype, layout), make.empty(x.shape, "uint8", layout)
+    backend.relu_forward(x, above, slope=0.0)
+    backend.dropout_forward(above, above, mask, ratio=0.3, key=drop.key)
+    dx, want = (make.empty(x.shape, dtype, layout) for _ in range(2))
+    backend.convolution_backward_data(dy, w, dx, above, **c.options, ratio=0.3)
+    backend.convolution_backward_data(dy, w, want, **c.options)
+    backend.dropout_backward(want, mask, want, above, ratio=0.3)
+    same_bits(make.host(dx), make.host(want))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from arrays import DTYPES, assert_close, numeric_gradient, rectified
+from arrays import DTYPES, assert_close, drawn_mask, dropout_key, numeric_gradient, rectified, same_bits
+
+from caffelite.backends.contract import Drop
 
 M, K, N = 5, 23, 11
 
@@ -51,6 +53,56 @@ def test_backward(backend, make, rng, transpose: bool, dtype: str, layout: str) 
         backend.inner_product_backward_weights(x, dy, dw, db, transpose=transpose, accumulate_w=more_w, accumulate_b=more_b)
         assert_close(make.host(dw), want_w + 3 * more_w)
         assert_close(make.host(db), make.host(dy).sum(axis=0) + 3 * more_b)
+
+
+@pytest.mark.parametrize("layout", ["contract", "gaps"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_dropout_on_the_way(backend, make, rng, transpose: bool, dtype: str, layout: str) -> None:
+    """As the ops do it one after the other."""
+    x, w, b, dy = setup(make, rng, transpose, dtype, layout)
+    key = (2**63 + 5, 7, 2**40)
+    drop, mask = Drop(0.3, dropout_key(backend, *key)), make.empty((M, N), "uint8", layout)
+    for bias in (None, b):
+        for relu in (False, True):
+            y, want = (make.empty((M, N), dtype, layout) for _ in range(2))
+            backend.inner_product_forward(x, w, bias, y, transpose=transpose, relu=relu, drop=drop)
+            backend.inner_product_forward(x, w, bias, want, transpose=transpose, relu=relu)
+            backend.dropout_forward(want, want, mask, ratio=0.3, key=drop.key)
+            same_bits(make.host(y), make.host(want))
+            assert not make.host(y)[~drawn_mask((M, N), 0.3, key)].any()
+    above, mask = make.empty((M, K), dtype, layout), make.empty((M, K), "uint8", layout)
+    backend.relu_forward(x, above, slope=0.0)
+    backend.dropout_forward(above, above, mask, ratio=0.3, key=drop.key)
+    dx, want = (make.empty((M, K), dtype, layout) for _ in range(2))
+    backend.inner_product_backward_data(dy, w, dx, above, transpose=transpose, ratio=0.3)
+    backend.inner_product_backward_data(dy, w, want, transpose=transpose)
+    backend.dropout_backward(want, mask, want, above, ratio=0.3)
+    same_bits(make.host(dx), make.host(want))
+    assert 0.15 < (make.host(dx) != 0).mean() < 0.55
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_on_the_way_of_what_is_not_finite(backend, make, dtype: str) -> None:
+    """Of the largest numbers, too, which the factor takes beyond; and the smallest."""
+    values = [np.inf, -np.inf, np.nan, 3.3e38, -3.3e38, 1e-38, 1e-40, -1.0, 0.0, 2.0]
+    rows, columns, half = len(values), 64, 0.5
+    drop, mask = Drop(half, dropout_key(backend, 1, 2, 3)), make.empty((rows, columns), "uint8")
+    one, of_all = make(np.array(values)[:, None], dtype), make(np.ones((columns, 1)), dtype)
+    for relu in (False, True):
+        y, want = (make.empty((rows, columns), dtype) for _ in range(2))
+        backend.inner_product_forward(one, of_all, None, y, transpose=False, relu=relu, drop=drop)
+        backend.inner_product_forward(one, of_all, None, want, transpose=False, relu=relu)
+        backend.dropout_forward(want, want, mask, ratio=half, key=drop.key)
+        same_bits(make.host(y), make.host(want))
+    wild = [2.0, 1e38, 3.0] if backend.name == "onednn" else [np.inf, np.nan, 3e38]  # oneDNN takes NaN for positive
+    ways = np.tile([*wild, 1e-38, 1.0, 0.0, 0.0, -0.0], 8)  # what comes out of a ReLU
+    above, want = make(np.tile(ways, (rows, 1)), dtype), make.empty((rows, columns), dtype)
+    backend.dropout_forward(above, above, mask, ratio=half, key=drop.key)
+    backend.inner_product_backward_data(one, make(np.ones((1, columns)), dtype), y, above, transpose=False, ratio=half)
+    backend.inner_product_backward_data(one, make(np.ones((1, columns)), dtype), want, transpose=False)
+    backend.dropout_backward(want, mask, want, above, ratio=half)
+    same_bits(make.host(y), make.host(want))
 
 
 @pytest.mark.parametrize("transpose", [False, True])

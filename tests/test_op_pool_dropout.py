@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from arrays import DTYPES, Shape, dropout_key, pooled, rectified
+from arrays import DTYPES, Shape, drawn_mask, dropout_key, pooled, rectified
 
 from caffelite.backends.contract import pool_mask_dtype
 
@@ -19,14 +19,6 @@ POOLS = {
 }
 SHAPES = [(2, 5, 17, 18), (3, 24, 17, 16)]  # fast paths want whole vectors of channels; 24 are one and a half blocks of random bits
 SEED, LAYER, ITERATION = 2**63 + 5, 7, 2**40
-
-
-def wanted_mask(shape: Shape, ratio: float) -> np.ndarray:
-    """As the contract says it: 16 bits of NumPy's Philox stream for each element in memory order, channels last."""
-    count, (n, c, h, w) = int(np.prod(shape)), shape
-    words = np.random.Philox(key=np.array([SEED, LAYER], np.uint64), counter=np.array([0, 0, ITERATION, 0], np.uint64)).random_raw(-(-count // 4))
-    drawn = np.stack([(words >> np.uint64(s)) & np.uint64(0xFFFF) for s in (0, 16, 32, 48)], axis=1).reshape(-1)[:count]
-    return (drawn >= round(ratio * 65536)).reshape(n, h, w, c).transpose(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("layout", ["contract", "gaps"])
@@ -52,7 +44,7 @@ def test_both_in_one(backend, make, rng, kind: str, pool: str, shape: Shape, rat
     backend.dropout_forward(plain, plain, keep, ratio=ratio, key=key)
     backend.dropout_backward(dy, keep, kept, ratio=ratio)
     first["backward"](kept, *masks, want, **p)
-    mine = wanted_mask(out, ratio)
+    mine = drawn_mask(out, ratio, (SEED, LAYER, ITERATION))
     none = 255 if mask_dtype == "uint8" else -1
     np.testing.assert_array_equal(make.host(mask), np.where(mine, make.host(winner), none) if kind == "max" else mine)
     np.testing.assert_array_equal(make.host(y), make.host(plain))

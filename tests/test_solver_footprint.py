@@ -38,7 +38,14 @@ layer { name: "accuracy" type: "Accuracy" bottom: "ip" bottom: "label" top: "acc
 """
 LONG = MANY_LAYERS.replace('top: "acc" }', 'top: "acc" include { phase: TEST } }')
 WARPED = SHORT.replace("scale: 0.01", "scale: 0.01 rotation: 10 lighting: 0.1")
-NETS = {"short": SHORT, "long": LONG, "warped": WARPED}
+DROPPED = SHORT.replace(
+    'layer { name: "loss"',
+    """layer { name: "r2" type: "ReLU" bottom: "ip" top: "ip" }
+layer { name: "drop" type: "Dropout" bottom: "ip" top: "ip" }
+layer { name: "ip2" type: "InnerProduct" bottom: "ip" top: "ip2" inner_product_param { num_output: 4 weight_filler { type: "xavier" } } }
+layer { name: "loss\"""",
+).replace('bottom: "ip" bottom: "label"', 'bottom: "ip2" bottom: "label"')
+NETS = {"dropped": DROPPED, "short": SHORT, "long": LONG, "warped": WARPED}
 RULES = {"sgd": "momentum: 0.9", "adam": 'type: "Adam" momentum: 0.9 clip_gradients: 1e-3', "plain": "snapshot_after_train: false debug_info: true"}
 
 

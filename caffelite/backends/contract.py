@@ -11,7 +11,9 @@ Rules that hold for every op:
 - Outputs are overwritten, never read first, except parameter gradients when `accumulate` is true: then the gradient is
   added. `dx` may be the same array as `dy`, and `y` as `x`, only where an op's text says "in place".
 - `positive`, where it is given, is what a ReLU of slope 0 put out: the op's gradient goes on through that ReLU, as relu_backward takes it:
-  dx stays where positive > 0, and is 0 dx elsewhere (0, but NaN where dx is not finite). It is read only.
+  dx stays where positive > 0, and is 0 dx elsewhere (0, but NaN where dx is not finite). It is read only. `ratio` beside it, unless None: of the
+  dropout after that ReLU, which is what put out `positive`: the gradient goes on through both, as dropout_backward takes it for a dx that has been
+  stored. No mask is needed for that: what is dropped is 0, and what is kept is above 0 where the ReLU's output is, since 1 / (1-ratio) is 1 or more.
 - `stride`, `pad`, `dilation`, `kernel` are tuples with one int per spatial axis.
 - An op checks nothing a layer has checked already; it raises DataError for bad values (a label out of range).
 - Results are deterministic: the same inputs give the same bits on the same machine and number of threads.
@@ -70,6 +72,13 @@ class DropoutKey(NamedTuple):
     seed: int
     layer: int
     iteration: Array
+
+
+class Drop(NamedTuple):
+    """A dropout that an op does with what it gives, as dropout_forward does in place; its mask is kept nowhere."""
+
+    ratio: float
+    key: DropoutKey
 
 
 def strides_of(shape: Ints, itemsize: int) -> Ints:
@@ -134,12 +143,12 @@ class Backend(Protocol):
     """All ops, grouped by stem: the first word of a section's head, and the name of the file that holds them in each backend and of their test.
 
     runs_ahead: ops may return before they have run, so that reading a result waits.
-    pools_along: pooling had better do the dropout after it (max_pool_dropout_forward) than leave it to a pass of its own.
+    drops_along: pooling (max_pool_dropout_forward) and products (`drop`) had better do the dropout after them than leave it to a pass of its own.
     """
 
     name: str
     runs_ahead: bool
-    pools_along: bool
+    drops_along: bool
     raw_images: bool  # images had better come as bytes, for `transform` to crop, warp and scale, than as finished floats
 
     # --- memory ----------------------------------------------------------------------------------------------------
@@ -231,9 +240,21 @@ class Backend(Protocol):
     # --- convolution -----------------------------------------------------------------------------------------------
 
     def convolution_forward(
-        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False, tf32: bool = False
+        self,
+        x: Array,
+        w: Array,
+        b: Array | None,
+        y: Array,
+        *,
+        stride: Ints,
+        pad: Ints,
+        dilation: Ints,
+        group: int,
+        relu: bool = False,
+        drop: Drop | None = None,
+        tf32: bool = False,
     ) -> None:
-        """y[n,o,p] = b[o] + sum_{c in group(o), k} w[o,c,k] x_padded[n, c, p*stride + k*dilation - pad]; relu: max(y,0) after.
+        """y[n,o,p] = b[o] + sum_{c in group(o), k} w[o,c,k] x_padded[n, c, p*stride + k*dilation - pad]; relu: max(y,0) after; drop: and then that.
 
         x (N,C,*in), w (O,C/group,*k), b (O), y (N,O,*out); any number of spatial axes >= 1. spec: layers 3.1.
         tf32, here and in the other products: float32 operands may be rounded to tf32's 10 bits of mantissa, to nearest; sums stay
@@ -242,9 +263,20 @@ class Backend(Protocol):
         ...
 
     def convolution_backward_data(
-        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
+        self,
+        dy: Array,
+        w: Array,
+        dx: Array,
+        positive: Array | None = None,
+        *,
+        stride: Ints,
+        pad: Ints,
+        dilation: Ints,
+        group: int,
+        ratio: float | None = None,
+        tf32: bool = False,
     ) -> None:
-        """dx = the transpose of the convolution applied to dy; overwrites dx. positive (dx's shape): see above."""
+        """dx = the transpose of the convolution applied to dy; overwrites dx. positive (dx's shape), ratio: see above."""
         ...
 
     def convolution_backward_weights(
@@ -267,12 +299,16 @@ class Backend(Protocol):
 
     # --- inner_product ---------------------------------------------------------------------------------------------
 
-    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False, tf32: bool = False) -> None:
-        """y = x w^T + b with x (M,K), w (N,K), b (N), y (M,N); transpose: w is (K,N) and y = x w + b. relu: max(y,0) after."""
+    def inner_product_forward(
+        self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False, drop: Drop | None = None, tf32: bool = False
+    ) -> None:
+        """y = x w^T + b with x (M,K), w (N,K), b (N), y (M,N); transpose: w is (K,N) and y = x w + b. relu: max(y,0) after; drop: and then that."""
         ...
 
-    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, tf32: bool = False) -> None:
-        """dx = dy w (transpose: dy w^T). positive (dx's shape): see above."""
+    def inner_product_backward_data(
+        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, ratio: float | None = None, tf32: bool = False
+    ) -> None:
+        """dx = dy w (transpose: dy w^T). positive (dx's shape), ratio: see above."""
         ...
 
     def inner_product_backward_weights(
@@ -473,10 +509,19 @@ class Backend(Protocol):
         ...
 
     def batch_norm_accumulate(
-        self, mean: Array, variance: Array, mean_sum: Array, variance_sum: Array, weight: Array, *, fraction: float, correction: float
+        self,
+        mean: Array,
+        variance: Array,
+        mean_sum: Array,
+        variance_sum: Array,
+        weight: Array,
+        skip: Array | None = None,
+        *,
+        fraction: float,
+        correction: float,
     ) -> None:
         """mean_sum <- fraction mean_sum + mean; variance_sum <- fraction variance_sum + correction variance; weight <- fraction weight + 1.
-        All (C) but weight (1), float32; products and sums are rounded one by one."""
+        All (C) but weight (1), float32; products and sums are rounded one by one. skip: a cell; nothing happens where it is not 0."""
         ...
 
     def batch_norm_global_statistics(self, mean_sum: Array, variance_sum: Array, weight: Array, mean: Array, variance: Array) -> None:

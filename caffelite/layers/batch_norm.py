@@ -96,8 +96,9 @@ class BatchNorm(Elementwise):
         """Adds the batch's statistics to the moving sums, the variance as an unbiased estimate."""
         count = prod(shape) // shape[1]
         correction = count / (count - 1) if count > 1 else 1.0
-        sums = (param.data for param in self.params)
-        ops.batch_norm_accumulate(self.buffers["mean"], self.buffers["variance"], *sums, fraction=self.fraction, correction=correction)
+        mean_sum, variance_sum, weight = (param.data for param in self.params)
+        given = (self.buffers["mean"], self.buffers["variance"], mean_sum, variance_sum, weight, self.context.skip)
+        ops.batch_norm_accumulate(*given, fraction=self.fraction, correction=correction)
 
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
         if not propagate_down[0]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from caffelite.backends.contract import Backend, Ints
 from caffelite.blob import Blob, Shape
 from caffelite.layer import BOTTOM, BufferSpec, Layer, ParamSpec, register
+from caffelite.layers.dropout import Dropout
 from caffelite.layers.shapes import axis_index, loaded, stored, target, viewable
 from caffelite.schema import SourceMap, pb
 
@@ -32,19 +33,21 @@ class Convolution(Layer):
 
     x: axes before `axis` are batch, then C channels, then 0 or more spatial axes. w (num_output, C/group, kernel...),
     b (num_output). Out extent: floor((in + 2 pad - (dilation (kernel-1) + 1)) / stride) + 1. Several bottoms of one shape
-    share the weights. `relu` is set by the graph when a ReLU that follows in place is computed here.
+    share the weights. `relu` and `dropout` are set by the graph when a ReLU, and a Dropout after it, that follow in place are computed here.
     """
 
     bottom_range = (1, None)
     top_range = (1, None)
     same_count = True
     param_fields = (FIELD,)
+    takes_dropout = True
 
     def __init__(self, param: pb.LayerParameter, phase: int, where: SourceMap | None = None) -> None:
         super().__init__(param, phase, where)
         self.options = options = param.convolution_param
         self.num_output, self.group, self.bias_term = options.num_output, options.group, options.bias_term
         self.relu = False
+        self.dropout: Dropout | None = None
         if self.num_output < 1:
             raise self.fail("num_output is missing or 0", FIELD, "num_output", hint="give the number of filters")
         if self.group < 1 or self.num_output % self.group:
@@ -138,6 +141,10 @@ class Convolution(Layer):
     def may_take_relu(self, bottoms: Sequence[Shape]) -> bool:
         return viewable(bottoms[0], self._geometry(bottoms[0]).bottom)  # else the one buffer would have to hold x and dx
 
+    def may_drop(self, bottoms: Sequence[Shape]) -> bool:
+        """Whether the op's result lies as the top does, so that it can draw the mask of a dropout of it."""
+        return viewable(self._top_shape(bottoms[0]), self._geometry(bottoms[0]).top)
+
     def multiply_adds(self, bottoms: Sequence[Shape]) -> int:
         geometry = self._geometry(bottoms[0])
         return len(bottoms) * prod(geometry.top) * (geometry.bottom[1] // self.group) * prod(geometry.kernel)
@@ -146,9 +153,22 @@ class Convolution(Layer):
         g, (bottom_buffer, top_buffer) = self._geometry(bottoms[0].shape), (self.buffers.get("bottom"), self.buffers.get("top"))
         w, b = self.params[0].data, self.params[1].data if self.bias_term else None
         w = w if w.ndim > 2 else w.reshape((*w.shape, 1))
+        drop = self.dropout.drop if self.dropout else None
         for bottom, top in zip(bottoms, tops):
             x, y = loaded(ops, bottom.data, g.bottom, bottom_buffer), target(top.data, g.top, top_buffer)
-            ops.convolution_forward(x, w, b, y, stride=g.stride, pad=g.pad, dilation=g.dilation, group=self.group, relu=self.relu, tf32=self.context.tf32)
+            ops.convolution_forward(
+                x,
+                w,
+                b,
+                y,
+                stride=g.stride,
+                pad=g.pad,
+                dilation=g.dilation,
+                group=self.group,
+                relu=self.relu,
+                drop=drop,
+                tf32=self.context.tf32,
+            )
             stored(ops, top.data, top_buffer)
 
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
@@ -176,5 +196,16 @@ class Convolution(Layer):
             if propagate_down[i]:
                 dx = target(bottom.diff, g.bottom, bottom_buffer)
                 positive = loaded(ops, bottom.data, g.bottom, None) if i in self.relu_bottoms else None
-                ops.convolution_backward_data(dy, w, dx, positive, stride=g.stride, pad=g.pad, dilation=g.dilation, group=self.group, tf32=self.context.tf32)
+                ops.convolution_backward_data(
+                    dy,
+                    w,
+                    dx,
+                    positive,
+                    stride=g.stride,
+                    pad=g.pad,
+                    dilation=g.dilation,
+                    group=self.group,
+                    ratio=self.drop_ratios.get(i),
+                    tf32=self.context.tf32,
+                )
                 stored(ops, bottom.diff, bottom_buffer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from caffelite.backends.contract import Backend, DropoutKey
+from caffelite.backends.contract import Backend, Drop, DropoutKey
 from caffelite.blob import Blob, Shape
 from caffelite.layer import SIGN, BufferSpec, register
 from caffelite.layers.elementwise import Elementwise
@@ -32,6 +32,11 @@ class Dropout(Elementwise):
     def key(self) -> DropoutKey:
         """Names the mask of the forward pass under way."""
         return DropoutKey(self.context.seed, self.stream, self.context.pass_number)
+
+    @property
+    def drop(self) -> Drop:
+        """The same with the ratio, for an op that drops on its way."""
+        return Drop(self.ratio, self.key)
 
     def buffer_specs(self, bottoms: Sequence[Shape], dtypes: Sequence[str], backend: Backend) -> dict[str, BufferSpec]:
         return {"mask": BufferSpec(bottoms[0], "uint8")} if self.training else {}

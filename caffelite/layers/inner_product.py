@@ -8,6 +8,7 @@ from math import prod
 from caffelite.backends.contract import Backend
 from caffelite.blob import Blob, Shape
 from caffelite.layer import BOTTOM, BufferSpec, Layer, ParamSpec, register
+from caffelite.layers.dropout import Dropout
 from caffelite.layers.shapes import axis_index, loaded, stored, target, viewable
 from caffelite.schema import SourceMap, pb
 
@@ -20,16 +21,18 @@ class InnerProduct(Layer):
 
     w (num_output, K), or (K, num_output) with transpose; b (num_output). dw = dy^T x, db = sum of dy's rows, dx = dy w.
     K runs in Caffe's order (C,H,W), so a spatial bottom, which lies channels last, goes through a copy that backward reads
-    again. `relu` is set by the graph when a ReLU that follows in place is computed here.
+    again. `relu` and `dropout` are set by the graph when a ReLU, and a Dropout after it, that follow in place are computed here.
     """
 
     param_fields = (FIELD,)
+    takes_dropout = True
 
     def __init__(self, param: pb.LayerParameter, phase: int, where: SourceMap | None = None) -> None:
         super().__init__(param, phase, where)
         self.options = options = param.inner_product_param
         self.num_output, self.bias_term, self.transpose = options.num_output, options.bias_term, options.transpose
         self.relu = False
+        self.dropout: Dropout | None = None
         self._copies = False  # the bottom's rows have a buffer of their own; known once the bottom's shape is
         if self.num_output < 1:
             raise self.fail("num_output is missing or 0", FIELD, "num_output", hint="give the number of outputs")
@@ -69,6 +72,10 @@ class InnerProduct(Layer):
     def may_take_relu(self, bottoms: Sequence[Shape]) -> bool:
         return True
 
+    def may_drop(self, bottoms: Sequence[Shape]) -> bool:
+        """Whether the op's result lies as the top does, so that it can draw the mask of a dropout of it."""
+        return viewable(self._top_shape(bottoms[0]), self._rows(bottoms[0])[1])
+
     def multiply_adds(self, bottoms: Sequence[Shape]) -> int:
         return prod(self._rows(bottoms[0])[0]) * self.num_output
 
@@ -76,7 +83,8 @@ class InnerProduct(Layer):
         rows, out = self._rows(bottoms[0].shape)
         x, y = loaded(ops, bottoms[0].data, rows, self.buffers.get("x")), target(tops[0].data, out, self.buffers.get("y"))
         b = self.params[1].data if self.bias_term else None
-        ops.inner_product_forward(x, self.params[0].data, b, y, transpose=self.transpose, relu=self.relu, tf32=self.context.tf32)
+        drop = self.dropout.drop if self.dropout else None
+        ops.inner_product_forward(x, self.params[0].data, b, y, transpose=self.transpose, relu=self.relu, drop=drop, tf32=self.context.tf32)
         stored(ops, tops[0].data, self.buffers.get("y"))
 
     def backward(self, ops: Backend, tops: Sequence[Blob], propagate_down: Sequence[bool], bottoms: Sequence[Blob]) -> None:
@@ -97,5 +105,6 @@ class InnerProduct(Layer):
             )
         if propagate_down[0]:
             dx = target(bottoms[0].diff, rows, self.buffers.get("dx"))
-            ops.inner_product_backward_data(dy, weight.data, dx, x if self.relu_bottoms else None, transpose=self.transpose, tf32=self.context.tf32)
+            positive, ratio = x if self.relu_bottoms else None, self.drop_ratios.get(0)
+            ops.inner_product_backward_data(dy, weight.data, dx, positive, transpose=self.transpose, ratio=ratio, tf32=self.context.tf32)
             stored(ops, bottoms[0].diff, self.buffers.get("dx"))

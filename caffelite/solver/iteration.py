@@ -18,7 +18,7 @@ class Iteration:
     """The forward and backward passes of `net` (iter_size of them), the loss, clipping and the update.
 
     states: the rule's history arrays. write_step: leave the applied step in the gradients. Losses and gradient norms go to journals, which
-    take_losses and take_norms empty. From the first loss that is not finite on nothing is updated, until `reset`.
+    take_losses and take_norms empty. From the first loss that is not finite on nothing is updated, BatchNorm's sums neither, until `reset`.
     """
 
     def __init__(self, net: Net, param: pb.SolverParameter, states: Sequence[Array], *, write_step: bool) -> None:
@@ -29,6 +29,7 @@ class Iteration:
         self._dials, l1 = Dials(rate, scale, self._losses[1:2]), param.regularization_type == "L1"
         self._how = Update(net.arena.segments(param.weight_decay), self._dials, l1, write_step, net.arena.lowered)
         self._ops.assign(scale, [1 / param.iter_size])
+        net.context.skip = self._dials.skip
         self._pieces: dict[tuple[bool, bool], Callable[[], None]] = {}
 
     def _cells(self, count: int) -> Array:

@@ -77,11 +77,6 @@ class Activations(Base):
         reduce(self, ACTIVATIONS, "SlopeTerm", x, dy, da, _runs(x, da), accumulate)
 
 
-def rectify(ops: Base, positive: Array, dx: Array) -> None:
-    """Takes dx on through the ReLU that put out `positive`, in place."""
-    _each(ops, "relu_backward", positive, dx, dx, np.float32(0))
-
-
 def _each(ops: Base, kernel: str, first: Array, *others: Any, types: str = "") -> None:
     """Runs a kernel whose threads take 16 bytes of the first array each; its last parameter is the number of elements."""
     ops.launch(ACTIVATIONS, f"{kernel}<{types or cname(first)}>", blocks(vectors(first)), THREADS, first, *others, np.int64(first.size))

@@ -1,4 +1,4 @@
-"""Batch normalisation over axis 1."""
+"""Batch normalisation over axis 1: kernels/batch_norm.cu, and kernels/batch_norm_scale.cu with the Scale and ReLU that follow."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ BATCH_NORM = Module(
         "channel_moments",
         "channel_means",
         *(f"matrix_pass<{run}, {rule}>" for run in RUNS for rule in RULES),
-        *(f"{kernel}<{run}>" for run in RUNS for kernel in ("matrix_scale", "matrix_scale_sums", "matrix_scale_pass")),
-        "channel_scale_sums",
         *(f"plane_pass<{kind}, {rule}>" for kind in ("float", "bf16") for rule in RULES),
     ],
+)
+BATCH_NORM_SCALE = Module(
+    "batch_norm_scale",
+    [*(f"{kernel}<{run}>" for run in RUNS for kernel in ("matrix_scale", "matrix_scale_sums", "matrix_scale_pass")), "channel_scale_sums"],
 )
 SUM_BLOCKS = 512  # of all channels: enough to fill a large GPU, few enough for a short second pass
 PASS_BLOCKS = 4096  # few enough that reading a channel's parameters stays small beside its pixels
@@ -60,10 +62,19 @@ class BatchNorm(Base):
         self.launch(BATCH_NORM, "channel_moments", _warps(x), THREADS, partial, *sizes, mean, variance)
 
     def batch_norm_accumulate(
-        self, mean: Array, variance: Array, mean_sum: Array, variance_sum: Array, weight: Array, *, fraction: float, correction: float
+        self,
+        mean: Array,
+        variance: Array,
+        mean_sum: Array,
+        variance_sum: Array,
+        weight: Array,
+        skip: Array | None = None,
+        *,
+        fraction: float,
+        correction: float,
     ) -> None:
         numbers = (np.float32(fraction), np.float32(correction), np.int32(mean.size))
-        self.launch(BATCH_NORM, "accumulate", blocks(mean.size), THREADS, mean, variance, mean_sum, variance_sum, weight, *numbers)
+        self.launch(BATCH_NORM, "accumulate", blocks(mean.size), THREADS, mean, variance, mean_sum, variance_sum, weight, skip, *numbers)
 
     def batch_norm_global_statistics(self, mean_sum: Array, variance_sum: Array, weight: Array, mean: Array, variance: Array) -> None:
         self.launch(BATCH_NORM, "global_statistics", blocks(mean.size), THREADS, mean_sum, variance_sum, weight, mean, variance, np.int32(mean.size))
@@ -86,7 +97,7 @@ class BatchNorm(Base):
     def batch_norm_scale_forward(self, x: Array, mean: Array, variance: Array, s: Array, b: Array, y: Array, *, eps: float, relu: bool) -> None:
         matrix, given = _rows(x), (mean, variance, s, b, np.float32(eps), np.bool_(relu))
         name, grid, sizes = _matrix_run("matrix_scale", matrix, PASS_BLOCKS, x, y)
-        self.launch(BATCH_NORM, name, grid, THREADS, x, *given, y, *sizes)
+        self.launch(BATCH_NORM_SCALE, name, grid, THREADS, x, *given, y, *sizes)
 
     def batch_norm_scale_backward(
         self,
@@ -114,12 +125,12 @@ class BatchNorm(Base):
             scratch = self.scratch(used + 8 * channels)
             means = tuple(self.part(scratch, used + i * 4 * channels, (channels,), "float32") for i in range(2))
             name, grid, sizes = _matrix_run("matrix_scale_sums", matrix, SUM_BLOCKS, x, dy)
-            self.launch(BATCH_NORM, name, grid, THREADS, x, dy, *given, scratch, *sizes)
+            self.launch(BATCH_NORM_SCALE, name, grid, THREADS, x, dy, *given, scratch, *sizes)
             counts = (np.int32(grid[1]), np.int32(channels), np.float64(matrix.pixels))
             flags = (np.bool_(accumulate_s), np.bool_(accumulate_b))
-            self.launch(BATCH_NORM, "channel_scale_sums", _warps(x), THREADS, scratch, *counts, ds, db, *flags, *means)
+            self.launch(BATCH_NORM_SCALE, "channel_scale_sums", _warps(x), THREADS, scratch, *counts, ds, db, *flags, *means)
         name, grid, sizes = _matrix_run("matrix_scale_pass", matrix, PASS_BLOCKS, x, dy, dx)
-        self.launch(BATCH_NORM, name, grid, THREADS, x, dy, *given, *((None, None) if fixed else means), dx, *sizes)
+        self.launch(BATCH_NORM_SCALE, name, grid, THREADS, x, dy, *given, *((None, None) if fixed else means), dx, *sizes)
 
     def _slabs(self, what: str, partial: Array, *arrays: Array) -> tuple[int, int]:
         """partial <- the moments or sums of the channels in each slab; returns how many slabs there are, and their size."""

@@ -81,7 +81,7 @@ class Base:
 
     name = "cuda"
     runs_ahead = True
-    pools_along = True
+    drops_along = True
     raw_images = True
 
     def __init_subclass__(cls, *, any_layout: bool = False) -> None:
@@ -129,6 +129,18 @@ class Base:
             self._scratch.pop(use, None)  # so that its memory may serve the new one; kernels that still use it run before those that will
             self._scratch[use] = self.driver.allocate(-(-nbytes // SCRATCH_ROUND) * SCRATCH_ROUND)
         return self._scratch[use]
+
+    @contextmanager
+    def trials(self) -> Iterator[None]:
+        """Within it scratch memory grows as it may; afterwards it is as large as before."""
+        before = {use: buffer.size for use, buffer in self._scratch.items()}
+        try:
+            yield
+        finally:
+            for use in [use for use, buffer in self._scratch.items() if buffer.size > before.get(use, 0)]:
+                del self._scratch[use]
+                if use in before:
+                    self.scratch(before[use], use)
 
     def part(self, buffer: Array, offset: int, shape: Ints, dtype: Any) -> Array:
         """An array of NumPy type `dtype`, or of that name, at byte `offset` of `buffer`, laid out by strides_of."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints
+from caffelite.backends.contract import Array, Drop, Ints
 from caffelite.backends.cuda import gemm
-from caffelite.backends.cuda.activations import rectify
 from caffelite.backends.cuda.common import THREADS, blocks, cname
+from caffelite.backends.cuda.dropout import drop_in_place, take_on
 from caffelite.backends.cuda.launch import Module, typed
 from caffelite.backends.cuda.scale_bias import ScaleBias
 from caffelite.backends.cuda.space import Space
@@ -29,37 +29,72 @@ CONVOLUTION = Module(
 
 class Convolution(ScaleBias):  # whose sum is the bias gradient too
     def convolution_forward(
-        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False, tf32: bool = False
+        self,
+        x: Array,
+        w: Array,
+        b: Array | None,
+        y: Array,
+        *,
+        stride: Ints,
+        pad: Ints,
+        dilation: Ints,
+        group: int,
+        relu: bool = False,
+        drop: Drop | None = None,
+        tf32: bool = False,
     ) -> None:
         if x.ndim == 3:
             line = _Line(self, x, w, y, stride, pad, dilation, group)
             self._move(line.given(x), line.x)
-            gemm.forward(self, line.geometry, line.x, line.weights(w), b, line.y, relu=relu, tf32=tf32)
+            gemm.forward(self, line.geometry, line.x, line.weights(w), b, line.y, gemm.Finish(relu), tf32=tf32)
             self._move(line.y, line.given(y))
+            drop_in_place(self, y, drop)
             return
         if x.ndim == 4:
-            gemm.forward(self, gemm.Geometry(x.shape, w.shape, y.shape, stride, pad, dilation, group), x, w, b, y, relu=relu, tf32=tf32)
+            gemm.forward(self, gemm.Geometry(x.shape, w.shape, y.shape, stride, pad, dilation, group), x, w, b, y, gemm.Finish(relu, drop), tf32=tf32)
             return
         name = f"convolution_forward<{cname(x)}, {cname(w)}, {'float' if b is None else cname(b)}>"
         space = _space(x.shape, w.shape, y.shape, stride, pad, dilation, group)
         self.launch(CONVOLUTION, name, blocks(y.size), THREADS, x, w, b, y, space, np.bool_(relu), np.int64(y.size))
+        drop_in_place(self, y, drop)
 
     def convolution_backward_data(
-        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
+        self,
+        dy: Array,
+        w: Array,
+        dx: Array,
+        positive: Array | None = None,
+        *,
+        stride: Ints,
+        pad: Ints,
+        dilation: Ints,
+        group: int,
+        ratio: float | None = None,
+        tf32: bool = False,
     ) -> None:
         if dx.ndim == 3:
             line = _Line(self, dx, w, dy, stride, pad, dilation, group)
             self._move(line.given(dy), line.y)
-            gemm.backward_data(self, line.geometry, line.y, line.weights(w), line.x, None, tf32=tf32)
+            gemm.backward_data(self, line.geometry, line.y, line.weights(w), line.x, gemm.Finish(), tf32=tf32)
             self._move(line.x, line.given(dx))
-            if positive is not None:
-                rectify(self, positive, dx)
+            take_on(self, dx, positive, ratio)
             return
         if dx.ndim == 4:
-            gemm.backward_data(self, gemm.Geometry(dx.shape, w.shape, dy.shape, stride, pad, dilation, group), dy, w, dx, positive, tf32=tf32)
+            gemm.backward_data(
+                self,
+                gemm.Geometry(dx.shape, w.shape, dy.shape, stride, pad, dilation, group),
+                dy,
+                w,
+                dx,
+                gemm.Finish(positive=positive, ratio=ratio),
+                tf32=tf32,
+            )
             return
         space = _space(dx.shape, w.shape, dy.shape, stride, pad, dilation, group)
-        self.launch(CONVOLUTION, f"convolution_backward_data<{cname(dx)}, {cname(w)}>", blocks(dx.size), THREADS, dy, w, dx, positive, space, np.int64(dx.size))
+        above = positive if ratio is None else None
+        self.launch(CONVOLUTION, f"convolution_backward_data<{cname(dx)}, {cname(w)}>", blocks(dx.size), THREADS, dy, w, dx, above, space, np.int64(dx.size))
+        if ratio is not None:
+            take_on(self, dx, positive, ratio)
 
     def convolution_backward_weights(
         self,

@@ -3,20 +3,33 @@ gemm_wgmma.cu and gemm_tma.cu (bfloat16 on Hopper)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd, prod
 from typing import Any
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints
+from caffelite.backends.contract import Array, Drop, Ints
 from caffelite.backends.cuda.array import Boxes
 from caffelite.backends.cuda.common import FLOAT32, THREADS, Base, blocks, cname
+from caffelite.backends.cuda.dropout import DRAWN, DROP, as_struct, factor
 from caffelite.backends.cuda.gemm_plan import EXACT, ITEM, Cut, candidates, exact, kernel, module_of
 from caffelite.backends.cuda.launch import Module, typed
 from caffelite.backends.cuda.space import Space
 
-GEMM = Module("gemm", ["gemm_forward", "gemm_data", "gemm_weights", "gemm_weights_finish", *typed("gemm_finish"), *typed("gemm_pack", "gemm_pad", arguments=2)])
+GEMM = Module(
+    "gemm",
+    [
+        "gemm_forward",
+        "gemm_data",
+        "gemm_weights",
+        "gemm_weights_finish",
+        *typed("gemm_finish", "gemm_finish_dropout"),
+        *typed("gemm_pack", "gemm_pad", arguments=2),
+    ],
+)
+NO_DROP = np.void((0, 0, 0, 0), DROP)
 IMAGE_CHANNELS = 4  # at most so many channels are an image's, whose float32 products are added in Caffe's order
 BOX_PIXELS = 64  # rows of a box of the weight gradient: columns k of a slice
 VECTOR = 16  # bytes of a piece that tensor cores' operands are copied by
@@ -71,11 +84,37 @@ class Geometry:
         return np.void((*sizes, *w[2:], *self.stride, *self.pad, *self.dilation, self.group, cut.splits, *kept, cut.per_split), GEOMETRY)
 
 
-def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Array, *, relu: bool, transposed: bool = False, tf32: bool = False) -> None:
+@dataclass(frozen=True)
+class Finish:
+    """What becomes of sums before they are stored: the kernels' struct Finish. drop: after relu. positive, ratio: as in the contract."""
+
+    relu: bool = False
+    drop: Drop | None = None
+    positive: Array | None = None
+    ratio: float | None = None
+
+    def forward(self, bias: Array | None, partial: Array | None) -> tuple[Any, ...]:
+        """bias, relu, number, drop: arguments of a forward kernel, which finishes nothing where it leaves partial sums."""
+        if partial is not None:
+            return None, np.bool_(False), None, NO_DROP
+        return bias, np.bool_(self.relu), *self.dropout
+
+    @property
+    def dropout(self) -> tuple[Array | None, np.void]:
+        """number, drop."""
+        return (None, NO_DROP) if self.drop is None else (self.drop.key.iteration, as_struct(self.drop))
+
+    @property
+    def below(self) -> tuple[Array | None, np.float32]:
+        """positive, factor: arguments of a data gradient's kernels."""
+        return self.positive, np.float32(0) if self.ratio is None else factor(self.ratio)
+
+
+def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Array, finish: Finish, *, transposed: bool = False, tf32: bool = False) -> None:
     """y = w * x + b. w lies as (O, kH, kW, C/group), whatever its shape says; transposed, for one cell and one group: as (C, O). b: (O) or None."""
     kind = _kind(x, tf32)
     if kind == EXACT:
-        return _exact_forward(ops, g, x, w, b, y, relu=relu, transposed=transposed)
+        return _exact_forward(ops, g, x, w, b, y, finish, transposed=transposed)
     fit = _Fit.pieces(x, g.w[1], narrow=kind == "bf16")
     repack = transposed or w.dtype != x.dtype or fit.channels != g.w[1] or w.address % VECTOR != 0
     weights = g.w[0] * g.cells * fit.channels * x.itemsize if repack else 0
@@ -87,21 +126,21 @@ def forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Arra
         if repack:
             right = _packed(ops, w, room, (1, g.w[1], 1, g.w[0]), fit.channels) if transposed else _padded(ops, w, room, g.w[1], fit.channels)
         bias, partial = space.floats(b), space.part("partial", "float32")
-        final = (bias, np.bool_(relu)) if partial is None else (None, np.bool_(False))
+        first, *final = finish.forward(bias, partial)
         windows = _boxes(left, y.size // g.y[1], fit.channels, cut.tile.rows) if g.plain and g.group == 1 else None
         filters = _boxes(right, g.w[0], g.cells * fit.channels, cut.tile.columns)
         name, operands = _loaded("forward", kind, cut, fit.piece, (left, right), (windows, filters))
-        _launch(ops, name, cut, *operands, final[0], y, partial, g.struct(cut, channels=fit.channels), final[1])
+        _launch(ops, name, cut, *operands, first, y, partial, g.struct(cut, channels=fit.channels), *final)
         if partial is not None:
-            _finish(ops, partial, bias, y, cut, columns=g.y[1], relu=relu)
+            _finish(ops, partial, bias, y, cut, finish, columns=g.y[1])
 
     sizes = {"rows": y.size // g.y[1], "columns": g.group_outputs, "depth": g.cells * fit.channels, "groups": g.group, "outputs": y.size}
-    run(ops.tuner.pick(_shape("forward", kind, g), candidates(kind, **sizes, narrow=fit.piece < VECTOR, units=ops.tuner.units), run))
+    run(_picked(ops, _shape("forward", kind, g), candidates(kind, **sizes, narrow=fit.piece < VECTOR, units=ops.tuner.units), run))
     return None
 
 
-def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positive: Array | None, *, packed: bool = False, tf32: bool = False) -> None:
-    """dx = the transpose of w, applied to dy; positive as in the contract. packed: w lies as (group, C/group, kH, kW, O/group) already."""
+def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, finish: Finish, *, packed: bool = False, tf32: bool = False) -> None:
+    """dx = the transpose of w, applied to dy. packed: w lies as (group, C/group, kH, kW, O/group) already."""
     kind = _kind(dx, tf32)
     fit = _Fit.pieces(dy, g.group_outputs) if kind != EXACT else _Fit(g.group_outputs)
     ready = packed and w.dtype == dx.dtype and fit.channels == g.group_outputs and (kind == EXACT or w.address % VECTOR == 0)
@@ -116,20 +155,20 @@ def backward_data(ops: Base, g: Geometry, dy: Array, w: Array, dx: Array, positi
         partial = space.part("partial", "float32")
         if kind == EXACT:
             aligned = np.bool_(_whole_vectors(g.group_outputs, left, right))
-            ops.launch(GEMM, "gemm_data", cut.blocks, cut.tile.threads, left, right, dx, positive, partial, g.struct(cut), aligned)
+            ops.launch(GEMM, "gemm_data", cut.blocks, cut.tile.threads, left, right, dx, *finish.below, partial, g.struct(cut), aligned)
         else:
             windows = _boxes(left, dy.size // g.y[1], fit.channels, cut.tile.rows) if g.plain and g.group == 1 else None
             filters = _boxes(right, g.w[1] * g.group, g.cells * fit.channels, cut.tile.columns) if prod(g.stride) == 1 else None
             name, operands = _loaded("data", kind, cut, VECTOR, (left, right), (windows, filters))
-            _launch(ops, name, cut, *operands, dx, positive, partial, g.struct(cut, outputs=fit.channels))
+            _launch(ops, name, cut, *operands, dx, *finish.below, partial, g.struct(cut, outputs=fit.channels))
         if partial is not None:
-            _finish(ops, partial, None, dx, cut, columns=g.x[1], positive=positive)
+            _finish(ops, partial, None, dx, cut, finish, columns=g.x[1])
 
     sizes = {"rows": g.class_rows, "columns": g.w[1], "depth": g.class_cells * fit.channels, "groups": g.group, "outputs": dx.size}
     if kind == EXACT:
         run(exact(**sizes, classes=prod(g.stride)))
     else:
-        run(ops.tuner.pick(_shape("data", kind, g), candidates(kind, **sizes, classes=prod(g.stride), units=ops.tuner.units), run))
+        run(_picked(ops, _shape("data", kind, g), candidates(kind, **sizes, classes=prod(g.stride), units=ops.tuner.units), run))
 
 
 @dataclass(frozen=True)
@@ -181,11 +220,11 @@ def backward_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients,
 
     sizes = {"rows": g.group_outputs, "columns": g.cells * fit.channels, "depth": dy.size // g.y[1], "groups": g.group, "outputs": to.dw.size}
     cuts = candidates(kind, **sizes, transposed=True, narrow=fit.piece < VECTOR, units=ops.tuner.units)
-    run(ops.tuner.pick(_shape("weights", kind, g), cuts, trial), to)
+    run(_picked(ops, _shape("weights", kind, g), cuts, trial), to)
     return None
 
 
-def _exact_forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Array, *, relu: bool, transposed: bool) -> None:
+def _exact_forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, y: Array, finish: Finish, *, transposed: bool) -> None:
     columns = g.cells * g.w[1]
     planar = g.cells > 1 and g.w[1] <= IMAGE_CHANNELS
     cut = exact(rows=y.size // g.y[1], columns=g.group_outputs, depth=columns, groups=g.group, outputs=y.size, one_split=planar)
@@ -196,10 +235,10 @@ def _exact_forward(ops: Base, g: Geometry, x: Array, w: Array, b: Array | None, 
         w = _packed(ops, w, space.part("weights", x.dtype), shape)
     bias, partial = space.floats(b), space.part("partial", "float32")
     aligned = np.bool_(_whole_vectors(g.w[1], x, w) and not planar)
-    final = (None, np.bool_(False)) if partial is not None else (bias, np.bool_(relu))
-    ops.launch(GEMM, "gemm_forward", cut.blocks, cut.tile.threads, x, w, final[0], y, partial, g.struct(cut), aligned, np.bool_(planar), final[1])
+    first, *final = finish.forward(bias, partial)
+    ops.launch(GEMM, "gemm_forward", cut.blocks, cut.tile.threads, x, w, first, y, partial, g.struct(cut), aligned, np.bool_(planar), *final)
     if partial is not None:
-        _finish(ops, partial, bias, y, cut, columns=g.y[1], relu=relu)
+        _finish(ops, partial, bias, y, cut, finish, columns=g.y[1])
 
 
 def _exact_weights(ops: Base, g: Geometry, x: Array, dy: Array, to: Gradients) -> None:
@@ -260,6 +299,12 @@ def _shape(product: str, kind: str, g: Geometry) -> str:
     return f"{product} {kind}: x, w, stride, pad, dilation {sizes} group {g.group}"
 
 
+def _picked(ops: Base, shape: str, cuts: Sequence[Cut], trial: Callable[[Cut], None]) -> Cut:
+    """The cut that the tuner picks; what trials need of memory beyond this, other cuts' partial sums and outputs of no use, is given back."""
+    with ops.trials():
+        return ops.tuner.pick(shape, cuts, trial)
+
+
 def _launch(ops: Base, name: str, cut: Cut, *args: Any) -> None:
     ops.launch(module_of(name), name, cut.blocks, cut.tile.threads, *args, shared=cut.tile.shared)
 
@@ -305,19 +350,13 @@ def _padded(ops: Base, x: Array, out: Array | None, channels: int, padded: int) 
     return out
 
 
-def _finish(
-    ops: Base,
-    partial: Array,
-    bias: Array | None,
-    y: Array,
-    cut: Cut,
-    *,
-    columns: int,
-    relu: bool = False,
-    positive: Array | None = None,
-) -> None:
-    numbers = (np.int64(y.size), np.int32(columns), np.int32(cut.splits), np.bool_(relu))
-    ops.launch(GEMM, f"gemm_finish<{cname(y)}>", blocks(y.size), THREADS, partial, bias, positive, y, *numbers)
+def _finish(ops: Base, partial: Array, bias: Array | None, y: Array, cut: Cut, finish: Finish, *, columns: int) -> None:
+    numbers = (np.int64(y.size), np.int32(columns), np.int32(cut.splits), np.bool_(finish.relu))
+    if finish.drop is not None:
+        name = f"gemm_finish_dropout<{cname(y)}>"
+        ops.launch(GEMM, name, blocks(-(-y.size // DRAWN)), THREADS, partial, bias, y, *numbers, *finish.dropout)
+    else:
+        ops.launch(GEMM, f"gemm_finish<{cname(y)}>", blocks(y.size), THREADS, partial, bias, *finish.below, y, *numbers)
 
 
 def _finish_weights(ops: Base, partial: tuple[Array | None, Array | None], to: Gradients, cut: Cut) -> None:

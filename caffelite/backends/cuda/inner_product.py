@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from caffelite.backends.contract import Array
-from caffelite.backends.cuda.gemm import Geometry, Gradients, backward_data, backward_weights, forward
+from caffelite.backends.contract import Array, Drop
+from caffelite.backends.cuda.gemm import Finish, Geometry, Gradients, backward_data, backward_weights, forward
 from caffelite.backends.cuda.scale_bias import ScaleBias
 
 
 class InnerProduct(ScaleBias):  # whose sum is the bias gradient too
-    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False, tf32: bool = False) -> None:
-        forward(self, _geometry(x, y), x, w, b, y, relu=relu, transposed=transpose, tf32=tf32)
+    def inner_product_forward(
+        self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False, drop: Drop | None = None, tf32: bool = False
+    ) -> None:
+        forward(self, _geometry(x, y), x, w, b, y, Finish(relu, drop), transposed=transpose, tf32=tf32)
 
-    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, tf32: bool = False) -> None:
-        backward_data(self, _geometry(dx, dy), dy, w, dx, positive, packed=transpose, tf32=tf32)  # (K,N) lies packed
+    def inner_product_backward_data(
+        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, ratio: float | None = None, tf32: bool = False
+    ) -> None:
+        backward_data(self, _geometry(dx, dy), dy, w, dx, Finish(positive=positive, ratio=ratio), packed=transpose, tf32=tf32)  # (K,N) lies packed
 
     def inner_product_backward_weights(
         self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool, tf32: bool = False

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from caffelite.backends.contract import Array, DropoutKey, Ints
+from caffelite.backends.contract import Array, Drop, DropoutKey, Ints
 from caffelite.backends.cuda.channels import tiles, vector_of
 from caffelite.backends.cuda.common import Base
-from caffelite.backends.cuda.dropout import factor, threshold
+from caffelite.backends.cuda.dropout import as_struct, factor
 from caffelite.backends.cuda.launch import Module
 from caffelite.backends.cuda.pooling import KERNELS, STRIDES, ave_kernel, max_kernel, names, windows
 
 POOL_DROPOUT = Module("pool_dropout", [*names("float", 4, "pool_dropout"), *names("bf16", 8, "pool_dropout")])
-DROP = np.dtype([("factor", np.float32), ("threshold", np.uint32), ("seed", np.uint64), ("layer", np.uint64)])  # struct Drop
 
 
 class PoolDropout(Base):
     def max_pool_dropout_forward(self, x: Array, y: Array, mask: Array | None, *, ratio: float, key: DropoutKey, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(x, y, mask)
         name = max_kernel("pool_dropout_forward", x, mask, vector, kernel, KERNELS)
-        self.launch(POOL_DROPOUT, name, *tiles(y, vector), x, y, mask, key.iteration, _drop(ratio, key), windows(x.shape, y.shape, kernel, stride, pad))
+        self.launch(
+            POOL_DROPOUT, name, *tiles(y, vector), x, y, mask, key.iteration, as_struct(Drop(ratio, key)), windows(x.shape, y.shape, kernel, stride, pad)
+        )
 
     def max_pool_dropout_backward(
         self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, ratio: float, kernel: Ints, stride: Ints, pad: Ints
@@ -31,7 +30,9 @@ class PoolDropout(Base):
     def ave_pool_dropout_forward(self, x: Array, y: Array, mask: Array | None, *, ratio: float, key: DropoutKey, kernel: Ints, stride: Ints, pad: Ints) -> None:
         vector = vector_of(x, y, mask)
         name = ave_kernel("pool_dropout_forward", x, vector, kernel, KERNELS)
-        self.launch(POOL_DROPOUT, name, *tiles(y, vector), x, y, mask, key.iteration, _drop(ratio, key), windows(x.shape, y.shape, kernel, stride, pad))
+        self.launch(
+            POOL_DROPOUT, name, *tiles(y, vector), x, y, mask, key.iteration, as_struct(Drop(ratio, key)), windows(x.shape, y.shape, kernel, stride, pad)
+        )
 
     def ave_pool_dropout_backward(
         self, dy: Array, mask: Array, dx: Array, positive: Array | None = None, *, ratio: float, kernel: Ints, stride: Ints, pad: Ints
@@ -39,7 +40,3 @@ class PoolDropout(Base):
         vector = vector_of(dx, dy, mask, positive)
         name = ave_kernel("pool_dropout_backward", dx, vector, stride, STRIDES)
         self.launch(POOL_DROPOUT, name, *tiles(dx, vector), dy, mask, positive, dx, factor(ratio), windows(dx.shape, dy.shape, kernel, stride, pad))
-
-
-def _drop(ratio: float, key: DropoutKey) -> np.void:
-    return np.void((factor(ratio), threshold(ratio), key.seed, key.layer), DROP)

@@ -17,8 +17,19 @@ class BatchNorm(Base):
         store(variance, column_sums(distance * distance) / len(matrix))
 
     def batch_norm_accumulate(
-        self, mean: Array, variance: Array, mean_sum: Array, variance_sum: Array, weight: Array, *, fraction: float, correction: float
+        self,
+        mean: Array,
+        variance: Array,
+        mean_sum: Array,
+        variance_sum: Array,
+        weight: Array,
+        skip: Array | None = None,
+        *,
+        fraction: float,
+        correction: float,
     ) -> None:
+        if skip is not None and skip[0]:
+            return
         store(mean_sum, fraction * mean_sum + mean)
         store(variance_sum, fraction * variance_sum + correction * variance)
         store(weight, fraction * weight + 1)

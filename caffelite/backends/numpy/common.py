@@ -54,6 +54,13 @@ def rectified(gradient: Array, positive: Array | None) -> Array:
     return gradient if positive is None else gradient * (positive > 0)
 
 
+def taken_on(gradient: Array, positive: Array | None, ratio: float | None, dtype: np.dtype[Any]) -> Array:
+    """As `rectified`; with a ratio through a dropout before it, for a gradient that would have been stored in `dtype`."""
+    if ratio is not None:
+        gradient = gradient.astype(dtype).astype(gradient.dtype) * gradient.dtype.type(1 / (1 - ratio))
+    return rectified(gradient, positive)
+
+
 def channels_last(x: Array) -> Array:
     """A view of (N,C,...) as (N,...,C)."""
     return np.moveaxis(x, 1, -1)
@@ -111,7 +118,7 @@ class Base:
 
     name = "numpy"
     runs_ahead = False
-    pools_along = False
+    drops_along = False
     raw_images = False
 
     def __init_subclass__(cls) -> None:

@@ -11,15 +11,28 @@ from math import prod
 
 import numpy as np
 
-from caffelite.backends.contract import Array, Ints
-from caffelite.backends.numpy.common import Base, channels_last, column_sums, rectified, rows, store, store_gradient, widen, work_type
+from caffelite.backends.contract import Array, Drop, Ints
+from caffelite.backends.numpy.common import channels_last, column_sums, rows, store, store_gradient, taken_on, widen, work_type
+from caffelite.backends.numpy.dropout import Dropout
 
 COLUMN_BYTES = 16 << 20
 
 
-class Convolution(Base):
+class Convolution(Dropout):  # which a product does after it where asked to
     def convolution_forward(
-        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False, tf32: bool = False
+        self,
+        x: Array,
+        w: Array,
+        b: Array | None,
+        y: Array,
+        *,
+        stride: Ints,
+        pad: Ints,
+        dilation: Ints,
+        group: int,
+        relu: bool = False,
+        drop: Drop | None = None,
+        tf32: bool = False,
     ) -> None:
         work = work_type(x, w)
         out, kernel = y.shape[2:], w.shape[2:]
@@ -36,9 +49,21 @@ class Convolution(Base):
                 if relu:
                     np.maximum(values, 0, out=values)
                 store(channels_last(y[images, filters]), values.reshape(-1, *out, weights.shape[0]))
+        self._drop(y, drop)
 
     def convolution_backward_data(
-        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
+        self,
+        dy: Array,
+        w: Array,
+        dx: Array,
+        positive: Array | None = None,
+        *,
+        stride: Ints,
+        pad: Ints,
+        dilation: Ints,
+        group: int,
+        ratio: float | None = None,
+        tf32: bool = False,
     ) -> None:
         work = work_type(dy, w)
         out, kernel, size = dy.shape[2:], w.shape[2:], dx.shape[2:]
@@ -53,7 +78,8 @@ class Convolution(Base):
                     padded[(slice(None), *places)] += columns[(slice(None),) * (1 + len(out)) + cell]
                 inner = tuple(slice(p, p + s) for s, p in zip(size, pad))
                 found = padded[(slice(None), *inner)]
-                store(channels_last(dx[images, part]), rectified(found, None if positive is None else channels_last(positive[images, part])))
+                above = None if positive is None else channels_last(positive[images, part])
+                store(channels_last(dx[images, part]), taken_on(found, above, ratio, dx.dtype))
 
     def convolution_backward_weights(
         self,

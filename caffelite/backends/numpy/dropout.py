@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from caffelite.backends.contract import Array, DropoutKey
+from caffelite.backends.contract import Array, Drop, DropoutKey
 from caffelite.backends.numpy.common import Base, rectified, store, widen
 
 WORDS = 1 << 14  # 64-bit words drawn at once: 65536 mask values, small enough to stay in the cache
@@ -20,6 +20,11 @@ class Dropout(Base):
         scaled = values * values.dtype.type(1 / (1 - ratio))
         scaled *= mask
         store(dx, rectified(scaled, positive))
+
+    def _drop(self, y: Array, drop: Drop | None) -> None:
+        """What a product does with its y, once it is stored."""
+        if drop is not None:
+            self.dropout_forward(y, y, np.empty_like(y, np.uint8), ratio=drop.ratio, key=drop.key)
 
 
 def draw_mask(mask: Array, ratio: float, key: DropoutKey) -> None:

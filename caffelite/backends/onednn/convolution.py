@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from caffelite.backends.contract import Array, Ints, is_usual
-from caffelite.backends.onednn.activations import ActivationOps
+from collections.abc import Callable
+from typing import Any
+
+from caffelite import environment
+from caffelite.backends.contract import Array, Drop, Ints, is_usual
+from caffelite.backends.onednn import convolution_winograd as winograd
 from caffelite.backends.onednn.convolution_geometry import Geometry
 from caffelite.backends.onednn.convolution_weights import plan_backward_weights
 from caffelite.backends.onednn.dnnl import (
@@ -17,9 +21,13 @@ from caffelite.backends.onednn.dnnl import (
     SRC,
     WEIGHTS,
     Primitive,
+    Unsupported,
 )
+from caffelite.backends.onednn.dropout import DropoutOps
 from caffelite.backends.onednn.matmul import prepared
+from caffelite.backends.onednn.memory import AMX
 from caffelite.backends.onednn.plan import Drain, Feed, Run, address, describe, signature, type_of
+from caffelite.backends.onednn.winograd_terms import Shape
 
 IMAGE_CHANNELS = 4  # at most so many channels are an image's: see PlanningBackend.small_products
 
@@ -75,17 +83,45 @@ def plan_backward_data(g: Geometry, dy: Array, w: Array, dx: Array) -> Run:
     return backward_data
 
 
-class ConvolutionOps(ActivationOps):
+class ConvolutionOps(DropoutOps):
     """Convolution forward and backward."""
 
+    def _filtered(self, plan: Callable[[Shape], Run], x: Array, w: Array, y: Array, *geometry: Any) -> Run | None:
+        """The plan by Winograd's filters where that is quicker; None where plain products are, or are asked for."""
+        try:
+            s = winograd.shape_of(x, w, y, *geometry)
+            return plan(s) if winograd.pays(s) and self._may_filter(type_of(x)) else None
+        except Unsupported:
+            return None
+
+    def _may_filter(self, dtype: int) -> bool:
+        """AMX multiplies in bfloat16 so much quicker than in float32 that nothing is saved."""
+        amx = self.dnnl.instruction_set() & AMX == AMX
+        return environment.choice(environment.WINOGRAD, ("1", "0")) == "1" and (dtype == F32 or not amx)
+
     def convolution_forward(
-        self, x: Array, w: Array, b: Array | None, y: Array, *, stride: Ints, pad: Ints, dilation: Ints, group: int, relu: bool = False, tf32: bool = False
+        self,
+        x: Array,
+        w: Array,
+        b: Array | None,
+        y: Array,
+        *,
+        stride: Ints,
+        pad: Ints,
+        dilation: Ints,
+        group: int,
+        relu: bool = False,
+        drop: Drop | None = None,
+        tf32: bool = False,
     ) -> None:
         key = ("convolution forward", signature(x), signature(w), None if b is None else signature(b), signature(y), stride, pad, dilation, group, relu)
 
         def build() -> Run:
             if group == 1 and w.shape[1] <= IMAGE_CHANNELS:
                 self.leave_small(y.size * w[0].size, x, w, y)
+            filtered = self._filtered(lambda s: winograd.plan_forward(self.dnnl, s, x, w, b, relu), x, w, y, stride, pad, dilation, group)
+            if filtered is not None:
+                return filtered
             g = Geometry(self.dnnl, x, w, y, stride, pad, dilation, group)
             pointwise = g.type == F32 and g.pointwise and all(is_usual(z) for z in (x, w, y))
             return (plan_pointwise if pointwise else plan_forward)(g, x, w, b, y, relu)
@@ -95,21 +131,34 @@ class ConvolutionOps(ActivationOps):
             super().convolution_forward(x, w, b, y, stride=stride, pad=pad, dilation=dilation, group=group, relu=relu)
         else:
             plan(x.ctypes.data, w.ctypes.data, address(b), y.ctypes.data)
+        self._drop(y, drop)
 
     def convolution_backward_data(
-        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, stride: Ints, pad: Ints, dilation: Ints, group: int, tf32: bool = False
+        self,
+        dy: Array,
+        w: Array,
+        dx: Array,
+        positive: Array | None = None,
+        *,
+        stride: Ints,
+        pad: Ints,
+        dilation: Ints,
+        group: int,
+        ratio: float | None = None,
+        tf32: bool = False,
     ) -> None:
         key = ("convolution backward data", signature(dy), signature(w), signature(dx), stride, pad, dilation, group)
 
         def build() -> Run:
-            return plan_backward_data(Geometry(self.dnnl, dx, w, dy, stride, pad, dilation, group), dy, w, dx)
+            filtered = self._filtered(lambda s: winograd.plan_backward_data(self.dnnl, s, dy, w), dx, w, dy, stride, pad, dilation, group)
+            return filtered or plan_backward_data(Geometry(self.dnnl, dx, w, dy, stride, pad, dilation, group), dy, w, dx)
 
         plan = self.plan(key, build)
         if plan is None:
-            super().convolution_backward_data(dy, w, dx, positive, stride=stride, pad=pad, dilation=dilation, group=group)
+            super().convolution_backward_data(dy, w, dx, positive, stride=stride, pad=pad, dilation=dilation, group=group, ratio=ratio)
         else:
             plan(dy.ctypes.data, w.ctypes.data, dx.ctypes.data)
-            self._rectify(dx, positive)
+            self._take_on(dx, positive, ratio)
 
     def convolution_backward_weights(
         self,
@@ -133,6 +182,10 @@ class ConvolutionOps(ActivationOps):
             assert dw is not None
             if group == 1 and dw.shape[1] <= IMAGE_CHANNELS:
                 self.leave_small(dy.size * dw[0].size, x, dy)
+            how = db is not None, accumulate_w, accumulate_b
+            filtered = self._filtered(lambda s: winograd.plan_backward_weights(self.dnnl, s, x, *how), x, dw, dy, stride, pad, dilation, group)
+            if filtered is not None:
+                return filtered
             g = Geometry(self.dnnl, x, dw, dy, stride, pad, dilation, group)
             return plan_backward_weights(g, x, dy, dw, db, accumulate_w, accumulate_b, self.threads)
 

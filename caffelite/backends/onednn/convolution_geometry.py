@@ -35,9 +35,10 @@ class Geometry:
     def bias(self, dtype: int = F32) -> Descriptor:
         return self.dnnl.strided((self.y_shape[1],), (1,), dtype)
 
-    def forward(self, x: Descriptor, y: Descriptor, *, bias: bool, relu: bool = False) -> PrimitiveDescriptor:
+    def forward(self, x: Descriptor, y: Descriptor, *, bias: bool, relu: bool = False, weights: Descriptor | None = None) -> PrimitiveDescriptor:
+        """weights: how they lie; without, the primitive chooses."""
         dnnl = self.dnnl
         attributes = dnnl.attributes(RELU_POST_OP) if relu else dnnl.plain
-        w = dnnl.any(self.w_shape, self.type)
+        w = weights or dnnl.any(self.w_shape, self.type)
         b = self.bias() if bias else None
         return dnnl.primitive_descriptor("convolution_forward", TRAINING, CONVOLUTION_DIRECT, x, w, b, y, *self.steps, attributes)

@@ -181,11 +181,18 @@ class Dnnl:
         self.lib = library.load()
         self._declare()
         self.scratch = Scratch()
-        self.engine = self.create("engine_create", "engine_destroy", _ENGINE_CPU, 0)
+        self.engine = self._cpu_engine()
         self.stream = self.create("stream_create", "stream_destroy", self.engine.value, _STREAM_IN_ORDER)
         # One attribute for all plain primitives: scratchpads are ours, so that all of them share one buffer.
         self.plain = self.attributes()
         self.scalar = self.strided((1,), (1,), F32)  # what a run-time scale is; primitives do not describe theirs
+
+    def _cpu_engine(self) -> _Handle:
+        """BackendError where the library was built for other devices, as those that come with SYCL are."""
+        try:
+            return self.create("engine_create", "engine_destroy", _ENGINE_CPU, 0)
+        except Unsupported as refusal:
+            raise BackendError(f"this oneDNN library computes nothing on CPUs by itself ({refusal})", hint=library.INSTALL) from None
 
     def _declare(self) -> None:
         """Tells ctypes the argument types; every function returns a status unless said otherwise."""

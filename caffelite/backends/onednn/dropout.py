@@ -56,3 +56,10 @@ class DropoutOps(ActivationOps):
         else:
             plan(dy.ctypes.data, mask.ctypes.data, dx.ctypes.data)
             self._rectify(dx, positive)
+
+    def _take_on(self, dx: Array, positive: Array | None, ratio: float | None) -> None:
+        """Takes dx on through the ReLU that put out `positive`, or through that and a dropout: no primitive that computes a gradient does it on the way."""
+        if ratio is None:
+            self._rectify(dx, positive)
+        else:
+            self.dropout_backward(dx, np.ones_like(dx, np.uint8), dx, positive, ratio=ratio)

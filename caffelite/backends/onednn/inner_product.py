@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from caffelite.backends.contract import Array
-from caffelite.backends.onednn.activations import ActivationOps
+from caffelite.backends.contract import Array, Drop
 from caffelite.backends.onednn.dnnl import BF16, F32, Descriptor, Dnnl, Unsupported
+from caffelite.backends.onednn.dropout import DropoutOps
 from caffelite.backends.onednn.matmul import column_sums, prepared, product
 from caffelite.backends.onednn.plan import Drain, Feed, Run, address, compute_type, element_strides, signature, type_of
 
@@ -81,10 +81,12 @@ def plan_backward_bias(dnnl: Dnnl, dy: Array, db: Array, add: bool) -> Run:
     return column_sums(dnnl, rows, columns, type_of(dy), add=add)
 
 
-class InnerProductOps(ActivationOps):
+class InnerProductOps(DropoutOps):
     """InnerProduct forward and backward."""
 
-    def inner_product_forward(self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False, tf32: bool = False) -> None:
+    def inner_product_forward(
+        self, x: Array, w: Array, b: Array | None, y: Array, *, transpose: bool, relu: bool = False, drop: Drop | None = None, tf32: bool = False
+    ) -> None:
         key = ("inner product forward", signature(x), signature(w), None if b is None else signature(b), signature(y), transpose, relu)
 
         def build() -> Run:
@@ -96,8 +98,11 @@ class InnerProductOps(ActivationOps):
             super().inner_product_forward(x, w, b, y, transpose=transpose, relu=relu)
         else:
             plan(x.ctypes.data, w.ctypes.data, address(b), y.ctypes.data)
+        self._drop(y, drop)
 
-    def inner_product_backward_data(self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, tf32: bool = False) -> None:
+    def inner_product_backward_data(
+        self, dy: Array, w: Array, dx: Array, positive: Array | None = None, *, transpose: bool, ratio: float | None = None, tf32: bool = False
+    ) -> None:
         key = ("inner product backward data", signature(dy), signature(w), signature(dx), transpose)
 
         def build() -> Run:
@@ -106,10 +111,10 @@ class InnerProductOps(ActivationOps):
 
         plan = self.plan(key, build)
         if plan is None:
-            super().inner_product_backward_data(dy, w, dx, positive, transpose=transpose)
+            super().inner_product_backward_data(dy, w, dx, positive, transpose=transpose, ratio=ratio)
         else:
             plan(dy.ctypes.data, w.ctypes.data, dx.ctypes.data)
-            self._rectify(dx, positive)
+            self._take_on(dx, positive, ratio)
 
     def inner_product_backward_weights(
         self, x: Array, dy: Array, dw: Array | None, db: Array | None, *, transpose: bool, accumulate_w: bool, accumulate_b: bool, tf32: bool = False

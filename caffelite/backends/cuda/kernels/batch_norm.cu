@@ -7,40 +7,10 @@
 // double, each block leaving its two in `partial` (channels, 2, slabs). Never E[x^2] - E[x]^2 of the values themselves.
 // Backward's sums: doubles from the first term on; a conversion and two double operations an element stay below memory time where doubles run at half
 // rate (sm_80, sm_90). A warp for each channel adds up the slabs in a fixed order.
+// With a Scale and a ReLU after it: batch_norm_scale.cu.
 // Bytes an element (float32): statistics 4, forward 8, backward 8 for the sums and 12 for the pass, backward_global 8.
 // Ladder: this is the first rung; not measured.
-#include "elementwise.cuh"
-
-template <int N, bool PACK, class T>
-__device__ __forceinline__ Floats<N> load_as(const T* p) {
-  return PACK ? load<N>(p) : load_singles<N>(p);
-}
-
-template <int N, bool PACK, class T>
-__device__ __forceinline__ void store_as(T* p, const Floats<N>& values) {
-  if (PACK) {
-    store<N>(p, values);
-  } else {
-#pragma unroll
-    for (int k = 0; k < N; ++k) p[k] = from_float<T>(values[k]);
-  }
-}
-
-// What a thread of a matrix kernel works on.
-template <int N>
-struct Place {
-  int rows, channel;
-  long long pixel, end;
-  bool any;
-  __device__ __forceinline__ Place(long long pixels, int channels, int columns, long long slab) {
-    rows = 256 / columns;
-    int row = threadIdx.x / columns;
-    channel = (blockIdx.x * columns + threadIdx.x % columns) * N;
-    pixel = blockIdx.y * slab + row;
-    end = min(pixels, (blockIdx.y + 1) * slab);
-    any = row < rows && channel < channels;
-  }
-};
+#include "batch_norm.cuh"
 
 // --- moments: mean and sum of squared distances ----------------------------------------------------------------------------------
 // A thread's values of a channel, as distances from the first of them, so that squares keep their digits whatever the mean.
@@ -146,7 +116,7 @@ __global__ void __launch_bounds__(256, 4)
 // a, b += the terms of pixels pixel, pixel + rows, ... before end. PACK: all pointers allow 16-byte accesses.
 template <int N, bool PACK, class T>
 __device__ __forceinline__ void add_pixels(const T* x, const T* y, long long pixel, long long end, int rows, int channels, double (&a)[N], double (&b)[N]) {
-#pragma unroll 4
+#pragma unroll (PACK ? 4 : 2)  // registers are short: on sm_100 four rows of single elements at once would spill
   for (; pixel < end; pixel += rows) {
     Floats<N> v = load_as<N, PACK>(x + pixel * channels), w = load_as<N, PACK>(y + pixel * channels);
 #pragma unroll
@@ -154,29 +124,6 @@ __device__ __forceinline__ void add_pixels(const T* x, const T* y, long long pix
       a[k] += v[k];
       b[k] += (double)v[k] * w[k];
     }
-  }
-}
-
-// partial <- the sums of a block's rows, a and b being a thread's for its N channels: pixels in the order of the rows.
-template <int N>
-__device__ __forceinline__ void leave_sums(const double (&a)[N], const double (&b)[N], double* partial, int channels, int columns) {
-  __shared__ double first[256 * N], second[256 * N];
-  int rows = 256 / columns;
-#pragma unroll
-  for (int k = 0; k < N; ++k) {
-    first[threadIdx.x * N + k] = a[k];
-    second[threadIdx.x * N + k] = b[k];
-  }
-  __syncthreads();
-  int mine = threadIdx.x, own = blockIdx.x * columns * N + mine;  // one channel a thread
-  if (mine < columns * N && own < channels) {
-    double sum_a = 0, sum_b = 0;
-    for (int r = 0; r < rows; ++r) {
-      sum_a += first[r * columns * N + mine];
-      sum_b += second[r * columns * N + mine];
-    }
-    partial[2LL * own * gridDim.y + blockIdx.y] = sum_a;
-    partial[(2LL * own + 1) * gridDim.y + blockIdx.y] = sum_b;
   }
 }
 
@@ -222,18 +169,6 @@ __global__ void __launch_bounds__(256, 4)
   }
 }
 
-// Both sums of a channel over the slabs, in all lanes of the warp that asks.
-__device__ __forceinline__ void slab_sums(const double* partial, int slabs, int channel, double& a, double& b) {
-  const double* mine = partial + 2LL * channel * slabs;
-  a = b = 0;
-  for (int i = threadIdx.x % 32; i < slabs; i += 32) {
-    a += mine[i];
-    b += mine[slabs + i];
-  }
-  a = warp_sum(a);
-  b = warp_sum(b);
-}
-
 // first, second: the means of both sums.
 __global__ void __launch_bounds__(256, 4) channel_means(const double* partial, int slabs, int channels, double count, float* first, float* second) {
   int channel = thread_index() / 32, lane = threadIdx.x % 32;
@@ -247,8 +182,9 @@ __global__ void __launch_bounds__(256, 4) channel_means(const double* partial, i
 }
 
 // --- moving sums -----------------------------------------------------------------------------------------------------------
-__global__ void accumulate(const float* mean, const float* variance, float* mean_sum, float* variance_sum, float* weight, float fraction, float correction,
-                           int channels) {
+__global__ void accumulate(const float* mean, const float* variance, float* mean_sum, float* variance_sum, float* weight, const double* skip,
+                           float fraction, float correction, int channels) {
+  if (skip && *skip != 0) return;
   for (long long i = thread_index(); i < channels; i += thread_count()) {
     mean_sum[i] = __fadd_rn(__fmul_rn(fraction, mean_sum[i]), mean[i]);
     variance_sum[i] = __fadd_rn(__fmul_rn(fraction, variance_sum[i]), __fmul_rn(correction, variance[i]));
@@ -321,136 +257,4 @@ __global__ void __launch_bounds__(256, 4) plane_pass(const T* x, const T* y, con
     for (long long i = plane * inner + threadIdx.x; i < (plane + 1) * inner; i += blockDim.x)
       out[i] = from_float<T>(own.of(to_float(x[i]), RULE == BACKWARD ? to_float(y[i]) : 0.f));
   }
-}
-
-// --- with the Scale and ReLU that follow -----------------------------------------------------------------------------------------
-// forward   y = h s + b, h = (x - mean) inverse; relu: max(y, 0).
-// backward  g = dy, or with relu what of it comes through: x gives h and y again, in forward's steps, so that no more is kept than x. First the
-//           sums of g and of g h, then dx = s inverse (g - mean(g) - h mean(g h)).
-// Bytes an element (bfloat16): forward 4, backward 4 for the sums and 6 for the pass; the three layers one by one move 24 and 32. A thread adds
-// its pixels' terms in float (SUM_BLOCKS and LEAST of batch_norm.py make them few), blocks and slabs in double. Ladder: the first rung; not measured.
-struct Scaled {
-  float mean, inverse, scale, shift;
-  __device__ __forceinline__ void set(const float* means, const float* variance, const float* s, const float* b, float eps, int channel) {
-    mean = means[channel];
-    inverse = 1.f / sqrtf(variance[channel] + eps);
-    scale = s[channel];
-    shift = b[channel];
-  }
-  __device__ __forceinline__ float normal(float x) const { return (x - mean) * inverse; }
-  __device__ __forceinline__ float out(float h) const { return __fadd_rn(__fmul_rn(h, scale), shift); }
-};
-
-// body(Floats of x, Floats of dy, at) for the pixels of a thread; dy may be null.
-template <int N, bool PACK, class T, class Body>
-__device__ __forceinline__ void each_pixel(const T* x, const T* dy, long long pixel, long long end, int rows, int channels, Body body) {
-#pragma unroll 2
-  for (; pixel < end; pixel += rows) {
-    long long at = pixel * channels;
-    Floats<N> v = load_as<N, PACK>(x + at), d = v;
-    if (dy) d = load_as<N, PACK>(dy + at);
-    body(v, d, at);
-  }
-}
-template <class T, int N>
-__global__ void __launch_bounds__(256, 2) matrix_scale(const T* x, const float* means, const float* variance, const float* s, const float* b, float eps, bool relu,
-                                                       T* y, long long pixels, int channels, int columns, long long slab) {
-  Place<N> place(pixels, channels, columns, slab);
-  if (!place.any) return;
-  Scaled own[N];
-#pragma unroll
-  for (int k = 0; k < N; ++k) own[k].set(means, variance, s, b, eps, place.channel + k);
-  x += place.channel;
-  y += place.channel;
-  auto run = [&](auto pack) {
-    constexpr bool PACK = decltype(pack)::value;
-    each_pixel<N, PACK>(x, (const T*)nullptr, place.pixel, place.end, place.rows, channels, [&](Floats<N>& v, Floats<N>&, long long at) {
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        float out = own[k].out(own[k].normal(v[k]));
-        v[k] = !relu || out > 0 || is_nan(out) ? out : 0;
-      }
-      store_as<N, PACK>(y + at, v);
-    });
-  };
-  if (packed<N>(x) && packed<N>(y)) run(Width<1>());
-  else run(Width<0>());
-}
-
-template <class T, int N>
-__global__ void __launch_bounds__(256, 2)
-    matrix_scale_sums(const T* x, const T* dy, const float* means, const float* variance, const float* s, const float* b, float eps, bool relu, double* partial,
-                      long long pixels, int channels, int columns, long long slab) {
-  Place<N> place(pixels, channels, columns, slab);
-  float g[N] = {}, gh[N] = {};
-  if (place.any) {
-    Scaled own[N];
-#pragma unroll
-    for (int k = 0; k < N; ++k) own[k].set(means, variance, s, b, eps, place.channel + k);
-    x += place.channel;
-    dy += place.channel;
-    auto run = [&](auto pack) {
-      each_pixel<N, decltype(pack)::value>(x, dy, place.pixel, place.end, place.rows, channels, [&](Floats<N>& v, Floats<N>& d, long long) {
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-          float h = own[k].normal(v[k]), given = relu ? rectified(d[k], own[k].out(h)) : d[k];
-          g[k] += given;
-          gh[k] = fmaf(given, h, gh[k]);
-        }
-      });
-    };
-    if (packed<N>(x) && packed<N>(dy)) run(Width<1>());
-    else run(Width<0>());
-  }
-  double first[N], second[N];
-#pragma unroll
-  for (int k = 0; k < N; ++k) first[k] = g[k], second[k] = gh[k];
-  leave_sums<N>(first, second, partial, channels, columns);
-}
-
-// A warp for each channel: db, ds (may be null) from the slabs' sums of g and g h, and their means.
-__global__ void __launch_bounds__(256, 4) channel_scale_sums(const double* partial, int slabs, int channels, double count, float* ds, float* db, bool accumulate_s,
-                                                             bool accumulate_b, float* mean_g, float* mean_gh) {
-  int channel = thread_index() / 32, lane = threadIdx.x % 32;
-  if (channel >= channels) return;  // a whole warp
-  double g, gh;
-  slab_sums(partial, slabs, channel, g, gh);
-  if (lane) return;
-  if (ds) ds[channel] = (float)(accumulate_s ? ds[channel] + gh : gh);
-  if (db) db[channel] = (float)(accumulate_b ? db[channel] + g : g);
-  mean_g[channel] = (float)(g / count);
-  mean_gh[channel] = (float)(gh / count);
-}
-
-// mean_g, mean_gh: null where mean and variance are fixed. dx may be dy.
-template <class T, int N>
-__global__ void __launch_bounds__(256, 2)
-    matrix_scale_pass(const T* x, const T* dy, const float* means, const float* variance, const float* s, const float* b, float eps, bool relu, const float* mean_g,
-                      const float* mean_gh, T* dx, long long pixels, int channels, int columns, long long slab) {
-  Place<N> place(pixels, channels, columns, slab);
-  if (!place.any) return;
-  Scaled own[N];
-  float centre[N], slope[N];
-#pragma unroll
-  for (int k = 0; k < N; ++k) {
-    own[k].set(means, variance, s, b, eps, place.channel + k);
-    centre[k] = mean_g ? mean_g[place.channel + k] : 0;
-    slope[k] = mean_g ? mean_gh[place.channel + k] : 0;
-  }
-  x += place.channel;
-  dy += place.channel;
-  dx += place.channel;
-  auto run = [&](auto pack) {
-    constexpr bool PACK = decltype(pack)::value;
-    each_pixel<N, PACK>(x, dy, place.pixel, place.end, place.rows, channels, [&](Floats<N>& v, Floats<N>& d, long long at) {
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        float h = own[k].normal(v[k]), given = relu ? rectified(d[k], own[k].out(h)) : d[k];
-        d[k] = (mean_g ? given - centre[k] - h * slope[k] : given) * (own[k].scale * own[k].inverse);
-      }
-      store_as<N, PACK>(dx + at, d);
-    });
-  };
-  if (packed<N>(x) && packed<N>(dy) && packed<N>(dx)) run(Width<1>());
-  else run(Width<0>());
 }

@@ -1,4 +1,4 @@
-// dropout.cuh - the random bits of dropout masks: what dropout and the pooling it is fused with share. The stream is described in dropout.cu.
+// dropout.cuh - the random bits of dropout masks: what dropout and the pooling and products it is fused with share. The stream is described in dropout.cu.
 #pragma once
 #include "common.cuh"
 
@@ -15,6 +15,24 @@ __device__ __forceinline__ unsigned draw(u64 block, u64 iteration, u64 seed, u64
   }
   unsigned bits = 0;
   for (int j = 0; j < DRAWN; ++j) bits |= (unsigned)((c[j / 4] >> (j % 4 * 16) & 0xFFFF) >= threshold) << j;
+  return bits;
+}
+
+struct Drop {  // what is the same in every pass of one layer
+  float factor;  // 1 / (1 - ratio)
+  unsigned threshold;
+  u64 seed, layer;
+};
+
+// Bit e: element at + e is kept, for `count` elements, at most DRAWN. One draw where they lie in one block, else two.
+__device__ __forceinline__ unsigned kept(long long at, int count, u64 iteration, const Drop& d) {
+  unsigned bits = 0;
+#pragma unroll 1
+  for (long long block = at / DRAWN; block * DRAWN < at + count; ++block) {
+    unsigned drawn = draw(block, iteration, d.seed, d.layer, d.threshold);
+    int shift = (int)(block * DRAWN - at);
+    bits |= shift < 0 ? drawn >> -shift : drawn << shift;
+  }
   return bits;
 }
 

@@ -8,8 +8,9 @@
 // gemm_weights   dw: m = output of the group, n = (cell, channel), k = pixel of y. The last split runs past the end, where operands are 0.
 //                db: in the blocks of the first columns, warps 0 to 3 also add up each slice of dy, a thread a column: 16 loads of 4 bytes beside
 //                48 of 16, 64 clocks of the SM's shared memory for a slice of 512 or more, where a pass over dy would read 4 bytes an element.
-// With one split the result is final: bias and ReLU (gemm_data: the backward of the ReLU below), rounding or accumulating are done on the way out. With more, partial sums (split, C)
-// go to `partial` in float (those of db in double), and gemm_finish or gemm_weights_finish adds them in order. Main loop, bytes and operations: gemm_float.cuh.
+// With one split the result is final: bias, ReLU and dropout (gemm_data: the backward of the ReLU below, or of a dropout and the ReLU before it), rounding or
+// accumulating are done on the way out. With more, partial sums (split, C) go to `partial` in float (those of db in double), and gemm_finish, gemm_finish_dropout
+// or gemm_weights_finish adds them in order. Main loop, bytes and operations: gemm_float.cuh; of dropout: gemm.cuh.
 // gemm_finish    reads 4 bytes a split and writes one element; gemm_pack and gemm_pad read and write each weight, or activation, once.
 #include "gemm_float.cuh"
 
@@ -21,25 +22,27 @@ __device__ __forceinline__ void multiply_float(const A& a, const B& b, const Blo
 }
 
 __global__ void __launch_bounds__(THREADS, 2)
-    gemm_forward(const float* x, const float* w, const float* bias, float* y, float* partial, Geometry g, bool aligned, bool planar, bool relu) {
+    gemm_forward(const float* x, const float* w, const float* bias, float* y, float* partial, Geometry g, bool aligned, bool planar, bool relu, const double* number,
+                 Drop drop) {
   Block block = block_of(g, BM, BN, false);
   Windows<float> a{x, forward_taps(g, block), aligned, planar};
   long long count = a.t.columns(), rows = a.t.rows();
   Matrix<float> b{w + (long long)block.group * g.group_outputs * count, g.group_outputs, (int)count, count, aligned};
   long long first = block.split * g.per_split, last = min(first + g.per_split, count);
-  Finish<float> finish{y, bias, relu, false, nullptr};
+  Finish<float> finish{y, bias, relu, false, nullptr, 0, number, drop};
   Exit<float> exit(finish, partial, block, rows, g.group_outputs, g.outputs, block.group * g.group_outputs, rows * g.outputs);
   multiply_float<true, true>(a, b, block, first, last, exit, [](long long m) { return m; });
 }
 
-__global__ void __launch_bounds__(THREADS, 2) gemm_data(const float* dy, const float* packed, float* dx, const float* positive, float* partial, Geometry g, bool aligned) {
+__global__ void __launch_bounds__(THREADS, 2) gemm_data(const float* dy, const float* packed, float* dx, const float* positive, float factor, float* partial, Geometry g,
+                                                          bool aligned) {
   Block block = block_of(g, BM, BN, true);
   Windows<float> a{dy, backward_taps(g, block), aligned, false};
   long long count = a.t.columns(), rows = a.t.rows(), pitch = (long long)g.kernel_h * g.kernel_w * g.group_outputs;
   if (block.m >= rows) return;  // another class has more pixels
   Filters<float> b{packed + block.group * g.group_channels * pitch, a.t, g.group_channels, pitch, aligned};
   long long first = block.split * g.per_split, last = min(first + g.per_split, count);
-  Finish<float> finish{dx, nullptr, false, false, positive};
+  Finish<float> finish{dx, nullptr, false, false, positive, factor};
   Exit<float> exit(finish, partial, block, rows, g.group_channels, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels);
   multiply_float<true, true>(a, b, block, first, last, exit, [&](long long m) { return a.t.pixel(m); });
 }
@@ -64,14 +67,18 @@ __global__ void __launch_bounds__(THREADS, 2)
   if (sums) bias.store(g, block, threadIdx.x, sum);
 }
 
+__device__ __forceinline__ float sum_of(const float* partial, long long i, long long n, int splits) {
+  float sum = partial[i];
+  for (int s = 1; s < splits; ++s) sum += partial[s * n + i];
+  return sum;
+}
+
 // dw (n elements) from partial sums (splits, n), as gemm_finish does; db, unless null, from partial_b (outputs, splits), a warp for each output.
 __global__ void gemm_weights_finish(const float* partial, const double* partial_b, float* dw, float* db, long long n, int outputs, int splits, bool accumulate_w,
                                     bool accumulate_b) {
   Finish<float> finish{dw, nullptr, false, accumulate_w, nullptr};
   for (long long i = thread_index(); i < n; i += thread_count()) {
-    float sum = partial[i];
-    for (int s = 1; s < splits; ++s) sum += partial[s * n + i];
-    finish.store(i, 0, sum);
+    finish.store(i, 0, sum_of(partial, i, n, splits));
   }
   if (!db) return;
   for (long long i = thread_index() >> 5; i < outputs; i += thread_count() >> 5) {
@@ -84,12 +91,26 @@ __global__ void gemm_weights_finish(const float* partial, const double* partial_
 
 // y[i] = the sum of partial[s][i] in the order of s, finished; columns: outputs, for the bias.
 template <class T>
-__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, T* y, long long n, int columns, int splits, bool relu) {
-  Finish<T> finish{y, bias, relu, false, positive};
-  for (long long i = thread_index(); i < n; i += thread_count()) {
-    float sum = partial[i];
-    for (int s = 1; s < splits; ++s) sum += partial[s * n + i];
-    finish.store(i, i % columns, sum);
+__global__ void gemm_finish(const float* partial, const float* bias, const T* positive, float factor, T* y, long long n, int columns, int splits, bool relu) {
+  Finish<T> finish{y, bias, relu, false, positive, factor};
+  for (long long i = thread_index(); i < n; i += thread_count()) finish.store(i, i % columns, sum_of(partial, i, n, splits));
+}
+
+// The same with dropout. A warp takes 512 elements: each lane draws the bits of 16, and then takes every 32nd element and the bits of the lane that drew its.
+template <class T>
+__global__ void gemm_finish_dropout(const float* partial, const float* bias, T* y, long long n, int columns, int splits, bool relu, const double* number, Drop drop) {
+  Finish<T> finish{y, bias, relu, false, nullptr, 0, number, drop};
+  int lane = threadIdx.x & 31;
+  u64 iteration = (u64)*number;
+  for (long long first = (thread_index() >> 5) * 32 * DRAWN; first < n; first += thread_count() * DRAWN) {  // the same for all lanes of a warp
+    unsigned mine = draw(first / DRAWN + lane, iteration, drop.seed, drop.layer, drop.threshold);
+#pragma unroll 4
+    for (int part = 0; part < DRAWN; ++part) {
+      int at = part * 32 + lane;
+      bool keep = __shfl_sync(0xffffffffu, mine, at / DRAWN) >> (at % DRAWN) & 1;
+      long long i = first + at;
+      if (i < n) finish.store_dropped(i, i % columns, sum_of(partial, i, n, splits), keep);
+    }
   }
 }
 

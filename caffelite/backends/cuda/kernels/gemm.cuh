@@ -9,7 +9,7 @@
 // A block's number (one dimension) counts tiles along n, then m, groups, classes and splits: neighbours share rows of A in L2. Splits cut k
 // into runs whose partial sums a second kernel adds in order (no atomics).
 #pragma once
-#include "common.cuh"
+#include "dropout.cuh"
 
 struct Geometry {     // of a convolution in two dimensions; channels of all groups, and of one, as they lie for the kernel
   int images, height, width, channels, group_channels;  // x
@@ -86,27 +86,42 @@ __device__ __forceinline__ Taps backward_taps(const Geometry& g, const Block& b)
 }
 
 // --- what happens to sums on their way out ----------------------------------------------------------------------------------
+// Dropout reads nothing: the thread that stores a run of 16 bytes draws the block of random bits that it falls into (dropout.cu), about 200 integer
+// multiplications for 8 outputs in bfloat16 or 4 in float; 2 or 4 neighbours draw the same one. A run that is not on a boundary may fall into two. Sums in
+// splits leave through gemm_finish_dropout, where a lane draws for 16. Its gradient, in gemm_data, is a multiplication beside what the ReLU's costs: `positive`,
+// one element, is read for both. Passes of their own would move 5 bytes forward and 5 more backward in bfloat16, 9 and 9 in float. Not measured.
+// Ladder: this form only. Untried: one draw for the runs of neighbouring threads.
 
 template <class T>
 struct Finish {  // before they are stored in y[at]; `column` counts the outputs
   T* y;
   const float* bias;
   bool relu, accumulate;
-  const T* positive;  // y's shape: what a ReLU put out whose backward y goes on through
+  const T* positive;    // y's shape: what a ReLU put out whose backward y goes on through, or, with a factor, the dropout after that ReLU
+  float factor;         // 1 / (1 - ratio) of that dropout; 0: none
+  const double* number;  // the pass, whose random bits drop some of y; null: nothing is dropped
+  Drop drop;
   __device__ __forceinline__ float value(long long at, long long column, float sum) const {
     if (bias) sum += bias[column];
     if (relu && !(sum > 0) && !is_nan(sum)) sum = 0;
+    if (factor) sum = dropped(to_float(from_float<T>(sum)), factor, 1);  // rounded as if stored, here and below
     if (positive) sum = rectified(sum, positive[at]);
     return accumulate ? to_float(y[at]) + sum : sum;
   }
   __device__ __forceinline__ void store(long long at, long long column, float sum) const { y[at] = from_float<T>(value(at, column, sum)); }
+  __device__ __forceinline__ void store_dropped(long long at, long long column, float sum, bool keep) const {
+    y[at] = from_float<T>(dropped(to_float(from_float<T>(value(at, column, sum))), drop.factor, keep));
+  }
   // The first `count` of neighbouring sums; whole: all of them, on a 16-byte boundary.
   __device__ __forceinline__ void store_run(long long at, long long column, const Vec<float>* sums, int count, bool whole) const {
     Vec<T> v;
+    unsigned bits = number ? kept(at, whole ? Vec<T>::size : count, (u64)*number, drop) : 0;
 #pragma unroll
     for (int e = 0; e < Vec<T>::size; ++e) {
-      if (whole) v[e] = from_float<T>(value(at + e, column + e, sums[e / 4][e % 4]));
-      else if (e < count) store(at + e, column + e, sums[e / 4][e % 4]);
+      if (!whole && e >= count) continue;
+      v[e] = from_float<T>(value(at + e, column + e, sums[e / 4][e % 4]));
+      if (number) v[e] = from_float<T>(dropped(to_float(v[e]), drop.factor, bits >> e & 1));
+      if (!whole) y[at + e] = v[e];
     }
     if (whole) store_vec(y + at, v);
   }

@@ -12,25 +12,27 @@
 template <class Kind, int M, int N, int PIECE>
 __global__ void __launch_bounds__(MmaTile<M, N>::THREADS, MmaTile<M, N>::BLOCKS)
     mma_forward(const typename Storage<Kind>::type* x, const typename Storage<Kind>::type* w, const float* bias, typename Storage<Kind>::type* y, float* partial,
-                Geometry g, bool relu) {
+                Geometry g, bool relu, const double* number, Drop drop) {
   CF_DYNAMIC_SHARED(unsigned char, shared);
   Block block = block_of(g, M, N, false);
   Taps t = forward_taps(g, block);
   auto loader = [&](long long first) { return forward_loader<MmaTile<M, N>, PIECE>(x, w, g, block, t, first); };
-  forward_product<MmaProduct<Kind, MmaTile<M, N>, true>>(loader, bias, y, partial, g, relu, block, t, shared);
+  Finish<typename Storage<Kind>::type> finish{y, bias, relu, false, nullptr, 0, number, drop};
+  forward_product<MmaProduct<Kind, MmaTile<M, N>, true>>(loader, finish, partial, g, block, t, shared);
 }
 
 template <class Kind, int M, int N>
 __global__ void __launch_bounds__(MmaTile<M, N>::THREADS, MmaTile<M, N>::BLOCKS)
     mma_data(const typename Storage<Kind>::type* dy, const typename Storage<Kind>::type* packed, typename Storage<Kind>::type* dx,
-             const typename Storage<Kind>::type* positive, float* partial, Geometry g) {
+             const typename Storage<Kind>::type* positive, float factor, float* partial, Geometry g) {
   CF_DYNAMIC_SHARED(unsigned char, shared);
   Block block = block_of(g, M, N, true);
   __shared__ Taps t;  // read anew for every slice: registers are short
   if (threadIdx.x == 0) t = backward_taps(g, block);
   __syncthreads();
   auto loader = [&](long long first) { return data_loader<MmaTile<M, N>>(dy, packed, g, block, t, first); };
-  data_product<MmaProduct<Kind, MmaTile<M, N>, true>>(loader, dx, positive, partial, g, block, t, shared);
+  Finish<typename Storage<Kind>::type> finish{dx, nullptr, false, false, positive, factor};
+  data_product<MmaProduct<Kind, MmaTile<M, N>, true>>(loader, finish, partial, g, block, t, shared);
 }
 
 template <class Kind, int M, int N, int PIECE>

@@ -155,7 +155,7 @@ struct ColumnSums<bf16, Tile> {
 #pragma unroll 1
     for (int m = 16 * warp; m < Tile::M; m += Tile::THREADS / 2) {
       float d[4] = {};
-#pragma unroll
+#pragma unroll (Tile::M == 96 ? 1 : 4)  // 96x128 has no registers to spare: on sm_100 it would spill
       for (int k = 0; k < Tile::SLICE / 2; k += Left::K) {
         cf_u32 left[4];
         Left::load(left, slice, m, k, false);

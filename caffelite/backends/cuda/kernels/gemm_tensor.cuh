@@ -59,26 +59,24 @@ __device__ __forceinline__ void store_tile(const P& product, unsigned char* shar
 // --- forward, data gradient, weight gradient: `t` are the block's taps, loader(k) is what loads from column k on --------------------------------------------------------
 
 template <class P, class T, class Loader>
-__device__ __forceinline__ void forward_product(Loader loader_from, const float* bias, T* y, float* partial, const Geometry& g, bool relu, const Block& block,
-                                                const Taps& t, unsigned char* shared) {
+__device__ __forceinline__ void forward_product(Loader loader_from, const Finish<T>& finish, float* partial, const Geometry& g, const Block& block, const Taps& t,
+                                                unsigned char* shared) {
   long long count = t.columns(), rows = t.rows(), first = block.split * g.per_split, last = min(first + g.per_split, count);
   auto loader = loader_from(first);
   P product;
   product.accumulate(loader, shared, first, last);
-  Finish<T> finish{y, bias, relu, false, nullptr};
   Exit<T> exit(finish, partial, block, rows, g.group_outputs, g.outputs, block.group * g.group_outputs, rows * g.outputs);
   store_tile(product, shared, block, exit, [](long long m) { return m; });
 }
 
 template <class P, class T, class Loader>
-__device__ __forceinline__ void data_product(Loader loader_from, T* dx, const T* positive, float* partial, const Geometry& g, const Block& block, const Taps& t,
+__device__ __forceinline__ void data_product(Loader loader_from, const Finish<T>& finish, float* partial, const Geometry& g, const Block& block, const Taps& t,
                                              unsigned char* shared) {
   long long count = t.columns(), rows = t.rows(), first = block.split * g.per_split, last = min(first + g.per_split, count);
   if (block.m >= rows) return;  // another class has more pixels
   auto loader = loader_from(first);
   P product;
   product.accumulate(loader, shared, first, last);
-  Finish<T> finish{dx, nullptr, false, false, positive};
   Exit<T> exit(finish, partial, block, rows, g.group_channels, g.channels, block.group * g.group_channels, (long long)g.images * g.height * g.width * g.channels);
   store_tile(product, shared, block, exit, [&](long long m) { return t.pixel(m); });
 }

@@ -6,7 +6,7 @@
 template <int M, int N, bool BOTH>
 __global__ void __launch_bounds__(GroupTile<M, N>::THREADS, GroupTile<M, N>::BLOCKS)
     tma_forward(const bf16* x, const __grid_constant__ cf_tensor_map left, const __grid_constant__ cf_tensor_map right, const float* bias, bf16* y, float* partial,
-                Geometry g, bool relu) {
+                Geometry g, bool relu, const double* number, Drop drop) {
   using Tile = GroupTile<M, N>;
   CF_DYNAMIC_SHARED_1024(unsigned char, shared);
   Block block = block_of(g, M, N, false);
@@ -21,13 +21,14 @@ __global__ void __launch_bounds__(GroupTile<M, N>::THREADS, GroupTile<M, N>::BLO
       return BoxLoader<Tile, true, false, true, Gather>{forward_loader<Tile, 16, false>(x, x, g, block, t, first), left, right, m, n, (int)first, arrivals, 0};
     }
   };
-  forward_product<GroupProduct<Tile, true>>(loader, bias, y, partial, g, relu, block, t, shared);
+  Finish<bf16> finish{y, bias, relu, false, nullptr, 0, number, drop};
+  forward_product<GroupProduct<Tile, true>>(loader, finish, partial, g, block, t, shared);
 }
 
 template <int M, int N, bool BOTH>
 __global__ void __launch_bounds__(GroupTile<M, N>::THREADS, GroupTile<M, N>::BLOCKS)
-    tma_data(const bf16* dy, const __grid_constant__ cf_tensor_map left, const __grid_constant__ cf_tensor_map right, bf16* dx, const bf16* positive, float* partial,
-             Geometry g) {
+    tma_data(const bf16* dy, const __grid_constant__ cf_tensor_map left, const __grid_constant__ cf_tensor_map right, bf16* dx, const bf16* positive, float factor,
+             float* partial, Geometry g) {
   using Tile = GroupTile<M, N>;
   CF_DYNAMIC_SHARED_1024(unsigned char, shared);
   Block block = block_of(g, M, N, true);
@@ -42,7 +43,8 @@ __global__ void __launch_bounds__(GroupTile<M, N>::THREADS, GroupTile<M, N>::BLO
       return BoxLoader<Tile, true, false, true, Gather>{data_loader<Tile, false>(dy, dy, g, block, t, first), left, right, m, n, (int)first, arrivals, 0};
     }
   };
-  data_product<GroupProduct<Tile, true>>(loader, dx, positive, partial, g, block, t, shared);
+  Finish<bf16> finish{dx, nullptr, false, false, positive, factor};
+  data_product<GroupProduct<Tile, true>>(loader, finish, partial, g, block, t, shared);
 }
 
 template <int M, int N, bool BOTH>

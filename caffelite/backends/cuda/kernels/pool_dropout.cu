@@ -11,12 +11,6 @@
 #include "dropout.cuh"
 #include "pooling.cuh"
 
-struct Drop {
-  float factor;  // 1 / (1 - ratio)
-  unsigned threshold;
-  u64 seed, layer;
-};
-
 // out = what is left of V neighbouring outputs, of which the first has number `at`; rounded to T before and after. Bit v of the result: it is kept.
 template <class T, int V>
 __device__ __forceinline__ unsigned drop(const float (&values)[V], long long at, u64 iteration, const Drop& d, float (&out)[V]) {

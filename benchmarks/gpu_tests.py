@@ -29,13 +29,22 @@ from surroundings import ROOT, environment, gpu_driver
 FIRST = ("test_op_inner_product", "test_op_convolution", "test_cuda_gemm")
 PATTERNS = ("test_op_*", "test_layer_*", "test_golden_*", "test_net", "test_net_random", "test_fusion", "test_sharing", "test_solver_resume")
 PATTERNS += (
+    "test_solver_rules",
     "test_solver_footprint",
     "test_cuda_training",
     "test_cuda_repeat",
     "test_cuda_input",
     "test_cuda_uploads",
     "test_cuda_tune",
+    "test_cuda_tensor_map",
     "test_data_raw",
+    "test_data_warp",
+    "test_params",
+    "test_memory",
+    "test_contract",
+    "test_docs",
+    "test_cli_machine",
+    "test_cli_time",
     "test_pycaffe*",
 )
 ALONE = 24  # failed tests that run once more

@@ -17,10 +17,15 @@ _PYCAFFE = frozenset(
     )
 )
 
+# What else pycaffe has; docs/getting-started.md does without.
+_NOT_THERE = frozenset(("io", "draw", "Classifier", "Detector", "NetSpec", "net_spec", "to_proto", "proto", "NCCL", "init_log", "log", "set_multiprocess"))
+
 __all__ = ["TEST", "TRAIN", *sorted(_PYCAFFE)]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _NOT_THERE:
+        raise AttributeError(f"pycaffe's '{name}' is not there in caffelite, which has {', '.join(sorted(_PYCAFFE))}")
     if name not in _PYCAFFE:
         raise AttributeError(f"module 'caffelite' has no attribute '{name}'")
     from caffelite import pycaffe

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from caffelite import __version__
+from caffelite import __version__, environment
 from caffelite.cli import COMMANDS, load_command
 from caffelite.cli.common import normalise, report
 from caffelite.errors import SpecError, nearest
@@ -51,11 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: list[str]) -> int:
     """Parses `argv` and runs the command it names. Raises what the command raises."""
     argv = normalise(argv)
+    if argv[:1] == ["help"] and len(argv) > 1:
+        argv = [argv[1], "--help"]
     flags_first = bool(argv) and argv[0].startswith("-")  # Caffe takes flags before the command too
     position = next((i for i, word in enumerate(argv) if word.replace("_", "-") in COMMANDS), None) if flags_first else 0
     if not argv or position is None or argv[position].replace("_", "-") not in COMMANDS:
         return _no_command(argv)
     name = argv.pop(position).replace("_", "-")
+    for slip in environment.slips():
+        print(f"caffelite: warning: {slip}", file=sys.stderr)
     command = load_command(name)
     parser = command.build_parser(f"caffelite {name}")
     return int(command.run(parser.parse(argv)))

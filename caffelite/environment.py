@@ -1,6 +1,7 @@
 """The environment variables of caffelite's own: their names, and how their values are read. docs/running.md says what they do.
 
 An empty variable counts as one that is not set. A value that means nothing is a SpecError that names the variable, the value and those allowed.
+A name that is nearly a known one is most likely a slip (see `slips`); any other name may belong to somebody's own scripts, and nothing is said of it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import os
 import re
 from collections.abc import Sequence
 
-from caffelite.errors import SpecError, did_you_mean
+from caffelite.errors import SpecError, did_you_mean, nearest
 
+PREFIX = "CAFFELITE_"
 BACKEND = "CAFFELITE_BACKEND"
 CACHE = "CAFFELITE_CACHE"
 CUDA_DRIVER = "CAFFELITE_CUDA_DRIVER"
@@ -56,3 +58,16 @@ def megabytes(name: str) -> int | None:
     if not re.fullmatch(r"\d+(\.\d+)?", value):
         raise SpecError(f"{name} is '{value}' in the environment", hint="give a number of megabytes, such as 512")
     return int(float(value) * 2**20)
+
+
+KNOWN = frozenset(value for value in list(globals().values()) if isinstance(value, str) and re.fullmatch(PREFIX + "[A-Z_]+", value))  # those above
+
+
+def slips() -> list[str]:
+    """What to say of each variable that is set, unknown, and named much like a known one."""
+    ends = [name.removeprefix(PREFIX) for name in KNOWN]
+    told = []
+    for name in sorted(os.environ):
+        known = nearest(name.removeprefix(PREFIX), ends) if name.startswith(PREFIX) and name not in KNOWN and text(name) else None
+        told += [f"{name} in the environment has no effect: did you mean {PREFIX}{known}?"] if known else []
+    return told

@@ -157,6 +157,18 @@ class Layer:
 
 
 _REGISTRY: dict[str, type[Layer]] = {}
+# Caffe's other layer types, which are not there: the nearest known name would be no help to who means these. docs/layers.md lists them too.
+NOT_THERE = frozenset(
+    (
+        *("AbsVal", "ArgMax", "BNLL", "BatchReindex", "Clip", "ContrastiveLoss", "Crop", "Deconvolution", "Embed", "Exp", "Filter", "HDF5Data"),
+        *("HDF5Output", "HingeLoss", "Im2col", "ImageData", "InfogainLoss", "LSTM", "LSTMUnit", "Log", "MVN", "MemoryData"),
+        *("MultinomialLogisticLoss", "Parameter", "Python", "RNN", "Reduction", "SPP", "SigmoidCrossEntropyLoss", "Swish", "Threshold", "Tile"),
+        "WindowData",
+    )
+)
+_FROM_FILES = "make a database of the images with `caffelite convert` (its list is written as ImageData's) and read it with a Data layer"
+_INSTEAD = {"ImageData": _FROM_FILES, "WindowData": _FROM_FILES, "MemoryData": "an Input layer takes arrays from Python, a Data layer reads a database"}
+_INSTEAD["HDF5Data"] = _INSTEAD["MemoryData"]
 L = TypeVar("L", bound=type[Layer])
 
 
@@ -179,10 +191,13 @@ def known_types() -> list[str]:
 
 
 def layer_class(param: pb.LayerParameter, where: SourceMap) -> type[Layer]:
-    """The class for param.type; SpecError with the nearest known names for an unknown one."""
+    """The class for param.type; SpecError for an unknown one, with the nearest known names unless it is another of Caffe's."""
     types = known_types()
     if param.type in _REGISTRY:
         return _REGISTRY[param.type]
+    if param.type in NOT_THERE:
+        hint = _INSTEAD.get(param.type) or "those that are there: " + ", ".join(types)
+        raise SpecError(f"Caffe's layer type '{param.type}' is not there in caffelite", where=where.at("type"), layer=param.name, hint=hint)
     folded = {name.lower(): name for name in types}
     near = [folded[n] for n in difflib.get_close_matches(param.type.lower(), list(folded), n=2, cutoff=0.6)]
     found = f"unknown layer type '{param.type}'" if param.type else "the layer has no type"

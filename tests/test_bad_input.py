@@ -189,7 +189,7 @@ def test_databases(folder: Path, damage: str, message: str, capsys: pytest.Captu
         err = refused(capsys, *command, status=1)
         assert err.startswith(SOURCE + "db: ")
         assert message in err
-    assert "net.prototxt:3:16: layer 'data': db: " in refused(capsys, "check", "solver.prototxt", status=2)
+    assert "net.prototxt:3:16: layer 'data': db: " in refused(capsys, "check", "solver.prototxt", status=1)
     assert message in refused(capsys, "mean", "db", status=1)
     assert outputs() == before
 
@@ -242,22 +242,37 @@ def test_a_label_out_of_range_names_the_layer(folder: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "place", "message"),
+    ("old", "new", "place", "message", "status"),
     [
-        ("crop_size: 6", "crop_size: 60", "3:77", "crop_size is 60, but the images are 8x8"),
-        ("crop_size: 6", 'mean_file: "none"', "3:77", "mean_file cannot be used: none: no such file"),
-        ("crop_size: 6", 'mean_file: "net.prototxt"', "3:77", "mean_file cannot be used: net.prototxt: the file is text"),
-        ('source: "db"', 'source: "net.prototxt"', "3:16", "this is not an LMDB database"),
-        ("kernel_size: 3", "kernel_size: 30", "4:", "kernel"),
-        ('bottom: "ip" bottom: "label"', 'bottom: "ip" bottom: "data"', "6:", "label"),
+        ("crop_size: 6", "crop_size: 60", "3:77", "crop_size is 60, but the images are 8x8", 2),
+        ("crop_size: 6", 'mean_file: "none"', "3:77", "mean_file cannot be used: none: no such file", 1),
+        ("crop_size: 6", 'mean_file: "net.prototxt"', "3:77", "mean_file cannot be used: net.prototxt: the file is text", 1),
+        ('source: "db"', 'source: "net.prototxt"', "3:16", "this is not an LMDB database", 1),
+        ("kernel_size: 3", "kernel_size: 30", "4:", "kernel", 2),
+        ('bottom: "ip" bottom: "label"', 'bottom: "ip" bottom: "data"', "6:", "label", 2),
     ],
 )
-def test_files_and_shapes_that_do_not_fit_have_a_place(folder: Path, old: str, new: str, place: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_and_shapes_that_do_not_fit_have_a_place(folder: Path, old: str, new: str, place: str, message: str, status: int, capsys) -> None:
+    """What check and train say of them, with the same exit status."""
     Path("net.prototxt").write_text(NET.replace(old, new))
-    err = refused(capsys, "check", "net.prototxt", status=2)
-    assert err.startswith(f"caffelite: error: net.prototxt:{place}")
-    assert message in err
-    assert main(list(TRAIN)) in (1, 2)
+    for command in (("check", "net.prototxt"), TRAIN, (*TEST, "out/small_iter_4.caffemodel")):
+        err = refused(capsys, *command, status=status)
+        assert err.startswith(f"caffelite: error: net.prototxt:{place}")
+        assert message in err
+
+
+def test_check_fails_as_training_would(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """1 where a file that is named is missing, 2 where a net or a solver is wrong too."""
+    Path("gone.prototxt").write_text(NET.replace('"db"', '"gone"'))
+    Path("wrong.prototxt").write_text(NET.replace("num_output: 4", "num_outputs: 4"))
+    solvers = {name: Path("solver.prototxt").read_text().replace("net.prototxt", name) for name in ("gone.prototxt", "wrong.prototxt")}
+    for name, status in (("gone.prototxt", 1), ("wrong.prototxt", 2)):
+        Path("other.prototxt").write_text(solvers[name])
+        for command in (("check", name), ("check", "other.prototxt"), ("train", "--solver", "other.prototxt"), ("preview", name, "out.png")):
+            refused(capsys, *command, status=status)
+    refused(capsys, "check", "gone.prototxt", "wrong.prototxt", "net.prototxt", status=2)
+    refused(capsys, "check", "wrong.prototxt", "gone.prototxt", "net.prototxt", status=2)
+    refused(capsys, "check", "net.prototxt", "gone.prototxt", status=1)
 
 
 @pytest.mark.parametrize("old", ["batch_size: 6", "num_output: 4 weight"])

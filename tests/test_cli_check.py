@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,26 @@ def test_a_best_output_that_is_there_and_a_missing_max_iter(capsys: pytest.Captu
     assert (out.splitlines()[0], err) == ("s.prototxt: note: it has no max_iter; train it with --iterations", "")
     assert "error: s.prototxt:1:1: max_iter is missing or 0" in said(capsys, "train", "--solver", "s.prototxt", "--backend", "numpy", status=2)[1]
     said(capsys, "train", "--solver", "s.prototxt", "--backend", "numpy", "--iterations", "1")
+
+
+def test_a_solver_whose_net_learns_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    frozen = NET.replace("{ num_output: 2 }", "{ num_output: 2 } param { lr_mult: 0 } param { lr_mult: 0 }")
+    for text in (NET.partition('layer { name: "loss"')[0], frozen):
+        Path("net.prototxt").write_text(text)
+        Path("s.prototxt").write_text(SOLVER + "max_iter: 2")
+        for command in (("check", "s.prototxt"), ("train", "--solver", "s.prototxt", "--backend", "numpy")):
+            err = said(capsys, *command, status=2)[1]
+            assert "net.prototxt:1:1: no parameter of the train net learns from a loss\n  check the loss layer, loss_weight and lr_mult\n" in err
+        said(capsys, "check", "net.prototxt")  # it may be meant for testing
+
+
+def test_hdf5_snapshots_need_h5py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)  # as where it is not installed
+    Path("s.prototxt").write_text(SOLVER + "max_iter: 2 snapshot_format: HDF5")
+    for command in (("check", "s.prototxt"), ("train", "--solver", "s.prototxt", "--backend", "numpy")):
+        assert "HDF5 files need h5py, which is not installed\n" in said(capsys, *command, status=1)[1]
+    Path("s.prototxt").write_text(SOLVER + "max_iter: 2 snapshot_format: HDF5 snapshot_after_train: false")
+    said(capsys, "check", "s.prototxt")
 
 
 def test_faults_come_with_a_traceback_where_the_environment_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from caffelite.cli.caffe_log import CaffeLog, output_lines, prefix
 from caffelite.cli.lines import LineFile
-from caffelite.cli.live import CLEAR, CountLine, LiveLine, duration
+from caffelite.cli.live import CLEAR, CountLine, LiveLine, duration, fitted
 from caffelite.cli.metrics import MetricsWriter
 from caffelite.cli.progress import ProgressLine, loss_text
 from caffelite.cli.train import closing_lines
@@ -162,6 +162,20 @@ def test_the_live_line_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     line.show("x" * 100)
     line.print("kept")
     assert screen.getvalue() == CLEAR + "x" * 29 + CLEAR + "kept\n"
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (90, "iteration 231/600  loss 0.0347  accuracy 0.5000  3,645 images/s  ETA 0:04  lr 0.01"),
+        (70, "iteration 231/600  loss 0.0347  accuracy 0.5000  3,645 images/s"),
+        (60, "iteration 231/600  loss 0.0347  accuracy 0.5000  ETA 0:04"),
+        (20, "iteration 231/600"),
+        (5, "itera"),
+    ],
+)
+def test_parts_that_do_not_fit_are_left_out_whole(width: int, shown: str) -> None:
+    assert fitted("iteration 231/600  loss 0.0347  accuracy 0.5000  3,645 images/s  ETA 0:04  lr 0.01", width) == shown
 
 
 def test_a_pseudo_terminal_gets_the_live_line(monkeypatch: pytest.MonkeyPatch) -> None:

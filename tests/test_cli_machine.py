@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from cli_harness import SOLVER, TEST, TRAIN, make_run, said
 
 import caffelite
-from caffelite import backends
+from caffelite import backends, environment
 from caffelite.__main__ import main
 from caffelite.cli.train import apply_flags, build_parser
 from caffelite.errors import DataError, SpecError
@@ -80,6 +81,39 @@ def test_pycaffe_tells_a_wrong_backend_of_the_environment(monkeypatch: pytest.Mo
     monkeypatch.setenv("CAFFELITE_BACKEND", "gpu")
     with pytest.raises(SpecError, match="CAFFELITE_BACKEND is 'gpu' in the environment\n  known ones: auto, numpy, onednn, cuda"):
         new_backend()
+
+
+SLIP = "CAFFELITE_BACKENDS in the environment has no effect: did you mean CAFFELITE_BACKEND?"
+
+
+def test_a_slip_in_a_variables_name_is_warned_of(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CAFFELITE_BACKENDS", "numpy")
+    for command in (*COMMANDS.values(), ("check", "net.prototxt")):
+        assert said(capsys, *command)[1] == f"caffelite: warning: {SLIP}\n"
+    with pytest.warns(UserWarning, match=re.escape(SLIP)):
+        new_backend()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *((slip, known) for slip, known in (("CACHE_DIR", "CACHE"), ("TUNE", "CUDA_TUNE"), ("EMULATOR_MEM", "EMULATOR_MEMORY"), ("Debug", "DEBUG"))),
+        *((own, None) for own in ("TESTDATA", "DATA", "HOME", "ROOT", "DIR", "MODELS", "GPU", "THREADS", "PRECISION", "VERSION", "LOG")),
+        *((known.removeprefix("CAFFELITE_"), None) for known in sorted(environment.KNOWN)),
+    ],
+)
+def test_names_that_are_slips(name: str, meant: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in [other for other in os.environ if other.startswith("CAFFELITE_")]:
+        monkeypatch.delenv(other)
+    monkeypatch.setenv(f"CAFFELITE_{name}", "")
+    assert environment.slips() == []  # not set
+    monkeypatch.setenv(f"CAFFELITE_{name}", "1")
+    assert environment.slips() == ([f"CAFFELITE_{name} in the environment has no effect: did you mean CAFFELITE_{meant}?"] if meant else [])
+
+
+def test_all_variables_are_known() -> None:
+    names = {value for name, value in vars(environment).items() if name.isupper() and name != "PREFIX" and isinstance(value, str)}
+    assert set(environment.KNOWN) == names
 
 
 def _train(folder: Path) -> tuple[str, ...]:

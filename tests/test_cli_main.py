@@ -84,6 +84,13 @@ def test_usage_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: caffelite COMMAND" in capsys.readouterr().err
 
 
+def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.main(["help", "device_query"]) == 0
+    assert capsys.readouterr().out.startswith("usage: caffelite device-query")
+    assert entry.main(["help", "trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert entry.main(["--version"]) == 0
     assert capsys.readouterr().out == f"caffelite {caffelite.__version__}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from caffelite.__main__ import main
-from caffelite.cli.plot import COLOURS, metrics_files, read_run
+from caffelite.cli.plot import COLOURS, Curve, metrics_files, read_run, style_of
 
 RECORDS: list[dict[str, Any]] = [
     {"event": "start", "iteration": 0, "chance": 0.25},
@@ -75,8 +76,8 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(runs: Path, capsys: py
 @pytest.mark.parametrize(
     ("name", "status", "message"),
     [
-        ("nosuch", 2, "no such run\n  give a metrics file, a snapshot prefix"),
-        ("empty", 2, "no *_metrics.jsonl in this folder"),
+        ("nosuch", 1, "no such run\n  give a metrics file, a snapshot prefix"),
+        ("empty", 1, "no *_metrics.jsonl in this folder"),
         ("nothing", 1, "nothing_metrics.jsonl: no training or test record in this file"),
     ],
 )
@@ -85,6 +86,46 @@ def test_runs_without_curves(runs: Path, name: str, status: int, message: str, c
     Path("nothing_metrics.jsonl").write_text('{"event": "start"}\n[1]\ngarbage\n{"event": "train"}\n', encoding="utf-8")
     assert main(["plot", name]) == status
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "start"), [("p.svg", b"<?xml"), ("p.PNG", b"\x89PNG"), ("p", b"\x89PNG")])
+def test_the_name_says_which_kind_of_picture(runs: Path, name: str, start: bytes) -> None:
+    assert main(["plot", "snaps", "--out", name]) == 0
+    assert Path(name).read_bytes().startswith(start)
+    assert sorted(path.name for path in runs.iterdir()) == sorted([name, "snaps"])
+
+
+def test_kinds_of_pictures_that_are_not_written(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plot", "snaps", "--out", "p.pgn"]) == 2
+    assert "error: --out p.pgn: pictures of the kind 'pgn' are not written\n  did you mean 'png'? known ones: " in capsys.readouterr().err
+    assert not Path("p.pgn").exists()
+
+
+def test_a_picture_is_never_half_written(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plot", "snaps", "--out", "p.png"]) == 0
+    before = Path("p.png").read_bytes()
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("caffelite.files.os.fsync", full)
+    assert main(["plot", "snaps", "--out", "p.png", "--title", "other"]) == 1
+    assert "cannot write p.png: No space left on device\n  the disk or quota is full" in capsys.readouterr().err
+    assert Path("p.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("panel", "kind", "values", "drawn"),
+    [
+        ("rate", "train", [0.1, 0.1, 0.1, 0.01, 0.01, 0.01], "steps-post"),
+        ("rate", "train", [0.1, 0.09, 0.08, 0.07, 0.06, 0.05], "default"),
+        ("rate", "train", [0.1], "steps-post"),
+        ("loss", "train", [2.0, 2.0, 2.0, 1.0], "default"),
+        ("score", "test", [0.5, 0.5], None),
+    ],
+)
+def test_rates_are_drawn_as_steps_where_they_are(panel: str, kind: str, values: list[float], drawn: str | None) -> None:
+    assert style_of(Curve("x", kind), panel, list(enumerate(values))).get("drawstyle") == drawn
 
 
 def test_without_matplotlib(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli_harness import NET, said
+from data_samples import raw, write_lmdb
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,6 +48,23 @@ def test_a_size_may_be_given(capsys: pytest.CaptureFixture[str]) -> None:
     Path("net.prototxt").write_text(NET)
     assert "crop_size is 6, but the images are 5x9" in said(capsys, "summary", "net.prototxt", "--image", "3x5x9", status=2)[1]
     assert "'64x64' is not CHANNELSxHEIGHTxWIDTH, 3x64x64 say" in said(capsys, "summary", "net.prototxt", "--image", "64x64", status=2)[1]
+
+
+def test_a_net_without_a_loss_has_no_gradients(capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "summary", str(ROOT / "models/lenet/deploy.prototxt"))[0]
+    assert "parameters     431,080 (1.6 MB)\n" in out
+    assert " at the peak for activations (" in out
+    train = said(capsys, "summary", str(ROOT / "models/lenet/train_val.prototxt"), "--image", "1x28x28")[0]
+    assert "parameters     431,080 (1.6 MB, as much again for gradients)\n" in train
+    assert " at the peak for activations and their gradients (" in train
+
+
+def test_a_mean_that_cannot_be_read_changes_no_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    write_lmdb(Path("db"), [raw(np.zeros((1, 9, 8), np.uint8))])
+    Path("net.prototxt").write_text(NET.replace("scale: 0.01", 'mean_file: "none"'))
+    found = json.loads(said(capsys, "summary", "net.prototxt", "--json")[0])["nets"][0]
+    assert found["layers"][0]["tops"][0]["shape"] == [6, 1, 6, 6]
+    assert found["notes"] == ["layer 'data': mean_file cannot be used: none: no such file (expected a .binaryproto)"]
 
 
 @pytest.mark.parametrize(("model", "parameters"), [("nin", 1_003_656), ("alexnet", 60_965_224), ("lenet", 431_080)])

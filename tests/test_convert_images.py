@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,33 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     assert (tmp_path / "out/words.txt").read_text() == "dog\ncat, house cat\n"
     assert labels(tmp_path / "out/val_lmdb") == {"val/images/val_0.JPEG": 1, "val/images/val_1.JPEG": 0}
     assert labels(tmp_path / "out/train_lmdb")["train/n02/images/n02_2.JPEG"] == 0
+
+
+def test_validation_images_in_folders_of_their_classes(tmp_path: Path) -> None:
+    """As some scripts sort them; with the annotations, these count."""
+    source = tiny(tmp_path / "src")
+    for number, wnid in ((0, "n01"), (1, "n02")):
+        (source / "val" / wnid).mkdir()
+        (source / f"val/images/val_{number}.JPEG").rename(source / f"val/{wnid}/val_{number}.JPEG")
+    (source / "val/val_annotations.txt").unlink()
+    told: list[str] = []
+    convert_dataset("tiny-imagenet", source, tmp_path / "out", tell=told.append)
+    assert labels(tmp_path / "out/val_lmdb") == {"val/n01/val_0.JPEG": 1, "val/n02/val_1.JPEG": 0}
+    assert told == []
+    shutil.rmtree(source / "val/n01")
+    with pytest.raises(DataError, match="n01: no such folder, though it is named as a class"):
+        convert_dataset("tiny-imagenet", source, tmp_path / "out2")
+
+
+def test_a_set_without_validation_is_warned_of(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "src")
+    (source / "val/val_annotations.txt").unlink()
+    told: list[str] = []
+    report = convert_dataset("tiny-imagenet", source, tmp_path / "out", tell=told.append)
+    assert [Path(database.path).name for database in report.databases] == ["train_lmdb"]
+    assert told == [f"{source} has neither val/val_annotations.txt nor a folder of each class in val: no database for validation is written"]
+    convert_dataset("tiny-imagenet", source, tmp_path / "out2", split="train", tell=told.append)
+    assert len(told) == 1
 
 
 def test_one_split_only(tmp_path: Path) -> None:

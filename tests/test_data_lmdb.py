@@ -31,6 +31,15 @@ def read_all(path: Path) -> list[tuple[bytes, bytes]]:
     return records
 
 
+def test_a_folder_that_may_not_be_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not "no LMDB in it". Root may look into all of them, so the system's answer is made up."""
+    with pytest.raises(DataError, match="this folder holds no LMDB"):
+        Database(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(DataError, match="this folder cannot be read: Permission denied"):
+        Database(tmp_path)
+
+
 def test_reads_what_lmdb_wrote_in_key_order(tmp_path: Path) -> None:
     expected = {f"{i:08d}_x".encode(): os.urandom(i * 37 % 5000) for i in np.random.default_rng(0).permutation(COUNT).tolist()}
     environment = lmdb.open(str(tmp_path), map_size=2**26)

@@ -10,7 +10,7 @@ import pytest
 from data_samples import fail
 
 from caffelite.data.transformer import ItemError, Transformer
-from caffelite.errors import SpecError
+from caffelite.errors import DataError, SpecError
 from caffelite.schema import array_to_blob, message_bytes, pb
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -105,13 +105,17 @@ def test_items_of_differing_sizes_are_cropped_alike(rng: np.random.Generator) ->
         ({"mean_file": "x", "mean_value": [1]}, "transform_param.mean_value", "exclude each other"),
         ({"crop_size": 10}, "transform_param.crop_size", "crop_size is 10, but the images are 9x11"),
         ({"mean_value": [1, 2]}, "transform_param.mean_value", "2 mean_value, but the images have 3 channel"),
-        ({"mean_file": "/nowhere/mean.binaryproto"}, "transform_param.mean_file", "no such file"),
     ],
 )
 def test_bad_settings(fields: dict[str, Any], place: str, text: str) -> None:
     with pytest.raises(SpecError, match=text) as caught:
         transformer(**fields).output_shape(SHAPE)
     assert str(caught.value).startswith(place)
+
+
+def test_a_mean_that_is_not_there() -> None:
+    with pytest.raises(DataError, match=r"^transform_param.mean_file: mean_file cannot be used: /nowhere/mean.binaryproto: no such file"):
+        transformer(mean_file="/nowhere/mean.binaryproto").output_shape(SHAPE)
 
 
 def test_mean_of_another_size(tmp_path: Path) -> None:

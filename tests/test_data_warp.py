@@ -221,7 +221,12 @@ def test_check_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.chdir(tmp_path)
     write_lmdb(tmp_path / "db", [raw(np.zeros((1, 8, 8), np.uint8))])
     net = 'layer { name: "d" type: "Data" top: "x" data_param { source: "db" backend: LMDB batch_size: 1 }\n  transform_param { scale: 1 FIELD } }\n'
-    for field, text in (("rotation: -3", "rotation is -3, expected 0 to 180 degrees"), ("lighting: 0.1", "it needs images of 3 channels, these have 1")):
+    colours = "it needs images of 3 channels, these have 1\n  remove lighting, or "
+    for field, text in (
+        ("rotation: -3", "rotation is -3, expected 0 to 180 degrees"),
+        ("lighting: 0.1", colours + "set force_color: true for encoded images\n"),
+        ("lighting: 0.1 force_gray: true", colours + "force_gray\n"),
+    ):
         Path("net.prototxt").write_text(net.replace("FIELD", field))
         err = said(capsys, "check", "net.prototxt", status=2)[1]
         assert err.startswith("caffelite: error: net.prototxt:2:30: layer 'd': ")

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from layer_harness import Rig, check_gradient, close
+from PIL import Image
 
+import caffelite
 from caffelite import schema
+from caffelite.__main__ import main
 from caffelite.cli import COMMANDS, load_command
 from caffelite.cli.common import normalise
-from caffelite.layer import known_types, layer_class
+from caffelite.layer import NOT_THERE, known_types, layer_class
 from caffelite.schema import SourceMap, pb
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +81,76 @@ def test_layer_table_matches_the_layers() -> None:
             known = pb.LayerParameter.DESCRIPTOR.fields_by_name[message].message_type.fields_by_name
             legacy = {"scale", "mean_file", "crop_size", "mirror", "rand_skip", "force_encoded_color"} if message == "data_param" else set()
             assert set(listed.split(", ")) == set(known) - legacy, name
+
+
+def test_layers_that_are_not_there_are_listed() -> None:
+    text = (ROOT / "docs" / "layers.md").read_text()
+    listed = text.partition("other types are not there: ")[2].partition(". ")[0]
+    assert re.split(r",\s", listed) == sorted(NOT_THERE)
+
+
+def python_blocks(document: str) -> list[str]:
+    """The Python code of a document, without the blanks that stand before all of its lines."""
+    found = re.findall(r"^ *```python\n(.*?)^ *```", (ROOT / "docs" / document).read_text(), re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for block in found]
+
+
+SQUARES = """net_param {
+  layer { name: "x" type: "DummyData" top: "x" top: "y" dummy_data_param { shape { dim: 2 dim: 3 } data_filler { type: "gaussian" } } }
+  layer { name: "ip" type: "InnerProduct" bottom: "x" top: "ip" inner_product_param { num_output: 3 weight_filler { type: "xavier" } } }
+  layer { name: "s" type: "Square" bottom: "ip" top: "s" }
+  layer { name: "loss" type: "EuclideanLoss" bottom: "s" bottom: "y" top: "loss" }
+}
+base_lr: 0.1 lr_policy: "fixed" max_iter: 2 snapshot_prefix: "s"
+"""
+
+
+def test_the_layer_that_is_written_there_works(backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """docs/adding-layers.md: the class, its tests as they stand, and its use in training."""
+    layer, use, tests = python_blocks("adding-layers.md")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("caffelite.layer._REGISTRY", {name: layer_class(pb.LayerParameter(type=name), SourceMap.unknown()) for name in known_types()})
+    Path("square.py").write_text(layer)
+    names: dict[str, Any] = {"Rig": Rig, "close": close, "check_gradient": check_gradient}
+    exec("import square\n" + tests, names)
+    names["test_square"](backend, rng)
+    names["test_square_gradient"](rng)
+    Path("solver.prototxt").write_text(SQUARES)
+    exec(use, names)
+    assert "Square" in known_types()
+    assert Path("s_iter_2.caffemodel").exists()
+    del sys.modules["square"]
+
+
+def test_a_picture_is_classified_as_testing_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/getting-started.md: the code's preparation of an image is the one that its databases and transform_param make."""
+    (code,) = python_blocks("getting-started.md")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAFFELITE_BACKEND", "numpy")
+    Path("pets/val/cat").mkdir(parents=True)
+    pixels = np.random.default_rng(1).integers(0, 256, (9, 12, 3), np.uint8)
+    Image.fromarray(pixels).resize((90, 70), Image.Resampling.BICUBIC).save("pets/val/cat/1.jpg")
+    assert main(["convert", "imagefolder", "pets/val", "data/pets/val_lmdb", "--resize", "64x64"]) == 0
+    train, deploy = ((ROOT / f"models/nin_quick/{name}.prototxt").read_text() for name in ("train_val", "deploy"))
+    train, deploy = (text.replace("num_output: 20 ", "num_output: 2 ") for text in (train, deploy))
+    Path("pets_deploy.prototxt").write_text(deploy)
+    Path("pets.prototxt").write_text(
+        train.replace("data/synth/", "data/pets/").replace("batch_size: 50", "batch_size: 1")
+        + 'layer { name: "p" type: "Softmax" bottom: "pool3" top: "prob" }'
+    )
+    caffelite.set_random_seed(3)
+    tested = caffelite.Net("pets.prototxt", caffelite.TEST)
+    for name, blobs in tested.params.items():
+        if name.startswith("norm"):
+            blobs[1].data[...], blobs[2].data[...] = 1, 1  # variances, and how many passes they are sums of
+    Path("runs/pets").mkdir(parents=True)
+    tested.save("runs/pets/pets_best.caffemodel")
+    capsys.readouterr()
+    exec(code, {})
+    probable = np.array(capsys.readouterr().out.strip("[]\n").split(), float)
+    assert 0.01 < probable.min() < 0.49
+    np.testing.assert_allclose(probable, tested.forward()["prob"].ravel(), rtol=1e-5)
 
 
 def test_own_fields_are_listed() -> None:

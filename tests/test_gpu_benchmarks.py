@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import json
 import os
@@ -215,6 +216,23 @@ def test_the_tests_of_the_backend_are_all_there(script) -> None:
     assert {path.stem for name in ("op", "layer", "golden", "pycaffe") for path in (ROOT / "tests").glob(f"test_{name}*.py")} <= set(files)
     assert all((ROOT / "tests" / f"{name}.py").is_file() for name in files)
     assert "benchmarks/gpu_tests.py\n" in (ROOT / "Makefile").read_text().partition("\ntest-gpu:")[2].partition("\n\n")[0] + "\n"
+
+
+EMULATED = {"test_cli_out_of_memory", "test_cli_roofline", "test_cuda_cache"}  # ask for the emulator themselves
+
+
+def test_every_test_that_takes_a_backend_runs_on_a_gpu(script) -> None:
+    """A test of some file that asks for the backends, or for the cuda backend, asks for a GPU there."""
+    asking = set()
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        wanted = {"backend", "cuda", "make"}
+        if any(node.name.startswith("test_") and wanted & {each.arg for each in node.args.args} for node in functions):
+            asking.add(path.stem)
+    files = set(script("gpu_tests").files())
+    assert {"test_params", "test_op_lrn"} <= asking
+    assert asking - files == EMULATED
+    assert {"test_data_warp", "test_cuda_tensor_map"} <= files, "what a GPU's transform and TMA are told is made on the host"
 
 
 def test_what_failed_is_told(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 from caffelite.errors import SpecError
 from caffelite.fusion import fuse
 from caffelite.graph import Graph, build_graph
+from caffelite.layer import NOT_THERE, known_types
 from caffelite.schema import net_from_text, pb
 
 INPUT = 'layer { name: "in" type: "Input" top: "x" top: "t" input_param { shape { dim: 2 dim: 3 dim: 4 dim: 4 } shape { dim: 2 } } }\n'
@@ -240,6 +241,26 @@ def test_nothing_else_is_fused(after: str) -> None:
     built = graph(INPUT + conv("conv", "x") + after)
     fuse(built)
     assert not any(n.forward_fused for n in built.nodes)
+
+
+def test_caffes_other_layer_types_are_told_from_slips() -> None:
+    """The nearest name would be a wrong one for who means Caffe's Deconvolution."""
+    text = fails(INPUT + 'layer { name: "d" type: "Deconvolution" bottom: "x" top: "d" }')
+    assert "net.prototxt:2:19: layer 'd': Caffe's layer type 'Deconvolution' is not there in caffelite\n  those that are there: Accuracy, BatchNorm, " in text
+    assert "did you mean" not in text
+    assert "`caffelite convert`" in fails('layer { name: "d" type: "ImageData" top: "d" }')
+    assert "unknown layer type 'Deconvolutoin'\n  did you mean 'Convolution'?" in fails(
+        INPUT + 'layer { name: "d" type: "Deconvolutoin" bottom: "x" top: "d" }'
+    )
+
+
+def test_all_of_caffes_layer_types_are_there_or_known_not_to_be() -> None:
+    old = [value.name for value in pb.V1LayerParameter.LayerType.DESCRIPTOR.values if value.name != "NONE"]
+    spec = net_from_text("".join(f'layers {{ name: "{name}" type: {name} }}\n' for name in old))
+    types = {layer.type for layer in spec.param.layer}
+    assert len(types) == len(old)
+    assert types <= NOT_THERE | set(known_types())
+    assert not NOT_THERE & set(known_types())
 
 
 def test_fillers_are_checked_before_anything_is_allocated() -> None:

@@ -36,7 +36,14 @@ EXCEPTIONS = {("layer.py", "layers")}
 ONLY_IN = {
     "lmdb": ("data/lmdb_source.py",),
     "caffelite_pb2": ("schema/",),
-    "ctypes": ("backends/onednn/", "backends/cuda/nvrtc.py", "backends/cuda/cupy_driver.py", "backends/cuda/tensor_map.py", "backends/cuda/emulator/"),
+    "ctypes": (
+        "backends/numpy/blas.py",
+        "backends/onednn/",
+        "backends/cuda/nvrtc.py",
+        "backends/cuda/cupy_driver.py",
+        "backends/cuda/tensor_map.py",
+        "backends/cuda/emulator/",
+    ),
     "cupy": ("backends/cuda/", "cli/device_query.py"),
     "matplotlib": ("cli/plot.py",),
     "h5py": ("hdf5.py",),

@@ -312,11 +312,25 @@ def _weighted(model: str) -> list[pb.LayerParameter]:
     return [layer for layer in net.layer if layer.type in ("Convolution", "InnerProduct")]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "nin_quick"])
 def test_train_and_deploy_have_the_same_weighted_layers(model: str) -> None:
     deploy = read_net(ROOT / "models" / model / "deploy.prototxt").param
     names = [layer.name for layer in deploy.layer if layer.type in ("Convolution", "InnerProduct")]
     assert names == [layer.name for layer in _weighted(model)]
+
+
+def test_deploy_of_the_quick_net_has_its_layers_and_its_own_ends() -> None:
+    nets = [read_net(ROOT / "models/nin_quick" / f"{name}.prototxt").param for name in ("train_val", "deploy")]
+    layers = [[layer for layer in net.layer if not {"Data", "Input", "SoftmaxWithLoss", "Accuracy", "Softmax"} & {layer.type}] for net in nets]
+    for layer in layers[0]:  # what deploy leaves out concerns training alone
+        layer.convolution_param.ClearField("weight_filler")
+        layer.batch_norm_param.ClearField("moving_average_fraction")
+    for train, deploy in zip(*layers, strict=True):
+        assert [getattr(train, name) for name in ("name", "bottom", "top")] == [getattr(deploy, name) for name in ("name", "bottom", "top")]
+        assert train.convolution_param == deploy.convolution_param
+        assert train.pooling_param == deploy.pooling_param
+    deployed = build_graph(read_net(ROOT / "models/nin_quick/deploy.prototxt"), phase=pb.TEST)
+    assert (deployed.inputs, deployed.outputs, deployed.blobs["data"].shape) == (["data"], ["prob"], (10, 3, 48, 48))
 
 
 @pytest.mark.parametrize(("model", "bias_decay"), [("alexnet", 0), ("alexnet9", 0), ("lenet", 1), ("nin", 0), ("nin_crop48", 0), ("vgg16", 0)])

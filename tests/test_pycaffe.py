@@ -138,6 +138,13 @@ def test_wrong_arguments(folder: Path) -> None:
         caffe.Net(str(folder / "net.prototxt"), str(folder / "none.caffemodel"), caffe.TEST)
 
 
+def test_what_else_pycaffe_has_is_not_there_and_told() -> None:
+    with pytest.raises(AttributeError, match=r"^pycaffe's 'io' is not there in caffelite, which has AdaDeltaSolver, .*Net, "):
+        _ = caffe.io
+    with pytest.raises(AttributeError, match=r"^module 'caffelite' has no attribute 'Ent'"):
+        _ = caffe.Ent
+
+
 def test_a_seed_makes_weights_repeatable(folder: Path) -> None:
     def weights() -> np.ndarray:
         return np.array(caffe.Net(str(folder / "net.prototxt"), caffe.TEST).params["conv"][0].data)

@@ -209,6 +209,11 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
     with pytest.raises(SnapshotError, match="holds no layers") as caught:
         read_caffemodel(path)
     assert caught.value.hint == "its name says that it is a solver state"
+    twin = tmp_path / "x.caffemodel"
+    twin.touch()
+    with pytest.raises(SnapshotError, match="holds no layers") as caught:
+        read_caffemodel(path)
+    assert caught.value.hint == f"its name says that it is a solver state: did you mean {twin}?"
     path.write_bytes(pb.SolverState(learned_net="x").SerializeToString())
     with pytest.raises(SnapshotError, match="records no iteration"):
         read_solverstate(path)

@@ -75,4 +75,7 @@ def test_the_closing_lines_show_the_accuracy_next_to_chance(demo: ModuleType) ->
 def test_a_folder_of_another_layout_is_refused(demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["train_demo.py", "--data", str(tmp_path)])
     assert demo.main() == 2
-    assert capsys.readouterr().err == f"train_demo: {tmp_path}: no folder in Tiny ImageNet's layout (it has no wnids.txt)\n"
+    assert capsys.readouterr().err.startswith(f"train_demo: {tmp_path}: no folder in Tiny ImageNet's layout (it has no wnids.txt)\n  docs/getting-started.md ")
+    monkeypatch.setattr(sys, "argv", ["train_demo.py", "--data", str(tmp_path / "none")])
+    assert demo.main() == 2
+    assert capsys.readouterr().err.startswith(f"train_demo: {tmp_path}/none: no such folder\n")

@@ -125,7 +125,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, metavar="DIR", help="images in Tiny ImageNet's layout (default: drawn ones)")
     data = parser.parse_args().data
     if data is not None and not (data / "wnids.txt").is_file():
-        print(f"train_demo: {data}: no folder in Tiny ImageNet's layout (it has no wnids.txt)", file=sys.stderr)
+        what = "no folder in Tiny ImageNet's layout (it has no wnids.txt)" if data.is_dir() else "no such folder"
+        print(f"train_demo: {data}: {what}\n  docs/getting-started.md says how to train on images in folders of their classes", file=sys.stderr)
         return 2
     data = data and data.resolve()
     os.chdir(ROOT)  # the shipped files name their data from here

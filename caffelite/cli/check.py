@@ -12,9 +12,11 @@ from caffelite.cli.common import Parser, add_state_flags, trace
 from caffelite.cli.specs import gpu_of, gpu_place, is_solver
 from caffelite.errors import CaffeliteError, SnapshotError
 from caffelite.graph import build_graph, select_layers
+from caffelite.hdf5 import h5py_module
 from caffelite.layers.data import DataLayer
 from caffelite.schema import NetSpec, SolverSpec, pb, read_net, read_solver
 from caffelite.solver.config import NetChoice, check_best, check_solver, test_choices, train_choice
+from caffelite.solver.nets import check_learns
 from caffelite.solver.snapshot import SnapshotStore
 from caffelite.weights import read_weights
 
@@ -26,7 +28,8 @@ def build_parser(prog: str) -> Parser:
         prog,
         "Checks net and solver files: that they can be built in both phases, that every source opens and its first record\n"
         "fits, that images are of one size where no crop_size makes them so, that mean files and weights can be read, that\n"
-        "snapshots can be written. Exits with 0 if all is well, else 2.",
+        "snapshots can be written. Exits with 0 if all is well, with 2 if a net or a solver is wrong, with 1 if it is what they\n"
+        "name: databases, means, weights or folders.",
         f"{prog} solvers/*.prototxt models/*/*.prototxt",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="nets and solvers, as prototxt")
@@ -35,36 +38,36 @@ def build_parser(prog: str) -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    bad = 0
+    status = 0
     for file in args.files:
         try:
             lines, faults = check_solver_file(read_solver(file), args) if is_solver(file) else check_net_file(read_net(file), args)
         except CaffeliteError as error:
             trace(error)
-            lines, faults = [], [str(error)]
-        bad += bool(faults)
-        for fault in dict.fromkeys(faults):  # both phases may have the same
+            lines, faults = [], [error]
+        status = max([status, *(fault.exit_code for fault in faults)])
+        for fault in dict.fromkeys(map(str, faults)):  # both phases may have the same
             place = "" if fault.startswith(file) else f"{file}: "
             print(f"caffelite: error: {place}{fault}", file=sys.stderr)
         for line in lines:
             print(f"{file}: {line}")
         print(f"{file}: {'not ' if faults else ''}OK")
-    return 2 if bad else 0
+    return status
 
 
-def faults_of(checks: Iterable[Callable[[], object]]) -> list[str]:
+def faults_of(checks: Iterable[Callable[[], object]]) -> list[CaffeliteError]:
     """The errors of independent checks, in order."""
-    faults = []
+    faults: list[CaffeliteError] = []
     for check in checks:
         try:
             check()
         except CaffeliteError as error:  # noqa: PERF203 (each check fails on its own)
             trace(error)
-            faults.append(str(error))
+            faults.append(error)
     return faults
 
 
-def check_net_file(spec: NetSpec, args: argparse.Namespace) -> tuple[list[str], list[str]]:
+def check_net_file(spec: NetSpec, args: argparse.Namespace) -> tuple[list[str], list[CaffeliteError]]:
     """What there is to say about a net, and what is wrong with it. Phases without a layer are left out."""
     choices = []
     for phase in PHASES:
@@ -76,7 +79,7 @@ def check_net_file(spec: NetSpec, args: argparse.Namespace) -> tuple[list[str], 
     return lines, faults_of(_net_check(choice, lines) for choice in choices)
 
 
-def check_solver_file(spec: SolverSpec, args: argparse.Namespace) -> tuple[list[str], list[str]]:
+def check_solver_file(spec: SolverSpec, args: argparse.Namespace) -> tuple[list[str], list[CaffeliteError]]:
     """The same for a solver and its nets."""
     check_solver(spec)
     spec.param.train_state.stage.extend(args.stage)
@@ -89,7 +92,7 @@ def check_solver_file(spec: SolverSpec, args: argparse.Namespace) -> tuple[list[
     if spec.param.max_iter <= 0:
         lines.append("note: it has no max_iter; train it with --iterations")
     tests, outputs = test_choices(spec, train), set[str]()
-    checks = [_net_check(train, lines), *(_net_check(choice, lines, outputs) for choice in tests)]
+    checks = [_net_check(train, lines, learns=True), *(_net_check(choice, lines, outputs) for choice in tests)]
     checks += [partial(_read_weights, path.strip()) for paths in spec.param.weights for path in paths.split(",")]
     if spec.param.snapshot > 0 or spec.param.snapshot_after_train:
         checks.append(lambda: check_prefix(spec))
@@ -101,8 +104,8 @@ def _read_weights(path: str) -> None:
     read_weights(path)
 
 
-def _net_check(choice: NetChoice, lines: list[str], outputs: set[str] | None = None) -> Callable[[], None]:
-    """A check that adds a line about the net to `lines`, and its outputs to `outputs`."""
+def _net_check(choice: NetChoice, lines: list[str], outputs: set[str] | None = None, *, learns: bool = False) -> Callable[[], None]:
+    """A check that adds a line about the net to `lines`, and its outputs to `outputs`. learns: it has to have parameters that do."""
 
     def check() -> None:
         # Building asks each data layer for its item's shape, so it opens the database, reads a record and the mean file.
@@ -112,6 +115,8 @@ def _net_check(choice: NetChoice, lines: list[str], outputs: set[str] | None = N
                 layer.source.check_sizes()
                 if choice.phase == pb.TRAIN and (note := layer.order_note()):
                     lines.append(f"warning: {note}")
+            if learns:
+                check_learns(graph, choice.spec.where.at())
         finally:
             for node in graph.nodes:
                 node.layer.close()
@@ -126,7 +131,10 @@ def _net_check(choice: NetChoice, lines: list[str], outputs: set[str] | None = N
 
 def check_prefix(spec: SolverSpec) -> None:
     """SnapshotError unless snapshots could be written; makes nothing, as training makes the folder."""
-    folder = SnapshotStore(spec.param).folder.absolute()
+    store = SnapshotStore(spec.param)
+    if store.suffix:
+        h5py_module()
+    folder = store.folder.absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise SnapshotError(

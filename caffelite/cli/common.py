@@ -99,6 +99,13 @@ def whole_number(least: int) -> Callable[[str], int]:
     return convert
 
 
+def named_file(text: str) -> str:
+    """An argparse type for a file or folder to be written, which the standard output cannot take the place of."""
+    if text == "-":
+        raise argparse.ArgumentTypeError("'-', the standard output, will not do; give a name (./- if that is the name)")
+    return text
+
+
 def comma_list(text: str) -> list[str]:
     """An argparse type for "a,b,c"; empty entries are dropped."""
     return [part.strip() for part in text.split(",") if part.strip()]
@@ -119,13 +126,13 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu", metavar="ID", help="run on GPU number ID (the cuda backend; nothing falls back to the CPU in silence)")
 
 
-def add_state_flags(parser: argparse.ArgumentParser, *, phase: bool, whose: str = "the net's") -> None:
-    """--level and --stage, and --phase where a command serves both. whose: which net's state it is, for the help."""
+def add_state_flags(parser: argparse.ArgumentParser, *, phase: bool, whose: str = "the net's", others: str = "") -> None:
+    """--level and --stage, and --phase where a command serves both. whose: which net's state it is, for the help; others: what the others' is."""
     group = parser.add_argument_group("state")
     if phase:
         group.add_argument("--phase", type=one_of("TRAIN", "TEST"), metavar="P", help="TRAIN or TEST (default: %(default)s)", default="TRAIN")
-    group.add_argument("--level", type=int, default=0, metavar="N", help=f"{whose} level, for include and exclude rules (default: 0)")
-    group.add_argument("--stage", type=comma_list, default=[], metavar="A,B", help=f"{whose} stages, for include and exclude rules")
+    group.add_argument("--level", type=int, default=0, metavar="N", help=f"{whose} level, for include and exclude rules (default: 0){others}")
+    group.add_argument("--stage", type=comma_list, default=[], metavar="A,B", help=f"{whose} stages, for include and exclude rules{others}")
 
 
 def open_backend(args: argparse.Namespace, *, gpu_mode: Where | None = None, device: int = 0) -> Backend:

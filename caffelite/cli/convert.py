@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Sequence
 from contextlib import closing
 
-from caffelite.cli.common import Parser, one_of, whole_number
+from caffelite.cli.common import Parser, named_file, one_of, whole_number
 from caffelite.cli.live import CountLine
 
 FEW = 6  # classes that are listed
@@ -29,7 +29,7 @@ def build_parser(prog: str) -> Parser:
     )
     parser.add_argument("kind", type=one_of(*KINDS), metavar="KIND", help="how the source is laid out: " + ", ".join(KINDS))
     parser.add_argument("source", metavar="SRC", help="the folder (or list file) to read")
-    parser.add_argument("destination", metavar="DST", help="the database to write (imagefolder, list), or the folder for several")
+    parser.add_argument("destination", type=named_file, metavar="DST", help="the database to write (imagefolder, list), or the folder for several")
     parser.add_argument("--root", metavar="DIR", help="the folder a list's paths start from (default: the list's own)")
     parser.add_argument("--split", metavar="NAME", help="only this part of the data set: train, val or test")
     parser.add_argument("--resize", type=height_and_width, metavar="HxW", help="resize every image to this height and width, 64x64 say")

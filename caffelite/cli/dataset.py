@@ -6,7 +6,7 @@ import argparse
 import sys
 from contextlib import closing
 
-from caffelite.cli.common import Parser, one_of, whole_number
+from caffelite.cli.common import Parser, named_file, one_of, whole_number
 from caffelite.cli.live import CountLine
 
 
@@ -17,7 +17,7 @@ def build_parser(prog: str) -> Parser:
         f"{prog} synth data/synth-images --train 300 --val 50 --seed 0",
     )
     parser.add_argument("kind", type=one_of("synth"), metavar="synth", help="which data set: synth is the only one")
-    parser.add_argument("destination", metavar="DST", help="the folder to make; it must not exist")
+    parser.add_argument("destination", type=named_file, metavar="DST", help="the folder to make; it must not exist")
     parser.add_argument("--classes", type=whole_number(2), default=20, metavar="N", help="how many classes (default: 20)")
     parser.add_argument("--train", type=whole_number(1), default=300, metavar="N", help="training images of each class (default: 300)")
     parser.add_argument("--val", type=whole_number(1), default=50, metavar="N", help="validation images of each class (default: 50)")

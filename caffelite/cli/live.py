@@ -26,12 +26,11 @@ class LiveLine:
         return self.live and self.clock() >= self._next
 
     def show(self, text: str) -> None:
-        """Replaces the live line by `text`, cut to the terminal's width. Does nothing when it is not due."""
+        """Replaces the live line by `text`, of which parts that are too much for the terminal's width are left out. Does nothing when it is not due."""
         if not self.due():
             return
         self._next = self.clock() + REFRESH_SECONDS
-        width = shutil.get_terminal_size().columns
-        self.stream.write(CLEAR + text[: width - 1])
+        self.stream.write(CLEAR + fitted(text, shutil.get_terminal_size().columns - 1))
         self.stream.flush()
         self._shown = True
 
@@ -48,6 +47,16 @@ class LiveLine:
             self.stream.flush()
         self._shown = False
         self._next = 0.0
+
+
+def fitted(text: str, width: int) -> str:
+    """A line of parts with two blanks between them, without those that do not fit; of the first one, as much as fits."""
+    first, *rest = text.split("  ")
+    line = first[:width]
+    for part in rest:
+        if len(line) + 2 + len(part) <= width:
+            line += f"  {part}"
+    return line
 
 
 class CountLine:

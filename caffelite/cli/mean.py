@@ -6,7 +6,7 @@ import argparse
 import sys
 from contextlib import closing
 
-from caffelite.cli.common import Parser, json_text, number
+from caffelite.cli.common import Parser, json_text, named_file, number
 from caffelite.cli.live import CountLine
 
 
@@ -17,7 +17,9 @@ def build_parser(prog: str) -> Parser:
         f"{prog} data/tiny-imagenet/train_lmdb mean.binaryproto",
     )
     parser.add_argument("database", metavar="DB", help="the LMDB folder")
-    parser.add_argument("out", nargs="?", metavar="OUT", help="the mean image's file (.binaryproto); without it only the channels' means are printed")
+    parser.add_argument(
+        "out", nargs="?", type=named_file, metavar="OUT", help="the mean image's file (.binaryproto); without it only the channels' means are printed"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 

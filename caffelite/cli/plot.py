@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from caffelite.cli.common import Parser
-from caffelite.errors import CaffeliteError, DataError, SpecError
+from caffelite.cli.common import Parser, named_file
+from caffelite.errors import CaffeliteError, DataError, SpecError, did_you_mean
+from caffelite.files import write_atomically
 
 SUFFIX = "_metrics.jsonl"
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
@@ -40,7 +42,12 @@ class Run:
 def build_parser(prog: str) -> Parser:
     parser = Parser(prog, "Draws loss, accuracy and learning rate of training runs from their metrics into one PNG.", f"{prog} runs/nin/nin --out nin.png")
     parser.add_argument("runs", nargs="+", metavar="RUN", help=f"a metrics file, a snapshot prefix, or a folder with *{SUFFIX}; several are overlaid")
-    parser.add_argument("--out", metavar="FILE", help="the picture (default: beside the first run's metrics, named _curves.png)")
+    parser.add_argument(
+        "--out",
+        type=named_file,
+        metavar="FILE",
+        help="the picture, .png or another kind that matplotlib writes (default: RUN_curves.png beside the first run's metrics)",
+    )
     parser.add_argument("--title", metavar="TEXT", help="a title (default: the runs' names)")
     return parser
 
@@ -61,17 +68,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def metrics_files(name: str) -> list[Path]:
-    """The metrics files a RUN argument means. SpecError if there are none."""
+    """The metrics files a RUN argument means. DataError if there are none."""
     path = Path(name)
     if path.is_dir():
         found = sorted(path.glob(f"*{SUFFIX}"))
         if found:
             return found
-        raise SpecError(f"{name}: no *{SUFFIX} in this folder", hint="caffelite train writes <snapshot_prefix>" + SUFFIX)
+        raise DataError(f"{name}: no *{SUFFIX} in this folder", hint="caffelite train writes <snapshot_prefix>" + SUFFIX)
     for candidate in (path, Path(name + SUFFIX)):
         if candidate.is_file():
             return [candidate]
-    raise SpecError(f"{name}: no such run", hint=f"give a metrics file, a snapshot prefix (for <prefix>{SUFFIX}) or a folder that holds one")
+    raise DataError(f"{name}: no such run", hint=f"give a metrics file, a snapshot prefix (for <prefix>{SUFFIX}) or a folder that holds one")
 
 
 def read_run(path: Path) -> Run:
@@ -122,7 +129,7 @@ def _values(record: dict[str, Any]) -> list[tuple[str, str, float]]:
 
 
 def draw(runs: Sequence[Run], out: Path, title: str | None = None) -> None:
-    """Writes the picture; panels without a curve are left out. CaffeliteError without matplotlib."""
+    """Writes the picture; panels without a curve are left out. CaffeliteError without matplotlib, SpecError for a kind of file it does not write."""
     try:
         import matplotlib
     except ImportError as error:
@@ -130,6 +137,8 @@ def draw(runs: Sequence[Run], out: Path, title: str | None = None) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    kind = check_kind(out, pyplot.figure().canvas.get_supported_filetypes())
+    pyplot.close()
     heights = {"loss": 3.0, "score": 3.0, "rate": 1.6}
     names = [name for name in heights if any(run.panels[name] for run in runs)]
     figure, axes = pyplot.subplots(
@@ -144,8 +153,25 @@ def draw(runs: Sequence[Run], out: Path, title: str | None = None) -> None:
     for _, (axis,) in zip(names, axes):
         _spread_labels(axis)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150, bbox_inches="tight")
+    write_atomically(out, lambda file: figure.savefig(file, format=kind, dpi=150, bbox_inches="tight"))
     pyplot.close(figure)
+
+
+def check_kind(out: Path, known: Iterable[str]) -> str:
+    """The kind of picture that a name asks for by its ending, png without one. SpecError when it is none of the known ones."""
+    kind = out.suffix[1:].lower() or "png"
+    if kind not in known:
+        raise SpecError(f"--out {out}: pictures of the kind '{kind}' are not written", hint=did_you_mean(kind, sorted(known)))
+    return kind
+
+
+def style_of(curve: Curve, panel: str, points: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """How a curve is drawn: tests dashed, a rate that stays and then changes in steps."""
+    if curve.kind == "test":
+        return {"linestyle": "--", "linewidth": 1.6}
+    changes = sum(one[1] != other[1] for one, other in pairwise(points))
+    steps = panel == "rate" and 2 * changes < len(points)
+    return {"linestyle": "-", "linewidth": 1.3, "drawstyle": "steps-post" if steps else "default"}
 
 
 def _panel(axis: Any, name: str, runs: Sequence[Run]) -> None:
@@ -154,10 +180,9 @@ def _panel(axis: Any, name: str, runs: Sequence[Run]) -> None:
             # One run: a colour for each curve. Several: a colour for each run, as they are what is compared.
             colour = COLOURS[(number if len(runs) > 1 else index + (2 if name == "score" else 0)) % len(COLOURS)]
             points = sorted(curve.points)
-            style: dict[str, Any] = {"linestyle": "-", "linewidth": 1.3, "drawstyle": "steps-post" if name == "rate" else "default"}
+            style = style_of(curve, name, points)
             if curve.kind == "test":
-                every = -(-len(points) // MOST_MARKERS)
-                style = {"linestyle": "--", "linewidth": 1.6, "marker": MARKERS[number % len(MARKERS)], "markevery": every}
+                style |= {"marker": MARKERS[number % len(MARKERS)], "markevery": -(-len(points) // MOST_MARKERS)}
             axis.plot([x for x, _ in points], [y for _, y in points], color=colour, markersize=4, **style)
             label = curve.label if len(runs) == 1 else f"{run.name}: {curve.label}"
             axis.annotate(label, points[-1], xytext=(8, 0), textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from caffelite.cli.common import Parser, add_state_flags, whole_number
+from caffelite.cli.common import Parser, add_state_flags, named_file, whole_number
 from caffelite.cli.specs import load_net
 from caffelite.errors import SpecError
 from caffelite.graph import select_layers
@@ -22,7 +22,7 @@ def build_parser(prog: str) -> Parser:
         f"{prog} models/nin/train_val.prototxt preview.png",
     )
     parser.add_argument("net", metavar="NET", help="the net, as prototxt; of several Data layers the first in phase TRAIN is shown")
-    parser.add_argument("out", metavar="OUT.png", help="the picture to write")
+    parser.add_argument("out", type=named_file, metavar="OUT.png", help="the picture to write")
     parser.add_argument("--images", type=whole_number(1), default=6, metavar="N", help="how many records, a row each (default: 6)")
     parser.add_argument("--draws", type=whole_number(1), default=7, metavar="N", help="how many epochs, a column each (default: 7)")
     parser.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="the run's random_seed (default: 0)")

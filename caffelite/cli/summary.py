@@ -104,6 +104,10 @@ class Images:
         try:
             _ = layer.source.item_shape
         except DataError as error:
+            if image := layer.source.raw_shape:  # it is the mean that cannot be read, which changes no shape
+                layer.source.assume(image)
+                self.notes.append(f"layer '{layer.name}': {error.message}")
+                return
             size, values = layer.param.transform_param.crop_size, len(layer.param.transform_param.mean_value)
             if not size:
                 error.hint = "say how large its images are, as in --image 3x64x64; or make the database with `caffelite convert`"
@@ -179,7 +183,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
                 "in place" if layer["in_place"] else megabytes(layer["top_bytes"]),
             )
         )
-    training, batch = summary["phase"] == "TRAIN", summary["batch"]
+    training, batch = summary["gradient_bytes"] > 0, summary["batch"]
     lines = [f"{summary['net'] or 'unnamed net'} ({summary['file']}), phase {summary['phase']}, {summary['precision']}, batch {batch}"]
     lines += [f"note: {note}" for note in summary["notes"]]
     lines += ["", *table(rows, left=3), ""]

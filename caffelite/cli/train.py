@@ -6,10 +6,12 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 from caffelite import __version__
 from caffelite.cli.caffe_log import CaffeLog
-from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, comma_list, driver_of, megabytes, one_of, open_backend, whole_number
+from caffelite.cli.common import Parser, add_machine_flags, add_state_flags, comma_list, driver_of, megabytes, named_file, one_of, open_backend, whole_number
+from caffelite.cli.lines import STANDARD_OUTPUT
 from caffelite.cli.live import duration
 from caffelite.cli.metrics import MetricsWriter
 from caffelite.cli.out_of_memory import explained, nets_of, with_snapshot
@@ -28,7 +30,8 @@ def build_parser(prog: str) -> Parser:
     parser = Parser(
         prog,
         "Trains a net from its solver file. Metrics are written beside the snapshots, as <snapshot_prefix>_metrics.jsonl.\n"
-        "Ctrl-C stops after the iteration with a snapshot; a second one stops at once.",
+        "Ctrl-C stops after the iteration with a snapshot; a second one stops at once. The log or the metrics may go to the standard\n"
+        "output, written -; progress then goes to the standard error stream.",
         f"{prog} --solver solvers/nin.prototxt --snapshot auto --log nin.log",
     )
     parser.add_argument("--solver", required=True, metavar="FILE", help="the solver (prototxt)")
@@ -42,11 +45,13 @@ def build_parser(prog: str) -> Parser:
         "--log", metavar="FILE", help="also write a log in Caffe's line shapes; a resumed run goes on in it, a new one keeps an older log as FILE.old"
     )
     parser.add_argument("--metrics", metavar="FILE", help="where to write the metrics instead of beside the snapshots")
-    parser.add_argument("--tensorboard", metavar="DIR", help="also write the curves for TensorBoard into this folder (needs the extra tensorboard)")
+    parser.add_argument(
+        "--tensorboard", type=named_file, metavar="DIR", help="also write the curves for TensorBoard into this folder (needs the extra tensorboard)"
+    )
     effect = one_of(*EFFECTS)
     parser.add_argument("--sigint-effect", type=effect, default="stop", metavar="E", help="on SIGINT or SIGTERM: stop (default), snapshot or none")
     parser.add_argument("--sighup-effect", type=effect, default="snapshot", metavar="E", help="on SIGHUP: stop, snapshot (default) or none")
-    add_state_flags(parser, phase=False, whose="the training net's (test nets take the solver's test_state)")
+    add_state_flags(parser, phase=False, whose="the training net's", others="; test nets take the solver's test_state")
     add_machine_flags(parser)
     return parser
 
@@ -54,15 +59,16 @@ def build_parser(prog: str) -> Parser:
 def run(args: argparse.Namespace) -> int:
     spec = load_solver(args.solver)
     apply_flags(spec, args)
+    screen = screen_for(args)
     backend = open_backend(args, gpu_mode=gpu_place(spec), device=gpu_of(spec))
-    resume = find_state(spec, args.snapshot)
+    resume = find_state(spec, args.snapshot, screen)
     if resume:
         del spec.param.weights[:]  # found by "auto"
     metrics_path = Path(args.metrics or f"{spec.param.snapshot_prefix}_metrics.jsonl")
     facts = {"solver": args.solver, "backend": backend.name, "precision": args.precision, "version": __version__}
     facts |= {"driver": driver} if (driver := driver_of(backend)) else {}
     facts |= {"resumed_from": str(resume)} if resume else {}
-    progress, metrics = ProgressLine(sys.stdout), MetricsWriter(metrics_path, facts)
+    progress, metrics = ProgressLine(screen), MetricsWriter(metrics_path, facts)
     log = [CaffeLog(Path(args.log), append=resume is not None)] if args.log else []
     board = [TensorBoardWriter(Path(args.tensorboard))] if args.tensorboard else []
     for file in log:
@@ -88,15 +94,24 @@ def run(args: argparse.Namespace) -> int:
         for curves in board:
             curves.close()
     for line in closing_lines(progress, metrics.chances, time.monotonic() - started):
-        print(line)
-    print(f"  metrics   {metrics_path} (curves: caffelite plot {metrics_path})")
+        print(line, file=screen)
+    if metrics_path != STANDARD_OUTPUT:
+        print(f"  metrics   {metrics_path} (curves: caffelite plot {metrics_path})", file=screen)
     if (peak := backend.peak_bytes()) is not None:
-        print(f"  memory    {megabytes(peak)} of the GPU's at the peak (caffelite summary --backend cuda foretells it)")
-    if args.log:
-        print(f"  log       {args.log}")
+        print(f"  memory    {megabytes(peak)} of the GPU's at the peak (caffelite summary --backend cuda foretells it)", file=screen)
+    if args.log and Path(args.log) != STANDARD_OUTPUT:
+        print(f"  log       {args.log}", file=screen)
     if progress.stopped:
-        print(f"  {how_to_go_on(progress, spec.param.snapshot_prefix, bool(args.weights))}")
+        print(f"  {how_to_go_on(progress, spec.param.snapshot_prefix, bool(args.weights))}", file=screen)
     return 0
+
+
+def screen_for(args: argparse.Namespace) -> TextIO:
+    """Where to say how it goes: the standard output, unless a file takes that. SpecError where two would."""
+    given = [args.log, args.metrics].count(str(STANDARD_OUTPUT))
+    if given > 1:
+        raise SpecError("--log - and --metrics - exclude each other", hint="the standard output can hold one of them: name a file for the other")
+    return sys.stderr if given else sys.stdout
 
 
 def apply_flags(spec: SolverSpec, args: argparse.Namespace) -> None:
@@ -114,13 +129,13 @@ def apply_flags(spec: SolverSpec, args: argparse.Namespace) -> None:
     param.train_state.stage.extend(args.stage)
 
 
-def find_state(spec: SolverSpec, snapshot: str | None) -> Path | None:
+def find_state(spec: SolverSpec, snapshot: str | None, screen: TextIO) -> Path | None:
     """The state to resume from, or None for a new run."""
     if snapshot != "auto":
         return Path(snapshot) if snapshot else None
     prefix = spec.param.snapshot_prefix
     found = find_newest(prefix, lambda text: print(f"caffelite: warning: {text}", file=sys.stderr))
-    print(f"resuming from {found}" if found else f"no snapshot {prefix}_iter_*.solverstate yet: starting anew")
+    print(f"resuming from {found}" if found else f"no snapshot {prefix}_iter_*.solverstate yet: starting anew", file=screen)
     return found
 
 

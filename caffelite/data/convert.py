@@ -106,6 +106,8 @@ def convert_dataset(
     plan = _plan(kind, Path(src), None if root is None else Path(root), split)
     if kind == "imagefolder" and (doubt := importers.doubtful_level(Path(src), plan.classes)):
         tell(doubt)
+    if kind == "tiny-imagenet" and not split and [part.name for part in plan.parts] == ["train"]:
+        tell(f"{src} has neither val/val_annotations.txt nor a folder of each class in val: no database for validation is written")
     targets = [_target(Path(dst), part) for part in plan.parts]
     for target in targets:
         _refuse_existing(target, force)

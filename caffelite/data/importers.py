@@ -154,7 +154,7 @@ def _wnids(source: Path) -> list[str]:
 
 
 def tiny_imagenet(source: Path) -> Plan:
-    """train/WNID/images/*.JPEG, and val/images with val/val_annotations.txt; labels are positions in wnids.txt."""
+    """train/WNID/images/*.JPEG, and val/images with val/val_annotations.txt, or val/WNID/**/*.JPEG; labels are positions in wnids.txt."""
     _need_folder(source)
     train = source / "train"
     if not train.is_dir():
@@ -169,6 +169,8 @@ def tiny_imagenet(source: Path) -> Plan:
     annotations = source / "val" / "val_annotations.txt"
     if annotations.is_file():
         parts.append(Part("val", _annotated(annotations, source, {name: label for label, name in enumerate(classes)})))
+    elif any((source / "val" / name).is_dir() for name in classes):  # as some scripts sort them
+        parts.append(Part("val", [image for label, name in enumerate(classes) for image in _images(str(source / "val" / name), f"val/{name}", label)]))
     return Plan(parts, classes, _words(source / "words.txt", classes))
 
 

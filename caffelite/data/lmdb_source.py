@@ -40,6 +40,8 @@ def data_file(path: str) -> str:
             hint="convert the images again with `caffelite convert`, which writes LMDB (or with Caffe's convert_imageset -backend lmdb)",
         )
     if os.path.isdir(path):
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise DataError("this folder cannot be read: Permission denied", where=Where(path), hint="give yourself the right to read it")
         raise DataError("this folder holds no LMDB (no data.mdb)", where=Where(path), hint=_near_databases(path))
     raise DataError("no such database", where=Where(path), hint=_missing_hint(path))
 

@@ -80,12 +80,13 @@ class BatchSource:
 
     @property
     def item_shape(self) -> tuple[int, int, int]:
-        """(C,H,W) of a transformed image, from the first record. Errors as for `database`; SpecError when the transform does not fit it."""
+        """(C,H,W) of a transformed image, from the first record. Errors as for `database`; SpecError when the transform does not fit it,
+        DataError when the mean cannot be read."""
         if self._item_shape is None:
             pixels = self._first_pixels()
             channels, height, width = pixels.shape
-            self._item_shape = self.transformer.output_shape(pixels.shape)
             self._raw_shape = (channels, height, width) if pixels.dtype == np.uint8 else None
+            self._item_shape = self.transformer.output_shape(pixels.shape)
         return self._item_shape
 
     @property

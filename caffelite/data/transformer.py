@@ -42,7 +42,8 @@ class Transformer:
         self._sampler: Sampler | None = None
 
     def output_shape(self, item: tuple[int, ...]) -> tuple[int, int, int]:
-        """The (C,H,W) that items of shape `item` become; reads the mean. SpecError when crop, lighting or mean do not fit such items."""
+        """The (C,H,W) that items of shape `item` become; reads the mean. SpecError when crop, lighting or mean do not fit such items, DataError
+        when the mean cannot be read."""
         shape = self.cropped(item)
         self._load_mean(*item)
         return shape
@@ -88,7 +89,9 @@ class Transformer:
         try:
             mean = blob_to_array(read_blob(self.param.mean_file))
         except CaffeliteError as error:
-            raise self._fail(f"mean_file cannot be used: {error}", "transform_param", "mean_file") from error
+            hint, error.hint = error.hint, None
+            place = self._fail(f"mean_file cannot be used: {error}", "transform_param", "mean_file")
+            raise DataError(place.message, where=place.where, layer=place.layer, hint=hint) from error
         return mean[0] if mean.ndim == 4 and mean.shape[0] == 1 else mean
 
     # --- running -------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class Warp:
 
     def __init__(self, param: pb.TransformationParameter, training: bool, fail: Callable[..., SpecError]) -> None:
         self.rotation, self.lighting, self.zoom = param.rotation, param.lighting, (param.min_zoom, param.max_zoom)
+        self._gray: bool = param.force_gray
         self._fail = fail
         self._check(param)
         self.moves = training and (self.rotation > 0 or self.zoom != (1, 1))
@@ -65,7 +66,7 @@ class Warp:
     def check_channels(self, channels: int) -> None:
         """SpecError for lighting of images that are not in colour."""
         if self.lighting and channels != 3:
-            hint = "remove lighting, or set force_color: true for encoded images"
+            hint = "remove lighting, or " + ("force_gray" if self._gray else "set force_color: true for encoded images")
             message = f"lighting changes colours: it needs images of 3 channels, these have {channels}"
             raise self._fail(message, "transform_param", "lighting", hint=hint)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache
 
 from caffelite import backends, environment
@@ -57,7 +58,12 @@ def layer_type_list() -> list[str]:
 
 
 def new_backend() -> Backend:
-    """The backend of the next net. BackendError when it does not load, SpecError where CAFFELITE_BACKEND names none."""
+    """The backend of the next net. BackendError when it does not load, SpecError where CAFFELITE_BACKEND names none.
+
+    Warns of variables whose names are nearly those of caffelite's own.
+    """
+    for slip in environment.slips():
+        warnings.warn(slip, stacklevel=2)
     if settings.gpu:
         return _gpu(settings.device)
     name = environment.choice(environment.BACKEND, ("auto", *backends.NAMES))

@@ -142,5 +142,6 @@ def _advice(path: str, data: bytes, wanted: str) -> str:
 def _other_kind(path: str, wanted: str) -> str | None:
     for ending, what in ((".solverstate", "a solver state"), (".caffemodel", "a net's weights"), (".binaryproto", "a mean image")):
         if path.endswith(ending) and not wanted.endswith(ending):
-            return f"its name says that it is {what}"
+            twin = path.removesuffix(ending) + wanted.removeprefix("a ")
+            return f"its name says that it is {what}" + (f": did you mean {twin}?" if os.path.isfile(twin) else "")
     return None

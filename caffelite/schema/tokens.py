@@ -133,4 +133,5 @@ class Tokens:
             return self.fail(f"the string that starts here has no closing {found} on its line", token, "close the quote; strings cannot span lines")
         shown = f"'{found}'" if found.isprintable() else f"U+{ord(found):04X} ({unicodedata.name(found, 'a control character').lower()})"
         what = "is this a binary file?" if ord(found) < 32 else "expected a field name, a value or one of { } < > [ ] : ; ,"
+        what = "a comment begins with #" if found == "/" else what
         return self.fail(f"unexpected character {shown}", token, what)

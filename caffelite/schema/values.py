@@ -52,7 +52,7 @@ def _read_int(tokens: Tokens, field: FieldDescriptor) -> int:
     digits = tokens.now
     match = _INTEGER.fullmatch(digits.text) if digits.kind == NUMBER else None
     if match is None:
-        raise _expected(tokens, field, "a whole number", hint=_integer_hint(field, digits))
+        raise _expected(tokens, field, "a whole number", hint=_unquoted(field, digits, r"\d+"))
     tokens.take()
     least, most = _INT_RANGES[field.cpp_type]
     # Longer digit strings are out of range anyway, and int() refuses thousands of digits.
@@ -64,10 +64,10 @@ def _read_int(tokens: Tokens, field: FieldDescriptor) -> int:
     return value
 
 
-def _integer_hint(field: FieldDescriptor, found: Token) -> str | None:
-    if found.kind == STRING:
-        return f"write {field.name}: {found.text.strip(found.text[0])} without quotes" if found.text[1:-1].isdigit() else None
-    return None
+def _unquoted(field: FieldDescriptor, found: Token, pattern: str) -> str | None:
+    """A hint for a value that would do if it stood without quotes."""
+    text = found.text[1:-1] if found.kind == STRING else ""
+    return f"write {field.name}: {text} without quotes" if re.fullmatch(pattern, text, re.ASCII) and len(text) < 40 else None
 
 
 def _read_float(tokens: Tokens, field: FieldDescriptor) -> float:
@@ -79,7 +79,7 @@ def _read_float(tokens: Tokens, field: FieldDescriptor) -> float:
     elif token.kind == NAME and re.fullmatch("(?i)(inf(inity)?|nan)f?", token.text):
         value = float(token.text.lower()[:3])
     if value is None:
-        raise _expected(tokens, field, "a number")
+        raise _expected(tokens, field, "a number", hint=_unquoted(field, token, r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"))
     tokens.take()
     return -value if negative else value
 
@@ -91,7 +91,7 @@ def _read_bool(tokens: Tokens, field: FieldDescriptor) -> bool:
     if match is not None:
         value = {"0": False, "1": True}.get(token.text.lower().removeprefix("0x").lstrip("0") or "0")
     if value is None:
-        raise _expected(tokens, field, "true or false")
+        raise _expected(tokens, field, "true or false", hint=_unquoted(field, token, "true|false"))
     tokens.take()
     return value
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from caffelite.backends.contract import Backend
-from caffelite.errors import SpecError
+from caffelite.errors import SpecError, Where
+from caffelite.graph import Graph
 from caffelite.net import Net
 from caffelite.schema import SolverSpec
 from caffelite.solver.config import NetChoice, check_best, test_choices, train_choice
@@ -84,9 +85,7 @@ class SolverNets:
         if self._spec.param.max_iter <= 0:
             where = self._spec.where.at("max_iter")
             raise SpecError("max_iter is missing or 0: there is nothing to do", where=where, hint="add max_iter: the number of updates")
-        if self.train.arena.grad is None or not any(any(step.node.learn) for step in self.train.steps if step.node.needs_backward):
-            hint = "check the loss layer, loss_weight and lr_mult"
-            raise SpecError("no parameter of the train net learns from a loss", where=self.train.spec.where.at(), hint=hint)
+        check_learns(self.train.graph, self.train.spec.where.at())
 
     def close(self) -> None:
         """Ends the data layers' threads and closes their files."""
@@ -94,3 +93,9 @@ class SolverNets:
             scorer.close()
         for net in (*self.tests, self.train):
             net.close()
+
+
+def check_learns(graph: Graph, where: Where | None) -> None:
+    """SpecError, placed at the train net, when none of its parameters learns."""
+    if not any(any(node.learn) for node in graph.nodes if node.needs_backward):
+        raise SpecError("no parameter of the train net learns from a loss", where=where, hint="check the loss layer, loss_weight and lr_mult")

@@ -13,12 +13,14 @@ import ml_dtypes
 import numpy as np
 
 from caffelite.backends.contract import Array
+from caffelite.backends.numpy.blas import one_thread
 from caffelite.errors import BackendError, LabelError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT_MAX = float(np.finfo(np.float32).max)
 FLOAT_MIN = float(np.finfo(np.float32).tiny)  # C's FLT_MIN
 CHUNK = 1 << 19  # elements; a few float32 arrays of this size stay in the last-level cache, and threads seldom wait for each other's Python
+SMALL_PRODUCT = 1 << 22  # multiply-adds, which one thread does in a tenth or two of a millisecond
 THREAD_FROM = 1 << 20  # elements; below this, handing out chunks costs more than it saves
 
 Item = TypeVar("Item")
@@ -47,6 +49,14 @@ def store_gradient(target: Array, values: Array, accumulate: bool) -> None:
         target += values
     else:
         target[...] = values
+
+
+def multiplied(left: Array, right: Array) -> Array:
+    """The product of two matrices; a small one is not cut for threads, see blas.py."""
+    if left.size * right.shape[1] > SMALL_PRODUCT:
+        return left @ right
+    with one_thread():
+        return left @ right
 
 
 def rectified(gradient: Array, positive: Array | None) -> Array:

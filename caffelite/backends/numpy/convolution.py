@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 
 from caffelite.backends.contract import Array, Drop, Ints
-from caffelite.backends.numpy.common import channels_last, column_sums, rows, store, store_gradient, taken_on, widen, work_type
+from caffelite.backends.numpy.common import channels_last, column_sums, multiplied, rows, store, store_gradient, taken_on, widen, work_type
 from caffelite.backends.numpy.dropout import Dropout
 
 COLUMN_BYTES = 16 << 20
@@ -43,7 +43,7 @@ class Convolution(Dropout):  # which a product does after it where asked to
             for images in _image_chunks(x[:, part], out, kernel):
                 windows = _windows(_padded(x[images, part], pad, work), out, kernel, stride, dilation)
                 columns = np.moveaxis(windows, -1, 1 + len(out)).reshape(-1, weights.shape[1])
-                values = columns @ weights.T
+                values = multiplied(columns, weights.T)
                 if b is not None:
                     values += b[filters].astype(work, copy=False)
                 if relu:
@@ -71,7 +71,7 @@ class Convolution(Dropout):  # which a product does after it where asked to
             weights = channels_last(w[filters]).astype(work, copy=False).reshape(-1, prod(w.shape[1:]))
             for images in _image_chunks(dx[:, part], out, kernel):
                 gradient = rows(dy[images, filters]).astype(work, copy=False)
-                columns = (gradient @ weights).reshape(-1, *out, *kernel, w.shape[1])
+                columns = multiplied(gradient, weights).reshape(-1, *out, *kernel, w.shape[1])
                 padded = np.zeros((columns.shape[0], *(s + 2 * p for s, p in zip(size, pad)), w.shape[1]), work)
                 for cell in product(*(range(k) for k in kernel)):
                     places = (slice(c * d, c * d + (o - 1) * s + 1, s) for c, d, o, s in zip(cell, dilation, out, stride))
@@ -106,7 +106,7 @@ class Convolution(Dropout):  # which a product does after it where asked to
             total = np.zeros((dw.shape[0] // group, prod(dw.shape[1:])), work)
             for images in _image_chunks(x[:, part], out, kernel):
                 columns = _windows(_padded(x[images, part], pad, work), out, kernel, stride, dilation).reshape(-1, total.shape[1])
-                total += rows(dy[images, filters]).astype(work, copy=False).T @ columns
+                total += multiplied(rows(dy[images, filters]).astype(work, copy=False).T, columns)
             store_gradient(channels_last(dw[filters]), total.reshape(-1, *kernel, dw.shape[1]), accumulate_w)
 
 

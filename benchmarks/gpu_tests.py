@@ -27,10 +27,11 @@ from typing import NamedTuple
 from surroundings import ROOT, environment, gpu_driver
 
 FIRST = ("test_op_inner_product", "test_op_convolution", "test_cuda_gemm")
-PATTERNS = ("test_op_*", "test_layer_*", "test_golden_*", "test_net", "test_net_random", "test_fusion", "test_sharing", "test_solver_resume")
+PATTERNS = ("test_op_*", "test_layer_*", "test_golden_*", "test_net", "test_net_random", "test_fusion", "test_sharing*", "test_solver_resume")
 PATTERNS += (
     "test_solver_rules",
     "test_solver_footprint",
+    "test_cuda_gemm_gaps",
     "test_cuda_training",
     "test_cuda_repeat",
     "test_cuda_input",

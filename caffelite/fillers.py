@@ -1,4 +1,4 @@
-"""Caffe's parameter fillers: the values that weights and biases start with. Facts: spec net-and-solver 7."""
+"""Caffe's parameter fillers: the values that weights and biases start with."""
 
 from __future__ import annotations
 

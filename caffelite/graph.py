@@ -1,6 +1,6 @@
 """NetParameter x NetState -> Graph: which layers run, how blobs connect them, who needs backward, who shares parameters.
 
-Everything here works on names and shapes; no array is made. Rules: spec net-and-solver 2; memory.py places the arrays.
+Everything here works on names and shapes; no array is made. memory.py places the arrays.
 """
 
 from __future__ import annotations

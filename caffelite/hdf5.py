@@ -1,4 +1,4 @@
-"""Caffe's HDF5 model files (spec net-and-solver 4.4). Needs h5py, the extra `hdf5`."""
+"""Caffe's HDF5 model files. Needs h5py, the extra `hdf5`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Split insertion: a blob that is used more than once gets a Split layer right after its producer (spec net-and-solver 2.2)."""
+"""Split insertion: a blob that is used more than once gets a Split layer right after its producer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights between nets and files: copying by layer name (spec net-and-solver 4), .caffemodel and HDF5."""
+"""Weights between nets and files: copying by layer name, .caffemodel and HDF5."""
 
 from __future__ import annotations
 

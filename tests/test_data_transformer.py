@@ -32,7 +32,7 @@ def write_mean(path: Path, mean: Floats, legacy: bool = True) -> str:
 
 
 def expected(item: Any, word: int, crop: int, mirror: bool, training: bool, mean: Any, scale: float) -> Floats:
-    """spec: net-and-solver 6.3, one pixel at a time."""
+    """Caffe's rule, one pixel at a time."""
     channels, height, width = item.shape
     rows, columns = (crop, crop) if crop else (height, width)
     top, left = (height - rows) // 2, (width - columns) // 2

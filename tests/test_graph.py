@@ -1,4 +1,4 @@
-"""The graph: layer selection, splits, wiring, in-place rules, backward pruning, parameter sharing (spec net-and-solver 2)."""
+"""The graph: layer selection, splits, wiring, in-place rules, backward pruning, parameter sharing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running nets: losses and their weights, shared parameters, nets that share values, hooks, errors (spec net-and-solver 2-4)."""
+"""Running nets: losses and their weights, shared parameters, nets that share values, hooks, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pycaffe's interface (spec net-and-solver 13), called as programs written for pycaffe call it."""
+"""pycaffe's interface, called as programs written for pycaffe call it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pycaffe's solvers, hooks and callbacks (spec net-and-solver 13), called as programs written for pycaffe call them."""
+"""pycaffe's solvers, hooks and callbacks, called as programs written for pycaffe call them."""
 
 from __future__ import annotations
 

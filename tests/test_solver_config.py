@@ -1,4 +1,4 @@
-"""What a solver asks for: settings that cannot work, and which nets it trains and tests (spec net-and-solver 8.1)."""
+"""What a solver asks for: settings that cannot work, and which nets it trains and tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: order of events, smoothing, displays, tests, signals, divergence (spec net-and-solver 8)."""
+"""The loop: order of events, smoothing, displays, tests, signals, divergence."""
 
 from __future__ import annotations
 

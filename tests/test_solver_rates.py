@@ -1,4 +1,4 @@
-"""Learning-rate policies against their formulas (spec net-and-solver 9), and the checks made when a solver is read."""
+"""Learning-rate policies against their formulas, and the checks made when a solver is read."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ LR_MULT, DECAY_MULT = (1.5, 2.0), (0.5, 0.0)  # of solver_harness.LINEAR
 
 @dataclass
 class Restated:
-    """The linear net and its solver in float64, written from spec net-and-solver 8.2 and 10 alone."""
+    """The linear net and its solver in float64, written from the formulas alone."""
 
     kind: str
     rate: float = 0.1

@@ -1,4 +1,4 @@
-"""Snapshots: what is written and when it counts, keeping and finding them, and taking a run up again (spec net-and-solver 11)."""
+"""Snapshots: what is written and when it counts, keeping and finding them, and taking a run up again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights between nets and files (spec net-and-solver 4): what is copied where, what is refused, .caffemodel and HDF5."""
+"""Weights between nets and files: what is copied where, what is refused, .caffemodel and HDF5."""
 
 from __future__ import annotations
 

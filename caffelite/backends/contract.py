@@ -243,7 +243,7 @@ class Backend(Protocol):
 
         planes (R*C,H',W') uint8: channel c of image r is planes[r*C + c]. places (N,4) int32: for each n the number r of its image, top,
         left, and 1 if mirrored, else 0. mean float32: (C,H',W'), taken where the pixel is taken; (C,1,1); or None for 0. y (N,C,H,W).
-        Every step is a float32 operation rounded by itself: all backends give the same bits. spec: net-and-solver 6.3.
+        Every step is a float32 operation rounded by itself: all backends give the same bits.
 
         warps (N,6+C) float32, finite: for each n the numbers oy, ah, aw, ox, bh, bw and add[C], which take the place of top, left and mirrored:
 
@@ -704,7 +704,7 @@ class Backend(Protocol):
 
     # Every update works on flat float32 arrays of one length: w values, g gradients, h (and v) states. For each segment:
     # rate = dials.rate*lr_mult; g' = g*grad_scale + decay*w (l1: decay*sign(w)); the step D below; w -= D. write_step: g <- D, else g is
-    # left undefined. lowered (bfloat16) <- w. D is evaluated in float32 in the order of spec: net-and-solver 10.
+    # left undefined. lowered (bfloat16) <- w. D is evaluated in float32 in Caffe's order.
 
     def sgd_update(self, w: Array, g: Array, h: Array, how: Update, *, momentum: float) -> None:
         """h <- momentum h + rate g'; D = h."""

@@ -1,4 +1,4 @@
-"""Converts data sets into LMDBs laid out as Caffe's tools write them (cli-and-logs 7)."""
+"""Converts data sets into LMDBs laid out as Caffe's tools write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data transformer: crop, mirror, mean, scale (net-and-solver 6.3), and rotation, zoom and lighting (warp.py), on whole batches.
+"""The data transformer: crop, mirror, mean, scale, and rotation, zoom and lighting (warp.py), on whole batches.
 
 out[c, h, w'] = (in[c, h + top, w + left] - mean) * scale in float32, w' mirrored or not. Pixels are first gathered as bytes, channels
 last; one pass over the batch then converts, subtracts and scales, so that the cost per image is little more than copying it.

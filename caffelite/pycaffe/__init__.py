@@ -1,4 +1,4 @@
-"""pycaffe's names over caffelite's engine: `import caffelite as caffe` (spec net-and-solver 13)."""
+"""pycaffe's names over caffelite's engine: `import caffelite as caffe`."""
 
 from caffelite.pycaffe.net import Blob, Layer, Net
 from caffelite.pycaffe.settings import TEST, TRAIN, layer_type_list, set_device, set_mode_cpu, set_mode_gpu, set_random_seed

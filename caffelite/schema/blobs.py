@@ -37,7 +37,7 @@ def blob_shape(blob: pb.BlobProto) -> Shape:
 
 
 def blob_fits(blob: pb.BlobProto, shape: Shape) -> bool:
-    """Whether the blob's shape is `shape`; old four-axis ones align from the last axis, with 1s before (net-and-solver 4.1)."""
+    """Whether the blob's shape is `shape`; old four-axis ones align from the last axis, with 1s before."""
     if legacy_shape(blob) and len(shape) <= 4:
         return blob_shape(blob) == (1,) * (4 - len(shape)) + tuple(shape)
     return blob_shape(blob) == tuple(shape)

@@ -63,7 +63,7 @@ def solver_from_text(text: str, file: str = "<text>") -> SolverSpec:
 
 
 def default_prefix(solver: pb.SolverParameter, path: str) -> str:
-    """Unset: the solver's path without its extension; an existing folder: a file in it named like the solver (net-and-solver 5)."""
+    """Unset: the solver's path without its extension; an existing folder: a file in it named like the solver."""
     stem = os.path.splitext(path)[0]
     if not solver.HasField("snapshot_prefix"):
         return stem

@@ -1,6 +1,6 @@
 """Brings old definitions to the current form, as Caffe does on loading, with the places of their fields.
 
-Facts: spec net-and-solver 5. Unlike Caffe, nets inside a solver are upgraded too, and old fields that would be ignored in a
+Unlike Caffe, nets inside a solver are upgraded too, and old fields that would be ignored in a
 current-format net are refused.
 """
 

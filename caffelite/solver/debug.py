@@ -1,4 +1,4 @@
-"""Caffe's debug_info: one line per layer with the mean absolute value of what it computed (spec cli-and-logs 4)."""
+"""Caffe's debug_info: one line per layer with the mean absolute value of what it computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Solver: the training loop (spec net-and-solver 8), with Caffe's order of events in every iteration."""
+"""Solver: the training loop, with Caffe's order of events in every iteration."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class Solver:
 
     @np.errstate(all="ignore")
     def step(self, iterations: int) -> None:
-        """Runs `iterations` iterations in the order of spec net-and-solver 8.2; fewer when a signal stops it."""
+        """Runs `iterations` iterations in Caffe's order; fewer when a signal stops it."""
         self._look()  # an exception may have ended the call before this one, with iterations on the device that nobody has looked at
         self._stopping = False
         self._window, self._clock, self._looked = LossWindow(self.param.average_loss), time.perf_counter(), -math.inf
@@ -279,7 +279,7 @@ class Solver:
         return rate
 
     def apply_update(self) -> None:
-        """One update from the gradients in the net (spec net-and-solver 10)."""
+        """One update from the gradients in the net."""
         self._look()
         self._work.set_rate(self.lr, self.iter)
         self._notes.start(self.iter)

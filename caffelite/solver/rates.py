@@ -1,4 +1,4 @@
-"""Learning-rate policies (spec net-and-solver 9), checked against the solver file before training starts."""
+"""Learning-rate policies, checked against the solver file before training starts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class RatePolicy:
         self.current_step = 0
 
     def rate(self, iteration: int) -> float:
-        """The float32 rate for `iteration` (updates done so far); formulas of spec net-and-solver 9.
+        """The float32 rate for `iteration` (updates done so far).
 
         Advances `current_step`: multistep by one at most on each call, as Caffe does.
         """

@@ -1,4 +1,4 @@
-"""Between a Solver and its SolverState: what is saved of a run, and taking it up again (spec net-and-solver 11)."""
+"""Between a Solver and its SolverState: what is saved of a run, and taking it up again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Update rules: which op, how many history arrays, and the settings each one takes (spec net-and-solver 10)."""
+"""Update rules: which op, how many history arrays, and the settings each one takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Snapshots of a run: names, probing, keeping the newest, finding the newest whole one (spec net-and-solver 11)."""
+"""Snapshots of a run: names, probing, keeping the newest, finding the newest whole one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Solver states on disk: Caffe's binary .solverstate and its HDF5 form (spec net-and-solver 11)."""
+"""Solver states on disk: Caffe's binary .solverstate and its HDF5 form."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def errors(onednn: Any, reference: Any, case: Case, dtype: str, mean: float = 0.
     return {name: (error(got[name], want[name]), error(sums[name], want[name])) for name in sums}
 
 
-ROUNDING = {"y": 5, "dx": 5, "dw": 7}  # times the error of plain sums, in float32; docs/design.md promises as much
+ROUNDING = {"y": 5, "dx": 5, "dw": 7}  # times the error of plain sums, for normal values in float32; docs/design.md promises as much
 
 
 @pytest.mark.parametrize("case", [NIN_CONV2, ALEXNET_CONV4], ids=["5x5", "3x3"])

@@ -13,7 +13,7 @@ from caffelite import environment
 from caffelite.backends.onednn import convolution, convolution_weights, winograd
 from caffelite.backends.onednn import convolution_winograd as filters
 from caffelite.backends.onednn.convolution_geometry import Geometry
-from caffelite.backends.onednn.dnnl import BF16, F32
+from caffelite.backends.onednn.dnnl import BF16, F32, Scratch
 from caffelite.backends.onednn.memory import AMX
 from caffelite.errors import SpecError
 
@@ -58,7 +58,7 @@ CASES = {
 def test_a_filter_and_its_gradient_equal_plain_sums(n: int, kernel: int) -> None:
     """In float64; the error grows with n as it does in float32."""
     tile = n + 1 - kernel
-    f, rng = winograd.matrices(tile, kernel), np.random.default_rng(n)
+    f, rng = winograd.filter_of(tile, kernel), np.random.default_rng(n)
     d, g, dy = rng.standard_normal(n), rng.standard_normal(kernel), rng.standard_normal(tile)
     assert np.allclose(f.a @ ((f.g @ g) * (f.b @ d)), np.correlate(d, g), rtol=0, atol=1e-10)
     assert np.allclose(f.g.T @ ((f.a.T @ dy) * (f.b @ d)), np.correlate(d, dy), rtol=0, atol=1e-10)
@@ -131,6 +131,30 @@ def test_each_pass_agrees_with_float64(onednn: Any, reference: Any, monkeypatch:
     assert all(error(more[name], want[name] + 1) < limits[name] for name in ("dw", "db"))
 
 
+def test_parameters_may_have_types_and_strides_of_their_own(onednn: Any, reference: Any) -> None:
+    """Weights in float32 and bias in bfloat16, with gaps, beside blobs of bfloat16."""
+    case = CASES["5x5"]
+    x, w, _, dy = operands(case, "bfloat16")
+    w, b = random(w.shape, seed=2, scale=0.2), random((3 * case.outputs,), "bfloat16", 3)[::3]
+    want, got = exact(case, x, w, b, dy, reference), filtered(onednn, case, x, w, b, dy, Maker(onednn))
+    assert all(error(got[name], want[name]) < 3e-3 for name in ("y", "dx"))
+
+
+def test_scratch_memory_that_grows_between_runs_changes_nothing(onednn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans share it: what a small net's plan wrote to before must not be where it writes after a larger net's has run."""
+    monkeypatch.setattr(onednn.dnnl, "scratch", Scratch())
+    small, large = CASES["groups"], CASES["groups"]._replace(images=40, size=(50, 40))
+    x, w, b, dy = operands(small, "float32")
+    s, y = filters.shape_of(x, w, dy, *small.numbers.values()), np.empty_like(dy)
+    plan = filters.plan_forward(onednn.dnnl, s, x, w, b, True)
+    plan(*at(x, w, b, y))
+    held, first = onednn.dnnl.scratch.nbytes, y.copy()
+    filtered(onednn, large, *operands(large, "float32"), Maker(onednn))
+    assert onednn.dnnl.scratch.nbytes > held
+    plan(*at(x, w, b, y))
+    assert np.array_equal(y, first)
+
+
 def test_a_nan_comes_through_with_relu(onednn: Any) -> None:
     case = CASES["3x3"]
     x, w, b, dy = operands(case, "float32")
@@ -153,20 +177,37 @@ def plain(onednn: Any, case: Case, x: Any, w: Any, b: Any, dy: Any) -> dict[str,
 NIN_CONV2, ALEXNET_CONV4 = Case(2, 96, (24, 24), 192, (5, 5), (2, 2), 1), Case(2, 384, (13, 13), 384, (3, 3), (1, 1), 2)
 
 
-def errors(onednn: Any, reference: Any, case: Case, dtype: str) -> dict[str, tuple[float, float]]:
-    """Of filters, and of plain sums."""
+def errors(onednn: Any, reference: Any, case: Case, dtype: str, mean: float = 0.0) -> dict[str, tuple[float, float]]:
+    """Of filters, and of plain sums. mean: of x."""
     x, w, b, dy = operands(case, dtype)
+    x += x.dtype.type(mean)
     want, sums, got = exact(case, x, w, b, dy, reference), plain(onednn, case, x, w, b, dy), filtered(onednn, case, x, w, b, dy, Maker(onednn))
     return {name: (error(got[name], want[name]), error(sums[name], want[name])) for name in sums}
+
+
+ROUNDING = {"y": 5, "dx": 5, "dw": 7}  # times the error of plain sums, for normal values in float32; docs/design.md promises as much
 
 
 @pytest.mark.parametrize("case", [NIN_CONV2, ALEXNET_CONV4], ids=["5x5", "3x3"])
 def test_float32_rounds_little_more_than_plain_sums(onednn: Any, reference: Any, case: Case) -> None:
     found = errors(onednn, reference, case, "float32")
-    assert all(own < 4 * plain for own, plain in found.values())
+    assert {name: (own, plain) for name, (own, plain) in found.items() if own >= ROUNDING[name] * plain} == {}
 
 
-def test_bfloat16_rounds_a_hundredth_of_what_its_operands_did(onednn: Any, reference: Any) -> None:
+def rows_for(tile: int, kernel: int) -> int:
+    """The fewest rows of outputs for which this tile is chosen in float32; 0: none."""
+    return next((rows for rows in range(1, 60) if winograd.best_tile(rows, kernel, filters.MOST_TERMS[F32]) == tile), 0)
+
+
+@pytest.mark.parametrize("mean", [0, 100])
+@pytest.mark.parametrize(("kernel", "tile"), [(k, t) for k in (3, 5) for t in range(1, 9) if rows_for(t, k)])
+def test_every_tile_of_float32_rounds_so(onednn: Any, reference: Any, kernel: int, tile: int, mean: int) -> None:
+    """Few rows and images: there plain sums are at their best, and filters no better than elsewhere."""
+    found = errors(onednn, reference, Case(2, 64, (rows_for(tile, kernel), 16), 64, (kernel,) * 2, (kernel // 2,) * 2, 1), "float32", mean)
+    assert {name: (own, plain) for name, (own, plain) in found.items() if own >= ROUNDING[name] * plain} == {}
+
+
+def test_bfloat16_rounds_a_fiftieth_of_what_its_operands_did(onednn: Any, reference: Any) -> None:
     """Blobs in bfloat16 differ by 1.7e-3 from what they stand for. So do results, which leave so rounded; the gradients of weights are float32."""
     found = errors(onednn, reference, NIN_CONV2, "bfloat16")
     assert all(found[name][0] < 1.001 * found[name][1] for name in ("y", "dx"))

@@ -1,7 +1,9 @@
 """Convolution by Winograd's filters: kernels of 3 or 5 rows in about half of the products, or fewer.
 
-In float32 the filters run along rows alone, which rounds little more than plain sums do. In bfloat16, on a processor whose products are only twice as
-fast as float32's, they run along both axes, in float32, which rounds far less than bfloat16's own products (tests/test_onednn_winograd.py).
+In float32 the filters run along rows alone, which rounds a few times as much as plain sums do. In bfloat16, on a processor whose products are only twice
+as fast as float32's, they run along both axes, in float32, which rounds more than plain sums of the same products, but far less than the blobs have been
+rounded already (tests/test_onednn_winograd.py). What is rounded is in proportion to the largest values of a tile: a result that would be exactly 0 beside
+large ones may come out as a tiny number, and an infinity makes NaN of its tiles.
 
 Rows are spread into n terms for each tile of an image, the terms multiplied by those of the filters, and the results gathered into rows, for a few
 images at a time; where columns are filtered as well, they are spread before the rows and gathered after them.
@@ -14,7 +16,7 @@ import numpy as np
 from caffelite.backends.contract import Array, Ints, is_usual
 from caffelite.backends.onednn.dnnl import BF16, F32, Descriptor, Dnnl, Unsupported
 from caffelite.backends.onednn.matmul import column_sums, product
-from caffelite.backends.onednn.plan import Feed, Run, type_of
+from caffelite.backends.onednn.plan import Feed, Run, describe, type_of
 from caffelite.backends.onednn.winograd_passes import Entry, Exit, Gather, Lines, Spread, matrices
 from caffelite.backends.onednn.winograd_terms import RowGradients, RowTerms, Shape, TileGradients, TileTerms
 
@@ -122,7 +124,7 @@ def plan_forward(dnnl: Dnnl, s: Shape, x: Array, w: Array, b: Array | None, relu
     if b is None:
         return lambda x, w, b, y: filtering(x, w, y)
     columns, outputs = 1 if s.across else s.y[3], s.y[1]
-    feed = Feed(dnnl, dnnl.strided((outputs,), (b.strides[0] // b.itemsize,), type_of(b)), dnnl.strided((outputs,), (1,), F32), "bias")
+    feed = Feed(dnnl, describe(dnnl, b), dnnl.strided((outputs,), (1,), F32), "bias")
     ones = np.ones(columns, np.float32)
     repeat = product(dnnl, matrices(dnnl, (columns, 1)), matrices(dnnl, (1, outputs)), None, matrices(dnnl, (columns, outputs)))
 

@@ -27,8 +27,6 @@ POINTS = {
     8: "0 1 -1 2 -2 1/2 -1/2",
     9: "0 1 -1 2 -2 3/5 -3/5 -1/3",
     10: "0 1 -1 2 -2 3/4 -3/4 2/5 -2/5",
-    11: "0 1 -1 2 -2 3/4 -3/4 2/5 -2/5 4",
-    12: "0 1 -1 2 -2 2/3 -2/3 1/3 -1/3 4/3 -4/3",
 }
 
 
@@ -41,8 +39,8 @@ class Filter(NamedTuple):
 
 
 @cache
-def matrices(tile: int, kernel: int) -> Filter:
-    """For tiles of `tile` outputs and filters of `kernel` weights. KeyError: no points are known for their n."""
+def filter_of(tile: int, kernel: int) -> Filter:
+    """Of tiles of `tile` outputs and filters of `kernel` weights. KeyError: no points are known for their n."""
     n = tile + kernel - 1
     points = tuple(Fraction(p) for p in POINTS[n].split())
     a, g = _powers(points, tile).T.copy(), _powers(points, kernel)
@@ -98,7 +96,7 @@ class Axis:
     def __init__(self, size: int, outputs: int, pad: int, kernel: int, most: int) -> None:
         tile = best_tile(outputs, kernel, most)
         self.size, self.outputs, self.pad, self.kernel, self.tile = size, outputs, pad, kernel, tile
-        self.filter = matrices(tile, kernel)
+        self.filter = filter_of(tile, kernel)
         self.n, self.tiles = tile + kernel - 1, -(-outputs // tile)
 
     def windows(self) -> Array:

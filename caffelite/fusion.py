@@ -189,7 +189,7 @@ def _no_gradient(node: Node) -> bool:
 def _takes_both(relu: Node, dropout: Node, ratio: float) -> bool:
     """Makes the product that takes the dropout's top take its gradient on through both, if there is one."""
     taker, blob = _taker(dropout), dropout.tops[0]
-    if taker is None or not taker.layer.takes_dropout or _no_gradient(relu) or any(top.dtype != blob.dtype for top in taker.tops):
+    if taker is None or not taker.layer.takes_dropout or _no_gradient(relu):
         return False
     if not _takes_relu(taker, blob):
         return False

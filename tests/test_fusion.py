@@ -332,7 +332,18 @@ def drop(blob: str, name: str = "q", fields: str = "dropout_param { dropout_rati
     return layer("Dropout", name, blob, blob, fields)
 
 
+def several(name: str, bottoms: str, tops: str, more: str = "") -> str:
+    """A convolution of as many bottoms as tops."""
+    names = " ".join([f'bottom: "{b}"' for b in bottoms.split()] + [f'top: "{t}"' for t in tops.split()])
+    fillers = 'weight_filler { type: "msra" } bias_filler { type: "gaussian" std: 0.3 }'
+    return f'layer {{ name: "{name}" type: "Convolution" {names} {more} convolution_param {{ num_output: 8 kernel_size: 3 pad: 1 {fillers} }} }}\n'
+
+
 FROZEN = "param { lr_mult: 0 } param { lr_mult: 0 }"
+HALF = "dropout_param { dropout_ratio: 0.5 }"
+PAIR = several("c", "e a b", "f g h") + 'layer { name: "s" type: "Eltwise" bottom: "f" bottom: "g" bottom: "h" top: "z" }\n'
+ONE = 'param { name: "w" } param { name: "b" }'
+TWICE = product("k", "a", "b", more=ONE) + relu("b", "r2") + drop("b", "q2", HALF) + product("l", "b", "z", more=ONE)
 ENDING = product("i", "x", "a") + relu("a") + drop("a") + product("j", "a", "z")
 PRODUCTS = {  # and the layers whose dropout their products do
     "inner products": (ENDING + relu("z", "over") + drop("z", "q2"), ["i", "j"]),
@@ -352,6 +363,12 @@ PRODUCTS = {  # and the layers whose dropout their products do
     "another taker": (conv("i", "x", "a") + relu("a") + drop("a") + DEEP, []),
     "another dropout": (product("i", "x", "a") + relu("a") + drop("a") + drop("a", "q2") + product("j", "a", "z"), []),
     "nothing drops": (ENDING.replace("dropout_param", "phase: TEST dropout_param"), []),
+    "several bottoms": (
+        conv("i", "x", "a") + relu("a") + drop("a") + conv("k", "x", "b") + relu("b", "r2") + drop("b", "q2", HALF) + conv("l", "x", "e") + PAIR,
+        ["i", "k"],
+    ),
+    "several tops, frozen": (several("i", "x x", "a h", FROZEN) + drop("a") + drop("h", "q2", HALF) + SUM.replace('"b"', '"a"'), []),
+    "weights of two": (product("i", "x", "e") + product("j", "e", "a", more=ONE) + relu("a") + drop("a") + TWICE, ["j", "k"]),
     "rows in another order": (product("i", "x", "a", "axis: 3") + relu("a") + drop("a") + product("j", "a", "z"), []),
 }
 

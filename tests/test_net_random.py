@@ -63,6 +63,7 @@ CHAINS = (  # what is put in a row, and each time which of it may be in place
     ("Convolution", "ReLU", "LRN", "Pooling max", "Dropout"),
     ("Pooling max", "Dropout"),
     ("Pooling mean", "Dropout"),
+    ("Convolution", "ReLU", "Dropout", "Convolution"),
     ("Convolution", "LRN", "Pooling max"),
     ("Eltwise", "ReLU"),
     ("Eltwise", "ReLU", "Eltwise"),

@@ -114,6 +114,16 @@ def test_records_hold_the_scratch_memory_of_their_time(cuda: Backend, test: str)
     assert (peaks[test] - peaks[ONCE] >= 1 << 16) == (test == TWICE)
 
 
+@pytest.mark.parametrize("display", [0, 1])
+def test_the_closing_report(cuda: Backend, display: int) -> None:
+    """It runs op by op, and copies float32 images for a convolution in bfloat16, as the record of the training pass did and holds."""
+    drawn = 'type: "DummyData" top: "data" top: "label" dummy_data_param { shape { dim: 7 dim: 16 dim: 28 dim: 28 } shape { dim: 7 } }'
+    write_solver("short", RULES["sgd"], f"display: {display}")
+    net = Path("net.prototxt")
+    net.write_text(drawn.join([net.read_text().split('type: "Data"')[0], net.read_text()[net.read_text().index(" }\nlayer { name: \"c\"") :]]))
+    assert taken("bfloat16") == foretold("bfloat16").peak
+
+
 def test_parts_are_those_of_the_plan() -> None:
     write_solver("long", RULES["sgd"], "")
     found, (_, nets) = foretold("bfloat16"), choices()

@@ -70,6 +70,8 @@ def footprint(choices: Sequence[NetChoice], *, precision: str, param: pb.SolverP
                 tails = tails or [tail for choice, net in zip(choices, nets) if (tail := _tail(net, choice))]
             if nets[0].phase == pb.TRAIN:
                 _train(nets[0], iteration)
+        if param and param.display and param.max_iter % param.display == 0:
+            nets[0].forward()  # the closing report, which nothing records
         return _parts(nets, len(history), backend.peak_bytes() or 0)
     finally:
         for net in (*nets, *tails):

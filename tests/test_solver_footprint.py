@@ -120,7 +120,7 @@ def test_the_closing_report(cuda: Backend, display: int) -> None:
     drawn = 'type: "DummyData" top: "data" top: "label" dummy_data_param { shape { dim: 7 dim: 16 dim: 28 dim: 28 } shape { dim: 7 } }'
     write_solver("short", RULES["sgd"], f"display: {display}")
     net = Path("net.prototxt")
-    net.write_text(drawn.join([net.read_text().split('type: "Data"')[0], net.read_text()[net.read_text().index(" }\nlayer { name: \"c\"") :]]))
+    net.write_text(drawn.join([net.read_text().split('type: "Data"')[0], net.read_text()[net.read_text().index(' }\nlayer { name: "c"') :]]))
     assert taken("bfloat16") == foretold("bfloat16").peak
 
 

@@ -55,27 +55,39 @@ COPIED = {
 }
 
 
-def run(
-    cuda: Backend, rng: np.random.Generator, kind: str, plane: Plane, *, inside: bool, group: int = 1, drop: Drop | None = None
-) -> tuple[list[str], list[np.ndarray]]:
-    """The kernels of the three ops; and y, dx, dw and db, with a ReLU above and one below, and gradients added to. inside: all activations are channels
-    of larger blobs, of which the others must stay. drop: after each of the ReLUs."""
-    dtype, before, after = "float32" if kind == "tf32" else kind, 8, 16
-    options: dict[str, Any] = {"stride": plane.stride, "pad": plane.pad, "dilation": (1, 1), "group": group, "tf32": kind == "tf32"}
+BLOBS = ("x", "y", "dx", "dy", "positive")
+
+
+class Case(NamedTuple):
+    """How a convolution is run: its groups, dropout after each of its ReLUs, the channels before each part, and the blobs that are parts."""
+
+    group: int = 1
+    drop: Drop | None = None
+    before: int = 8
+    parts: tuple[str, ...] = BLOBS
+
+
+PARTS = Case()
+
+
+def run(cuda: Backend, rng: np.random.Generator, kind: str, plane: Plane, case: Case) -> tuple[list[str], list[np.ndarray]]:
+    """The kernels of the three ops; and y, dx, dw and db, with a ReLU above and one below, and gradients added to. What parts lie in must stay."""
+    dtype, before, after = "float32" if kind == "tf32" else kind, case.before, 24 - case.before
+    options: dict[str, Any] = {"stride": plane.stride, "pad": plane.pad, "dilation": (1, 1), "group": case.group, "tf32": kind == "tf32"}
     shapes = {"x": (plane.batch, plane.channels, *plane.size), "y": (plane.batch, plane.outputs, *plane.out)}
     wholes, part = [], {}
-    for name in ("x", "y", "dx", "dy", "positive"):
+    for name in BLOBS:
         n, channels, *size = shape = shapes["y" if name.endswith("y") else "x"]
         wholes.append(put(cuda, np.full((n, before + channels + after, *size), 7.5), dtype)[0])
-        part[name] = wholes[-1][:, before : before + channels] if inside else cuda.empty(shape, dtype)
+        part[name] = wholes[-1][:, before : before + channels] if name in case.parts else cuda.empty(shape, dtype)
         cuda.from_host(rng.standard_normal(shape), part[name])
-    w, _ = put(cuda, rng.standard_normal((plane.outputs, plane.channels // group, *plane.kernel)), dtype)
+    w, _ = put(cuda, rng.standard_normal((plane.outputs, plane.channels // case.group, *plane.kernel)), dtype)
     b, _ = put(cuda, rng.standard_normal(plane.outputs), "float32")
     dw, db = put(cuda, np.ones(w.shape), "float32")[0], put(cuda, np.ones(b.shape), "float32")[0]
     with pytest.MonkeyPatch.context() as patch:
         launched = recorded(cuda, patch)
-        cuda.convolution_forward(part["x"], w, b, part["y"], **options, relu=True, drop=drop)
-        cuda.convolution_backward_data(part["dy"], w, part["dx"], part["positive"], **options, ratio=drop and drop.ratio)
+        cuda.convolution_forward(part["x"], w, b, part["y"], **options, relu=True, drop=case.drop)
+        cuda.convolution_backward_data(part["dy"], w, part["dx"], part["positive"], **options, ratio=case.drop and case.drop.ratio)
         cuda.convolution_backward_weights(part["x"], part["dy"], dw, db, **options, accumulate_w=True, accumulate_b=True)
     for whole in wholes:
         others = np.asarray(cuda.to_host(whole))
@@ -84,14 +96,14 @@ def run(
     return launched, [np.asarray(cuda.to_host(array)) for array in (part["y"], part["dx"], dw, db)]
 
 
-def both(cuda: Backend, request: pytest.FixtureRequest, kind: str, plane: Plane, group: int = 1, drop: Drop | None = None) -> list[list[str]]:
+def both(cuda: Backend, request: pytest.FixtureRequest, kind: str, plane: Plane, within: Case = PARTS) -> list[list[str]]:
     """The kernels for blobs of their own and for parts, whose results are equal."""
     seed = zlib.crc32(request.node.name.encode())
-    (alone, want), (within, got) = (run(cuda, np.random.default_rng(seed), kind, plane, inside=inside, group=group, drop=drop) for inside in (False, True))
+    (alone, want), (launched, got) = (run(cuda, np.random.default_rng(seed), kind, plane, case) for case in (within._replace(parts=()), within))
     assert np.abs(want[0]).max() > 0
     for array, other in zip(got, want):
         np.testing.assert_array_equal(array, other)
-    return [alone, within]
+    return [alone, launched]
 
 
 @pytest.mark.parametrize("name", PLANES)
@@ -110,14 +122,30 @@ def test_gaps_between_pixels_of_an_image(cuda: Backend, request: pytest.FixtureR
 
 @pytest.mark.parametrize("name", COPIED)
 def test_parts_that_are_copied(cuda: Backend, request: pytest.FixtureRequest, kind: str, name: str) -> None:
-    alone, within = both(cuda, request, kind, *COPIED[name])
+    plane, group = COPIED[name]
+    alone, within = both(cuda, request, kind, plane, Case(group))
     assert [kernel for kernel in within if not kernel.startswith("copy")] == alone
     assert sum(kernel.startswith("copy") for kernel in within) == 3 + 4 + 2  # of the three ops: all activations, and back what is written
+
+
+@pytest.mark.parametrize("name", ["1x1", "3x2"])
+def test_parts_that_begin_within_a_piece_are_copied(cuda: Backend, request: pytest.FixtureRequest, kind: str, name: str) -> None:
+    """Eight bytes after its boundary, or four: not where 16 bytes are copied at once."""
+    alone, within = both(cuda, request, kind, PLANES[name], Case(before=2))
+    assert [kernel for kernel in within if not kernel.startswith("copy")] == alone
+    assert sum(kernel.startswith("copy") for kernel in within) == 3 + 4 + 2
+
+
+@pytest.mark.parametrize("parts", [("dx",), ("positive",)])
+def test_signs_that_lie_otherwise_than_their_gradient(cuda: Backend, request: pytest.FixtureRequest, kind: str, parts: tuple[str, ...]) -> None:
+    """Kernels know one place of an element for both."""
+    alone, within = both(cuda, request, kind, PLANES["3x2"], Case(parts=parts))
+    assert [kernel for kernel in within if not kernel.startswith("copy")] == alone
 
 
 @pytest.mark.parametrize("name", ["1x1", "3x2", "split sums", "a split data gradient"])
 def test_dropout(cuda: Backend, request: pytest.FixtureRequest, kind: str, name: str) -> None:
     """The mask of the one above is that of a blob of its own, as which it is made and then copied; the factor of the one below needs no copy."""
     drop = Drop(0.4, dropout_key(cuda, 3, 5, 2))
-    alone, within = both(cuda, request, kind, PLANES[name], drop=drop)
+    alone, within = both(cuda, request, kind, PLANES[name], Case(drop=drop))
     assert len(within) > len(alone)

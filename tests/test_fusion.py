@@ -63,8 +63,8 @@ def text_of(name: str) -> str:
     return DATA + ("" if 'top: "a" convolution_param' in taker else FIRST) + taker + LOSS
 
 
-def fused(text: str, phase: int = pb.TRAIN) -> Graph:
-    graph = build_graph(net_from_text(text), phase=phase)
+def fused(text: str, phase: int = pb.TRAIN, compute: str = "float32") -> Graph:
+    graph = build_graph(net_from_text(text), phase=phase, compute=compute)
     fuse(graph)
     return graph
 
@@ -167,6 +167,14 @@ def test_no_other_joined_relu_is_taken(name: str) -> None:
     graph = fused(DATA + NOT_JOINED[name] + LOSS)
     assert skipped(graph) == []
     assert not any(node.layer.relu_bottoms for node in graph.nodes)
+
+
+def test_joined_relus_of_two_types_are_not_taken() -> None:
+    """What is just above 0 in float32 may be 0 where it is joined, as bfloat16."""
+    text = TWO.replace(conv("first", "x", "m", outputs=3), 'layer { name: "first" type: "Bias" bottom: "x" top: "m" }\n') + JOIN + conv("c", "a", "z")
+    graphs = [fused(DATA + text + LOSS, compute=compute) for compute in ("float32", "bfloat16")]
+    assert [graph.blobs["m"].dtype for graph in graphs] == ["float32", "float32"]
+    assert list(map(skipped, graphs)) == [["relu m", "relu n"], []]
 
 
 def test_a_joined_relu_that_is_used_elsewhere_is_taken_by_its_split_alone() -> None:

@@ -82,6 +82,10 @@ NETS: dict[str, tuple[str, Held]] = {
     ),
     "a source": (conv("x", "b", 24) + join("x b", "j") + conv("j", "z", 8), {"join j": (SECOND, SECOND)}),
     "groups": (conv("x", "a", 16, "kernel_size: 1 group: 2") + conv("x", "b") + join("a b", "j") + conv("j", "z", 8), {"join j": (SECOND, SECOND)}),
+    "along other axes": (
+        conv("x", "a", 5, "axis: 2 kernel_size: 1") + conv("x", "b") + join("a b", "j") + conv("j", "z", 8),
+        {"join j": (SECOND, SECOND)},
+    ),
     "odd channels": (conv("x", "a") + conv("x", "b", 7) + join("a b", "j") + conv("j", "z", 8), {"join j": (NONE, NONE)}),
     "joined twice": (
         TWO + join("a b", "j") + conv("x", "c") + join("j c", "k") + conv("k", "z", 8),
@@ -93,6 +97,10 @@ NETS: dict[str, tuple[str, Held]] = {
     "cut and cut": (
         conv("x", "a", 32) + cut("a", "u v") + cut("u", "p q") + conv("p", "b") + conv("q", "c") + conv("v", "e") + add("b c", "f") + add("e f", "z"),
         {"cut a": (ALL, ALL), "cut u": (NONE, NONE)},
+    ),
+    "cut and cut beside what goes nowhere": (
+        conv("x", "a", 32) + cut("a", "u v") + layer("Silence", "silence", "v", "") + cut("u", "p q") + conv("p", "b") + conv("q", "c") + add("b c", "z"),
+        {"cut a": (FIRST, FIRST), "cut u": (NONE, NONE)},
     ),
     "cut and changed": (
         conv("x", "a") + cut("a", "u v") + relu("v") + conv("u", "b") + conv("v", "c") + add("b c", "z"),

@@ -21,7 +21,8 @@ from caffelite.solver.rules import RULES
 from caffelite.solver.scoring import Scorer
 
 Prepare = Callable[[Layer], object]
-ITERATIONS = 2  # what the first one leaves is there when the second one is at its peak
+RECORDED = 2  # the pass, of each net, that is recorded: the record holds the scratch memory of its time, and what is made later is beside it
+ITERATIONS = 3  # at the most: a solver may test before the first and the third one
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,17 @@ def footprint(choices: Sequence[NetChoice], *, precision: str, param: pb.SolverP
         history = new_history(nets[0].arena, RULES[param.type].states) if param else []
         trained = param and nets[0].has_backward
         iteration = Iteration(nets[0], param, [state.flat for state in history], write_step=False) if param and trained else None
-        for _ in range(ITERATIONS):
-            for net in (*(net for net in nets if net.phase == pb.TEST), *tails):
-                net.forward_again()
-            tails = tails or [tail for choice, net in zip(choices, nets) if (tail := _tail(net, choice))]
+        tests = [(net, _passes(net, choice)) for choice, net in zip(choices, nets) if net.phase == pb.TEST]
+        for number in range(ITERATIONS if tests else RECORDED):
+            if tests and _tests_before(number, param):
+                for net, passes in (*tests, *((tail, 1) for tail in tails)):
+                    for _ in range(passes):
+                        net.forward_again()
+                tails = tails or [tail for choice, net in zip(choices, nets) if (tail := _tail(net, choice))]
             if nets[0].phase == pb.TRAIN:
                 _train(nets[0], iteration)
+        if param and param.display and param.max_iter % param.display == 0:
+            nets[0].forward()  # the closing report, which nothing records
         return _parts(nets, len(history), backend.peak_bytes() or 0)
     finally:
         for net in (*nets, *tails):
@@ -111,6 +117,18 @@ def _blank(net: Net) -> None:
     """Lets a net's data layers read nothing."""
     for layer in net.data_layers:
         layer.source = _Blank(layer.source)  # type: ignore[assignment]  # has what a run asks of it
+
+
+def _tests_before(number: int, param: pb.SolverParameter | None) -> bool:
+    """Whether there is a test before an iteration; longer intervals than RECORDED are as that one."""
+    return param is None or (number % min(param.test_interval, RECORDED) == 0 and (number > 0 or param.test_initialization))
+
+
+def _passes(net: Net, choice: NetChoice) -> int:
+    """Of a test net in one test, as far as they matter: how many batches a whole database makes is looked up if it is open, and else taken for enough."""
+    known = choice.test_iter is None and all(layer.source.is_open for layer in net.data_layers)
+    counts = [layer.source.count // net.batch_size for layer in net.data_layers if known]
+    return min(choice.test_iter or RECORDED, RECORDED, *counts)
 
 
 def _tail(net: Net, choice: NetChoice) -> Net | None:

@@ -20,7 +20,7 @@ _PYCAFFE = frozenset(
 )
 _MODULES = frozenset(("layers", "params", "net_spec", "proto"))  # modules of this package that pycaffe has, too
 
-# What else pycaffe has; docs/getting-started.md does without.
+# What else pycaffe has.
 _NOT_THERE = frozenset(("draw", "Detector", "NCCL", "init_log", "log", "set_multiprocess"))
 
 __all__ = ["TEST", "TRAIN", *sorted(_PYCAFFE)]

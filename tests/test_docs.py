@@ -155,7 +155,7 @@ def test_a_picture_is_classified_as_testing_would(monkeypatch: pytest.MonkeyPatc
 
 def test_a_net_is_written_trained_and_used_as_pycaffe_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """docs/pycaffe.md: what the Classifier says of a picture is what the net computes from its pixels."""
-    train, classify = (block.replace("max_iter=100", "max_iter=3").replace("iter_100", "iter_3") for block in python_blocks("pycaffe.md"))
+    train, classify = (block.replace("max_iter=300", "max_iter=3").replace("iter_300", "iter_3") for block in python_blocks("pycaffe.md"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAFFELITE_BACKEND", "numpy")
     assert main(["dataset", "synth", "data/synth-images", "--classes", "3", "--train", "6", "--val", "3", "--size", "64"]) == 0

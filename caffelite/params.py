@@ -1,10 +1,14 @@
-"""ParamArena: all parameters of a net in one flat float32 array, all gradients in another (design.md, decision 2)."""
+"""ParamArena: all parameters of a net in one flat float32 array, all gradients in another (design.md, decision 2).
+
+For programs it is pycaffe's `params` as well: under the names of messages it has their enum values (net_spec.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -117,3 +121,13 @@ def initial_values(info: ParamInfo, seed: int) -> np.ndarray:
     # The last counter word keeps these draws apart from dropout's, which leave it 0.
     rng = np.random.Generator(np.random.Philox(key=[seed, layer.stream], counter=[0, 0, 0, info.index + 1]))
     return fill(info.spec.filler, info.spec.shape, rng, lambda message: layer.fail(message, *info.spec.path))
+
+
+if not TYPE_CHECKING:  # so that a misspelt import is still found
+
+    def __getattr__(name: str) -> Any:
+        if not name[:1].isupper():
+            raise AttributeError(f"module 'caffelite.params' has no attribute '{name}'")
+        from caffelite.net_spec import enum_values
+
+        return enum_values(name)

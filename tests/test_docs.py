@@ -153,6 +153,34 @@ def test_a_picture_is_classified_as_testing_would(monkeypatch: pytest.MonkeyPatc
     np.testing.assert_allclose(probable, tested.forward()["prob"].ravel(), rtol=1e-5)
 
 
+def test_a_net_is_written_trained_and_used_as_pycaffe_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/pycaffe.md: what the Classifier says of a picture is what the net computes from its pixels."""
+    train, classify = (block.replace("max_iter=300", "max_iter=3").replace("iter_300", "iter_3") for block in python_blocks("pycaffe.md"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAFFELITE_BACKEND", "numpy")
+    assert main(["dataset", "synth", "data/synth-images", "--classes", "3", "--train", "6", "--val", "3", "--size", "64"]) == 0
+    assert main(["convert", "tiny-imagenet", "data/synth-images", "data/synth"]) == 0
+    caffelite.set_random_seed(3)
+    exec(train, {})
+    capsys.readouterr()
+    names: dict[str, Any] = {}
+    exec(classify, names)
+    best, value = capsys.readouterr().out.split()
+    net = caffelite.Net("first_deploy.prototxt", "first_iter_3.caffemodel", caffelite.TEST)
+    pixels = np.asarray(Image.open("data/synth-images/train/n90000000/images/n90000000_0.JPEG").convert("RGB"), float)
+    net.blobs["data"].data[0] = ((pixels[:, :, ::-1] - [104, 117, 123]) / 128).transpose(2, 0, 1)
+    probable = net.forward()["prob"][0]
+    np.testing.assert_allclose(names["probable"], probable, rtol=1e-4)
+    assert (int(best), float(value)) == (probable.argmax(), pytest.approx(probable.max(), rel=1e-4))
+    assert 1 / 20 < probable.max() < 1
+
+
+def test_what_pycaffe_has_is_listed() -> None:
+    told = set(re.findall(r"`(\w+)(?:\.\w+)?`", (ROOT / "docs" / "pycaffe.md").read_text().partition("## From")[0]))
+    assert set(caffelite.__all__) - {"Blob", "Layer", "AdaGradSolver", "RMSPropSolver", "AdaDeltaSolver"} <= told
+    assert {"draw", "Detector", "NCCL", "log"} <= caffelite._NOT_THERE & told
+
+
 def test_own_fields_are_listed() -> None:
     rows = re.findall(r"^\| (\w+) \| (\w+) \| ", (ROOT / "docs" / "files.md").read_text(), re.MULTILINE)
     own = {(message.name, field.name) for message in pb.DESCRIPTOR.message_types_by_name.values() for field in message.fields if field.number >= 5000}

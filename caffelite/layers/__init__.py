@@ -1,4 +1,9 @@
-"""All layer types; importing this package registers each under Caffe's name."""
+"""All layer types; importing this package registers each under Caffe's name.
+
+For programs it is pycaffe's `layers` as well: under the names of layer types it has the functions that write such layers (net_spec.py).
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from caffelite.layers import (
     accuracy,
@@ -61,3 +66,12 @@ __all__ = [
     "split",
     "tanh",
 ]
+
+if not TYPE_CHECKING:  # so that a misspelt import is still found
+
+    def __getattr__(name: str) -> Any:
+        if not name[:1].isupper():
+            raise AttributeError(f"module 'caffelite.layers' has no attribute '{name}'")
+        from caffelite.net_spec import layer_function
+
+        return layer_function(name)

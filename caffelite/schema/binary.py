@@ -63,6 +63,16 @@ def parse_datum(data: bytes) -> pb.Datum:
     return datum
 
 
+def parse_blobs(data: bytes) -> list[pb.BlobProto]:
+    """The blobs of a BlobProtoVector. SnapshotError when the bytes are none."""
+    vector = pb.BlobProtoVector()
+    try:
+        vector.ParseFromString(data)
+    except DecodeError as error:
+        raise SnapshotError(f"{len(data)} bytes are not a BlobProtoVector") from error
+    return list(vector.blobs)
+
+
 def message_bytes(message: Message) -> bytes:
     """The message in binary. SnapshotError when it exceeds the 2 GiB that protobuf allows."""
     try:

@@ -1,5 +1,6 @@
 # make train   train a small NIN from scratch and draw its curves (DATA=/path/to/tiny-imagenet-200 for images of your own)
 # make test    run the test suite            make check   lint, types and tests
+# make test-isa       what concerns oneDNN, as on a processor without AVX-512
 # make test-kernels   run the CUDA kernels emulated, checked, in several orders      make test-gpu   test them on a GPU (needs CuPy)
 # make gpu-wheels   packages for a machine with a GPU and no network (GPU_PYTHON=3.12)
 # make lint    ruff and mypy                 make proto   compile proto/caffelite.proto again
@@ -17,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .cache/proto-venv
 
-.PHONY: train test test-kernels test-gpu gpu-wheels check lint proto clean
+.PHONY: train test test-isa test-kernels test-gpu gpu-wheels check lint proto clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed-run
@@ -26,6 +27,11 @@ train: $(VENV)/installed-run
 # Test workers share the processors: their idle threads had better sleep than spin. CUDA kernels are emulated where there is a C++ compiler.
 test: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive CAFFELITE_CUDA_DRIVER=$(if $(shell command -v g++),emulator) $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+# What concerns oneDNN again, as on a processor without AVX-512, where it has fewer primitives.
+ISA_TESTS := $(wildcard tests/test_onednn*.py tests/test_op_*.py) tests/test_net_random.py
+test-isa: $(VENV)/installed-dev
+	ONEDNN_MAX_CPU_ISA=AVX2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --backend onednn $(ISA_TESTS)
 
 # The ops again, and every tile of their products, with the emulator watching every access, and then with its threads in other orders.
 KERNEL_TESTS := $(wildcard tests/test_op_*.py) tests/test_cuda_gemm.py tests/test_cuda_gemm_gaps.py

@@ -8,6 +8,8 @@ import numpy as np
 
 from caffelite import backends
 
+AVX512 = 0x27  # of dnnl_cpu_isa_t
+
 
 def random(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0, scale: float = 1.0) -> np.ndarray:
     """A blob of normal values."""
@@ -25,6 +27,15 @@ def difference(got: np.ndarray, want: np.ndarray) -> float:
     """Largest difference by the largest value."""
     got, want = got.astype(np.float64), want.astype(np.float64)
     return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def computes(onednn: Any, dtype: str) -> bool:
+    """Whether oneDNN has primitives in this type here: in bfloat16 it takes AVX-512. Where it has none, NumPy's code gives the results."""
+    return dtype == "float32" or has_avx512(onednn)
+
+
+def has_avx512(onednn: Any) -> bool:
+    return onednn.dnnl.instruction_set() & AVX512 == AVX512
 
 
 def operand_of(x: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from onednn_harness import channel_results, difference, like, random
+from onednn_harness import channel_results, computes, difference, has_avx512, like, random
 
 from caffelite import backends
 from caffelite.backends.contract import DropoutKey, is_usual, strides_of
@@ -67,7 +67,7 @@ def test_the_layers_of_nin_and_alexnet_agree_with_numpy(onednn: Any, reference: 
         backend.convolution_backward_data(dy, w, dx, **layer.numbers)
         backend.convolution_backward_weights(x, dy, gradient, bias, accumulate_w=True, accumulate_b=True, **layer.numbers)
         results.append((y, dx, gradient, bias))
-        assert sum(map(len, calls)) == (3 if backend is reference else 0)
+        assert sum(map(len, calls)) == (3 if backend is reference else 0) or not computes(onednn, dtype)
     for got, want, limit in zip(results[1], results[0], (rounding, rounding, 2e-5, 2e-5)):
         assert difference(got, want) < limit
 
@@ -85,7 +85,7 @@ def test_an_inner_product_agrees_with_numpy(onednn: Any, reference: Any, no_nump
         backend.inner_product_backward_data(dy, w, dx, transpose=transpose)
         backend.inner_product_backward_weights(x, dy, gradient, bias, transpose=transpose, accumulate_w=True, accumulate_b=True)
         results.append((y, dx, gradient, bias))
-        assert sum(map(len, calls)) == (3 if backend is reference else 0)
+        assert sum(map(len, calls)) == (3 if backend is reference else 0) or not computes(onednn, dtype)
     for got, want in zip(*results):
         assert difference(got, want) < (2e-6 if got.dtype == np.float32 else 2.0**-8)
 
@@ -98,11 +98,12 @@ def test_float32_data_meet_bfloat16_tops(onednn: Any, reference: Any) -> None:
     y, want, dy = random((2, 192, 48, 48), "bfloat16"), random((2, 192, 48, 48), "bfloat16"), random((2, 192, 48, 48), "bfloat16", 5)
     onednn.convolution_forward(x, w, b, y, **layer.numbers)
     onednn.convolution_forward(rounded, w, b, want, **layer.numbers)
-    assert np.array_equal(y.view(np.int16), want.view(np.int16))
+    native = computes(onednn, "bfloat16")  # NumPy's code takes the data as they are
+    assert np.array_equal(y.view(np.int16), want.view(np.int16)) if native else difference(y, want) < 2.0**-6
     dw, wanted = random((192, 3, 5, 5)), random((192, 3, 5, 5))
     for source, backend, target in ((x, onednn, dw), (rounded, reference, wanted)):
         backend.convolution_backward_weights(source, dy, target, None, accumulate_w=False, accumulate_b=False, **layer.numbers)
-    assert difference(dw, wanted) < 2e-5
+    assert difference(dw, wanted) < (2e-5 if native else 2.0**-8)
 
 
 def test_a_diverged_net_is_not_hidden_by_relu(onednn: Any) -> None:
@@ -147,7 +148,8 @@ def test_a_max_window_without_a_winner_is_numpys(onednn: Any, reference: Any, no
     x, y, numbers = pool_case(8, 2, 2, 0, 4, dtype)
     calls, mask = no_numpy("max_pool_forward"), np.zeros((2, 4, 4, 16), np.uint8).transpose(0, 3, 1, 2)
     onednn.max_pool_forward(x, y, mask, **numbers)
-    assert not calls
+    assert not calls or not computes(onednn, dtype)
+    calls.clear()
     x[1, 5, 2:4, 4:6] = np.nan
     onednn.max_pool_forward(x, y, mask, **numbers)
     assert len(calls) == 1
@@ -174,7 +176,7 @@ def test_first_maximum_wins_and_nan_never(onednn: Any, reference: Any, no_numpy:
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lrn_uses_numpy_where_onednn_errs(onednn: Any, reference: Any, no_numpy: Any, channels: int, size: int, beta: float, plain: int, dtype: str) -> None:
-    """oneDNN 3.2 crashes for size 1, errs for size 7 or odd channels, and is slow for other beta."""
+    """oneDNN 3.2 crashes for size 1, errs for size 7 or odd channels, and is slow for other beta; on memory channels last it takes AVX-512."""
     x, dy = random((2, channels, 5, 3), dtype), random((2, channels, 5, 3), dtype, 1)
     numbers = {"size": size, "alpha": 0.5, "beta": beta, "k": 1.0}
     calls = [no_numpy(op) for op in ("lrn_forward", "lrn_backward")]
@@ -182,7 +184,7 @@ def test_lrn_uses_numpy_where_onednn_errs(onednn: Any, reference: Any, no_numpy:
     y, dx = like(x), like(x)
     onednn.lrn_forward(x, y, work, **numbers)
     onednn.lrn_backward(x, y, dy, dx, work, **numbers)
-    assert sum(map(len, calls)) == plain
+    assert sum(map(len, calls)) == plain or not has_avx512(onednn)
     want, want_dx = like(x), like(x)
     reference.lrn_forward(x, want, None, **numbers)
     reference.lrn_backward(x, y, dy, want_dx, work, **numbers)
@@ -295,7 +297,7 @@ def test_relu_runs_on_onednn_and_keeps_nan(onednn: Any, no_numpy: Any, slope: fl
     onednn.relu_backward(y, np.ones_like(x), dx, slope=slope)
     number = ~np.isnan(want)
     assert np.array_equal(dx.astype(np.float64)[number], np.where(want > 0, 1.0, slope)[number])
-    assert not any(calls)
+    assert not any(calls) or not computes(onednn, dtype)
 
 
 @pytest.mark.parametrize("add", [False, True])

@@ -323,12 +323,13 @@ def test_training_fused_and_recorded_is_training_step_by_step(backend: Backend, 
 
 @pytest.mark.parametrize("seed", range(NORMALISED, NORMALISED + 8))
 def test_fused_normalisation_changes_rounding_alone(backend: Backend, seed: int) -> None:
-    """That of gradients; on oneDNN, whose primitive scales too, also that of values: by up to 1.2e-5 of the largest without AVX-512, where it adds otherwise."""
+    """That of gradients; on oneDNN, whose primitive scales too, also that of values. Its gradients lie up to 9e-6 of the largest from NumPy's, on either side."""
     text = random_net(seed)
     apart, tight = (Net(net_from_text(text), phase=pb.TRAIN, observe=observe, backend=backend, seed=seed) for observe in (True, False))
     assert normalises(tight)
     want, got = one_pass(apart, 0), one_pass(tight, 0)
     largest = max(np.abs(values).max() for name, values in want.items() if name.endswith("diff"))
     for name, values in want.items():
-        tolerance = 1e-5 * largest if name.endswith("diff") else 2e-5 * np.abs(values).max() if backend.name == "onednn" else 0
+        plain = backend.name != "onednn"
+        tolerance = (1e-5 if plain else 2e-5) * largest if name.endswith("diff") else 0 if plain else 1e-5 * np.abs(values).max()
         np.testing.assert_allclose(got[name], values, rtol=0, atol=tolerance, err_msg=f"{name} in\n{text}")

@@ -76,7 +76,7 @@ def plan_backward(dnnl: Dnnl, x: Array, dy: Array, dx: Array, numbers: Numbers) 
 
 
 class LrnOps(ActivationOps):
-    """LRN. x alone decides whether oneDNN does both passes, so that they agree about the workspace."""
+    """LRN. Where oneDNN has the forward primitive alone, as without AVX-512, NumPy does backward: it needs no workspace."""
 
     def lrn_workspace(self, shape: Ints, dtype: str, *, size: int, alpha: float, beta: float, k: float) -> int:
         plain = super().lrn_workspace(shape, dtype, size=size, alpha=alpha, beta=beta, k=k)

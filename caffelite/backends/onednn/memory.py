@@ -43,7 +43,7 @@ class MemoryOps(PlanningBackend):
             return super().supports(precision) if precision == "float32" else self._refuse(precision)
         if self.dnnl.instruction_set() & AVX512_BF16 == AVX512_BF16:
             return None
-        return "this processor has no bfloat16 instructions (avx512_bf16 or AMX): oneDNN emulates them, slower than float32"
+        return "this processor has no bfloat16 instructions (avx512_bf16 or AMX): they are emulated, slower than float32"
 
     def _refuse(self, precision: str) -> str | None:
         from caffelite.errors import BackendError

@@ -323,7 +323,8 @@ def test_training_fused_and_recorded_is_training_step_by_step(backend: Backend, 
 
 @pytest.mark.parametrize("seed", range(NORMALISED, NORMALISED + 8))
 def test_fused_normalisation_changes_rounding_alone(backend: Backend, seed: int) -> None:
-    """That of gradients; on oneDNN, whose primitive scales too, also that of values. Its gradients lie up to 9e-6 of the largest from NumPy's, on either side."""
+    """That of gradients; on oneDNN, whose primitive scales too, also that of values. Its gradients lie up to
+    9e-6 of the largest from NumPy's, on either side."""
     text = random_net(seed)
     apart, tight = (Net(net_from_text(text), phase=pb.TRAIN, observe=observe, backend=backend, seed=seed) for observe in (True, False))
     assert normalises(tight)

@@ -26,7 +26,9 @@ PIECE_BYTES = 12 << 20  # of terms held at a time
 # Times in multiply-adds of plain float32 products, fitted to what machine B of docs/performance.md took: of a product of terms, which runs a little
 # slower, and of making or gathering a term, to which columns add the multiplications by all of their line.
 PRODUCT, TERM, TERM_OF_COLUMNS, PIXEL = 1.15, 60, 45, 0.5
-GAIN = 1.2  # at least so much quicker, by this reckoning, to be worth it
+# At least so much quicker, by this reckoning, to be worth it: along rows, and along both axes, whose more passes weigh more where caches are cold.
+# AlexNet's conv2 in bfloat16, reckoned 1.23 times quicker and measured so by itself, made no step quicker.
+GAIN = {False: 1.2, True: 1.5}
 
 
 def shape_of(x: Array, w: Array, y: Array, stride: Ints, pad: Ints, dilation: Ints, group: int) -> Shape:
@@ -50,7 +52,7 @@ def pays(s: Shape) -> bool:
     else:
         products, of_filters, made, term = lines * width * kernel, rows.n * kernel, lines * width, TERM
     terms = made * (s.x[1] + s.y[1]) + of_filters * filters
-    return plain * filters > GAIN * (PRODUCT * products * filters + term * terms)
+    return plain * filters > GAIN[s.across] * (PRODUCT * products * filters + term * terms)
 
 
 def pieces(images: int, most: int) -> list[int]:
